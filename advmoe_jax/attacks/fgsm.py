@@ -1,0 +1,23 @@
+"""The fast gradient sign method (Goodfellow et al., ICLR 2015) and its l2 and l1 forms: one step of size eps."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from advmoe_jax.attacks import objectives, pgd
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of FGSM, as those of pgd.Config with the same names."""
+
+    norm: str = "linf"
+    eps: str | float = "8/255"
+    loss: str | objectives.Objective = "ce"
+
+
+def make(config: Config = Config()) -> Callable[..., jax.Array]:
+    """Builds `attack(logits_fn, key, x, y) -> x_adv`: one step of PGD from the clean image, kept as it is."""
+    return pgd.make(pgd.Config(config.norm, config.eps, num_steps=1, step_size="1 eps", start="none",
+                               loss=config.loss, keep="last"))

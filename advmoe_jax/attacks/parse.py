@@ -1,0 +1,89 @@
+"""Attacks as text: "fgsm pgd(num_steps=20,norm=l2,eps=0.5)"."""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from advmoe_jax.core import find
+from advmoe_jax.core.errors import UserError, unknown_name
+
+_ITEM = re.compile(r"\s*(?P<name>\w+)(\((?P<options>[^()]*)\))?(\s|$)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """An attack ready to run.
+
+    Attributes:
+        name: of its module.
+        config: its settings.
+        run: attack(logits_fn, key, x, y) -> x_adv.
+    """
+
+    name: str
+    config: Any
+    run: Callable[..., jax.Array]
+
+    @property
+    def label(self) -> str:
+        """As tables name it: "pgd-50", "fgsm"."""
+        steps = getattr(self.config, "num_steps", None)
+        return self.name if steps is None else f"{self.name}-{steps}"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """All settings as text."""
+        return {name: str(value) for name, value in sorted(vars(self.config).items())}
+
+
+def attack(name: str, **settings: Any) -> Spec:
+    """Builds one attack by the name of its module.
+
+    Raises:
+        UserError: no such attack, no such setting, or a value out of range.
+    """
+    module = find.module("attacks", name, defines="make")
+    fields = {field.name for field in dataclasses.fields(module.Config)}
+    for setting in settings:
+        if setting not in fields:
+            raise unknown_name(f"setting of {name}", setting, fields)
+    config = module.Config(**settings)
+    return Spec(name, config, module.make(config))
+
+
+def attacks(text: str, **defaults: Any) -> tuple[Spec, ...]:
+    """Builds the attacks that a line of text names.
+
+    Args:
+        text: names separated by spaces, each with optional settings in parentheses.
+        defaults: settings of all of them, unless given in the text.
+    """
+    specs, position = [], 0
+    text = text.strip()
+    while position < len(text):
+        match = _ITEM.match(text, position)
+        if not match:
+            raise UserError(f"attacks {text!r} cannot be read at {text[position:]!r}: "
+                            "expected for example 'fgsm pgd(num_steps=20,eps=4/255)'")
+        settings = dict(defaults)
+        for option in filter(None, (match["options"] or "").split(",")):
+            key, equals, value = option.partition("=")
+            if not equals:
+                raise UserError(f"setting {option!r} of {match['name']} has no value: expected name=value")
+            settings[key.strip()] = _value(value.strip())
+        specs.append(attack(match["name"], **settings))
+        position = match.end()
+    if not specs:
+        raise UserError("no attack is named: expected for example 'pgd'")
+    return tuple(specs)
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,204 @@
+"""The config: every field with its default, how a file becomes one, and what may differ between two starts.
+
+A config file defines `get_config(arg="") -> ConfigDict`, starting from `default()`.
+"""
+
+import difflib
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from advmoe_jax.core import units
+from advmoe_jax.core.errors import UserError, one_of, unknown_name
+from advmoe_jax.core.files import write_text
+
+# These say where things are and what is measured afterwards, not what is trained.
+_FREE = ("eval.", "data.dir", "name")
+
+METHODS = {
+    "advmoe": dict(system="advmoe", loss="trades", num_experts=2, model_scale=0.5),
+    "at_moe": dict(system="standard", loss="trades", num_experts=2, model_scale=0.5),
+    "at_sdense": dict(system="standard", loss="trades", num_experts=1, model_scale=0.5),
+    "at_dense": dict(system="standard", loss="trades", num_experts=1, model_scale=1.0),
+    "natural": dict(system="standard", loss="natural", num_experts=1, model_scale=1.0),
+}
+"""AdvMoE and the trainings that it is compared to, by the name that a config file's argument takes."""
+
+
+def default() -> ConfigDict:
+    """All fields with AdvMoE's default recipe on CIFAR-10."""
+    group = dict(learning_rate=0.1, momentum=0.9, weight_decay=5e-4, schedule="cosine", warmup="0%", clip_norm=0.0)
+    return ConfigDict(dict(
+        name="",
+        seed=0,
+        data=dict(
+            name="cifar10",  # a module of advmoe_jax.data, or "tfds:<name>"
+            dir="data",  # where `python -m advmoe_jax.data.prepare` put it
+            subset=0,  # keep the first n training images; 0 for all
+            batch_size=128,  # global
+            pad=4, flip=True),  # augmentation
+        model=dict(
+            name="resnet",  # a module of advmoe_jax.models
+            depth=18, stem="cifar",
+            width=64,  # channels of the first stage of the dense network
+            num_experts=2,  # N
+            model_scale=0.5,  # r, the share of the channels that an expert has
+            experts="shared",  # shared | disjoint channels
+            expert_init="equal",  # equal | independent
+            routing="layer",  # layer | embedding | global
+            router_width=16,
+            router_grad="ste_full"),  # ste_full | ste_selected | scaled
+        system=dict(
+            name="advmoe",  # a module of advmoe_jax.systems
+            loss="trades",  # natural | madry | trades | mart
+            beta=6.0,  # 1 / lambda
+            router_loss="trades",  # trades | label_mod
+            balance_loss=0.0,
+            order="router_first",  # router_first | backbone_first
+            share_batch=False),  # one batch for both levels
+        attack=dict(  # of training
+            norm="linf", eps="8/255", step_size="0.625 eps", num_steps=2, start="gaussian",
+            router_grad="none",  # none | ste_selected | ste_full | scaled
+            router_weight=0.0),
+        optim=dict(
+            backbone=dict(group),
+            router=dict(group, learning_rate=0.01, warmup="5%", clip_norm=1.0)),
+        train=dict(
+            length="100 epochs",
+            eval_every="1 epochs", save_every="1 epochs", log_every="20 steps",
+            select_on="validation",  # validation | test (as papers do; optimistic)
+            attack="pgd(num_steps=10)", num_examples=1000),  # what selects the best checkpoint
+        eval=dict(
+            attacks="pgd",  # separated by spaces, with options: "fgsm pgd(num_steps=20,norm=l2,eps=0.5)"
+            norm="", eps="",  # empty: those of training
+            n=0,  # test images; 0 for all
+            batch_size=250, seed=0),
+    ))
+
+
+def load(text: str) -> ConfigDict:
+    """Runs a config file.
+
+    Args:
+        text: "configs/digits_r18.py", or with an argument "configs/digits_r18.py:at_dense".
+    Returns:
+        Its config; `name` is the file's name, and the argument behind an underscore.
+    Raises:
+        UserError: there is no such file, it fails, or it sets a field that does not exist.
+    """
+    path, _, argument = text.partition(":")
+    if not Path(path).is_file():
+        near = sorted(str(p) for p in Path(path).parent.glob("*.py")) if Path(path).parent.is_dir() else ()
+        raise unknown_name("config file", path, near) if near else UserError(
+            f"no config file {path}: expected a path such as configs/digits_r18.py")
+    try:
+        config = runpy.run_path(path)["get_config"](*([argument] if argument else []))
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[-1] if str(error) else ""
+        raise UserError(f"config file {path} fails: {type(error).__name__}: {reason}") from None
+    config.name = "_".join(filter(None, (Path(path).stem, argument)))
+    return config
+
+
+def override(config: ConfigDict, text: str) -> None:
+    """Sets a field in place.
+
+    Args:
+        config: what to change.
+        text: "model.width=32"; the value is read as the type that the field has.
+    Raises:
+        UserError: no such field, or a value of another type.
+    """
+    name, equals, value = text.partition("=")
+    fields = flatten(config)
+    if name not in fields:
+        raise _unknown_field(name, fields)
+    if not equals:
+        raise UserError(f"--config.{name} has no value: expected --config.{name}={fields[name]}")
+    kind = type(fields[name])
+    config.update_from_flattened_dict({name: _parse(name, value, kind)})
+
+
+def _unknown_field(name: str, fields) -> UserError:
+    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+    group = name.rpartition(".")[0]
+    siblings = [field for field in fields if field.rpartition(".")[0] == group]
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return UserError(f"unknown config field {name}: expected one of {', '.join(siblings or fields)}{hint}")
+
+
+def _parse(name: str, value: str, kind: type) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+        if kind is int:
+            number = float(value)
+            if not number.is_integer():
+                raise ValueError
+            return int(number)
+        return kind(value)
+    except (ValueError, KeyError, OverflowError):
+        words = {bool: "true or false", int: "a whole number", float: "a number"}
+        raise UserError(f"config field {name} is {value!r}: expected {words.get(kind, kind.__name__)}") from None
+
+
+def set_method(config: ConfigDict, method: str) -> None:
+    """Sets system, loss, N and r to those of a name in METHODS."""
+    if method not in METHODS:
+        raise unknown_name("method in the config's argument", method, METHODS)
+    values = METHODS[method]
+    config.system.name, config.system.loss = values["system"], values["loss"]
+    config.model.num_experts, config.model.model_scale = values["num_experts"], values["model_scale"]
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for a field whose value can be refused without building anything."""
+    units.eps(config.attack.eps, config.attack.norm, "attack.eps")
+    if config.eval.eps:
+        units.eps(config.eval.eps, config.eval.norm or config.attack.norm, "eval.eps")
+    one_of("train.select_on", config.train.select_on, ("validation", "test"))
+    for name in ("data.subset", "eval.n"):
+        if flatten(config)[name] < 0:
+            raise UserError(f"{name} is {flatten(config)[name]}: expected 0 (all) or more")
+    for name in ("data.batch_size", "eval.batch_size", "train.num_examples", "attack.num_steps"):
+        if flatten(config)[name] < 1:
+            raise UserError(f"{name} is {flatten(config)[name]}: expected 1 or more")
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """{"model.width": 64, ...}."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= {f"{name}.{k}": v for k, v in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
+    """Fields that make two configs two experiments, as "model.width 64 (was 16)"."""
+    a, b = flatten(ours), flatten(theirs)
+    return [f"{name} {a.get(name)!r} (was {b.get(name)!r})" for name in sorted(a | b)
+            if not name.startswith(_FREE) and a.get(name) != b.get(name)]
+
+
+def write(config: ConfigDict, path: Path) -> None:
+    """Writes it as JSON."""
+    write_text(path, json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def read(path: Path) -> ConfigDict:
+    """Reads what `write` wrote; fields that have come since have their defaults."""
+    try:
+        stored = json.loads(path.read_text())
+        config = default()
+        config.update(stored)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no config of this version: {str(error).splitlines()[0]}") from None
+    return config

@@ -1,0 +1,51 @@
+"""Errors that a person caused and can mend: one line, an exit code, no traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_OK = 0
+EXIT_BAD_INPUT = 2
+EXIT_UNRELIABLE = 3
+EXIT_NON_FINITE = 4
+EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: what was wrong, what was expected, the nearest right name."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class NonFiniteError(UserError):
+    """Training met a NaN or an infinity."""
+
+    exit_code = EXIT_NON_FINITE
+
+
+class Preempted(UserError):
+    """The process was asked to stop; its state is saved and the same command continues."""
+
+    exit_code = EXIT_PREEMPTED
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """An error for a name that does not exist, with the nearest names that do.
+
+    Args:
+        kind: what the name was meant to be ("attack", "model.routing").
+        name: what was given.
+        known: every valid name.
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return UserError(f"unknown {kind} {name!r}: expected one of {', '.join(known)}{hint}")
+
+
+def one_of(kind: str, name: str, known: Iterable[str]) -> str:
+    """Returns `name` if it is among `known`, else raises `unknown_name`."""
+    known = tuple(known)
+    if name not in known:
+        raise unknown_name(kind, name, known)
+    return name

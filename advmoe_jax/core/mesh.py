@@ -1,0 +1,96 @@
+"""The cluster and the mesh: the one place that starts processes and lays out devices."""
+
+import os
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from advmoe_jax.core.errors import UserError
+
+AXIS = "data"
+_POD_VARIABLES = ("TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS", "SLURM_JOB_NUM_NODES")
+
+
+def start_cluster(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> bool:
+    """Joins the other processes of a run. Must be called before anything asks for devices.
+
+    With `coordinator` the three arguments say all; without it a TPU pod or a SLURM job of several nodes is
+    recognised by its environment, and anything else runs alone.
+
+    Args:
+        coordinator: "host:port" of process 0.
+        num_processes: how many processes there are.
+        process_id: which one this is.
+    Returns:
+        Whether there is more than one process.
+    """
+    if coordinator:
+        if not 0 <= process_id < num_processes:
+            raise UserError(f"--process_id is {process_id}: expected 0 to {num_processes - 1} (--num_processes)")
+        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=1800)
+    elif any("," in os.environ.get(name, "") or os.environ.get(name, "0").isdigit()
+             and int(os.environ.get(name, "0")) > 1 for name in _POD_VARIABLES):
+        jax.distributed.initialize(initialization_timeout=1800)
+    return jax.process_count() > 1
+
+
+def stop_cluster() -> None:
+    """Waits for all processes, so that none is cut off by another's exit, and leaves the cluster."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("end")
+        jax.distributed.shutdown()
+
+
+def make() -> Mesh:
+    """A mesh of all devices with the one axis `data`.
+
+    The axis is Auto: in an Explicit mesh, which is jax's default, indexing by arrays raises.
+    """
+    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_example(mesh: Mesh) -> NamedSharding:
+    """The leading axis is cut over the devices."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def check_batch_size(mesh: Mesh, batch_size: int, what: str) -> None:
+    """Raises UserError unless a global batch cuts evenly over the devices."""
+    if batch_size < 1 or batch_size % mesh.size:
+        raise UserError(f"{what} is {batch_size}: expected a positive multiple of the {mesh.size} devices")
+
+
+def put_batch(mesh: Mesh, rows: np.ndarray, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A global batch on the devices, of which this process reads only its own rows.
+
+    Args:
+        mesh: of all devices.
+        rows: (B,) indices of the global batch.
+        arrays: host arrays with one row an example; "index" is added.
+    Returns:
+        {name: (B, ...)} arrays cut over the devices.
+    """
+    sharding = by_example(mesh)
+    share = len(rows) // jax.process_count()
+    mine = np.asarray(rows[jax.process_index() * share:(jax.process_index() + 1) * share])
+    local = {"index": mine.astype(np.int32), **{name: array[mine] for name, array in arrays.items()}}
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in local.items()}
+
+
+def fetch(tree):
+    """Arrays cut over the devices of the cluster as numpy, in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def fetch_replicated(tree):
+    """Arrays that every device holds whole, as numpy."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), tree)

@@ -1,0 +1,34 @@
+"""Randomness: a key is a function of (seed, stream, step); nothing random is ever stored."""
+
+import zlib
+
+import jax
+
+
+def stream(key: jax.Array, name: str) -> jax.Array:
+    """The key of a named stream ("params", "augment", "attack") below `key`."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+
+
+def key(seed: int, name: str, step: int | jax.Array = 0) -> jax.Array:
+    """The key of a named stream at a step. Works inside and outside jit."""
+    return jax.random.fold_in(stream(jax.random.key(seed), name), step)
+
+
+def per_example(key: jax.Array, index: jax.Array) -> jax.Array:
+    """One key per example, folded from its index in the data set.
+
+    What an example sees then does not depend on the batch it comes in, nor on the devices.
+
+    Args:
+        key: one key.
+        index: (B,) int32 indices in the data set.
+    Returns:
+        (B,) keys.
+    """
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def fold_in(keys: jax.Array, i: int | jax.Array) -> jax.Array:
+    """Folds a number, such as a restart or an iteration, into keys (B,)."""
+    return jax.vmap(lambda k: jax.random.fold_in(k, i))(keys)

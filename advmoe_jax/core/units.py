@@ -1,0 +1,84 @@
+"""Numbers as people write them: eps as "8/255", lengths in steps, epochs or percent."""
+
+import math
+from fractions import Fraction
+
+from advmoe_jax.core.errors import UserError
+
+
+def number(value: str | float, what: str = "value") -> float:
+    """Reads `"8/255"`, `"0.1"`, `0.1` or `1` as a float.
+
+    Raises:
+        UserError: it is none of these, or not finite.
+    """
+    try:
+        result = float(Fraction(value.strip())) if isinstance(value, str) else float(value)
+    except (ValueError, TypeError, ZeroDivisionError):
+        raise UserError(f"{what} is {value!r}: expected a number or a fraction such as '8/255'") from None
+    if not math.isfinite(result):
+        raise UserError(f"{what} is {value!r}: expected a finite number")
+    return result
+
+
+def eps(value: str | float, norm: str, what: str = "eps") -> float:
+    """Reads an attack budget in pixel units of [0, 1].
+
+    Raises:
+        UserError: negative, or above 1 for linf (which is a budget in 0-255 units).
+    """
+    result = number(value, what)
+    if result < 0:
+        raise UserError(f"{what} is {value!r}: expected 0 or more")
+    if norm == "linf" and result > 1:
+        raise UserError(
+            f"{what} is {value!r} for linf, but images are in [0, 1]: write '{result:g}/255' for {result:g} grey levels")
+    return result
+
+
+def steps(amount: str | int | float, steps_per_epoch: int, total_steps: int | None = None,
+          what: str = "length") -> int:
+    """Reads a length as training steps.
+
+    Args:
+        amount: "300 steps", "12 epochs", "5%" (of `total_steps`), or a bare number of epochs.
+        steps_per_epoch: iterations in one pass over the training images.
+        total_steps: what percentages refer to.
+    Returns:
+        A number of steps, at least 0, rounded to the nearest.
+    """
+    text = str(amount).strip()
+    for unit, scale in (("steps", 1), ("step", 1), ("epochs", steps_per_epoch), ("epoch", steps_per_epoch),
+                        ("%", (total_steps or 0) / 100)):
+        if text.endswith(unit):
+            text, factor = text.removesuffix(unit).strip(), scale
+            break
+    else:
+        factor = steps_per_epoch
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise UserError(f"{what} is {amount!r}: expected for example '300 steps', '12 epochs' or '5%'")
+    return round(value * factor)
+
+
+def step_size(value: str | float, eps_value: float, num_steps: int, what: str = "step_size") -> float:
+    """Reads an attack's step size in pixel units.
+
+    Args:
+        value: a number, a fraction, "0.625 eps" or "2.5 eps/steps".
+        eps_value: the budget that "eps" stands for.
+        num_steps: what "steps" stands for.
+    """
+    text = str(value).strip()
+    scale = 1.0
+    for suffix, factor in (("eps/steps", eps_value / max(num_steps, 1)), ("eps", eps_value)):
+        if text.endswith(suffix):
+            text, scale = text.removesuffix(suffix), factor
+            break
+    result = number(text, what) * scale
+    if result < 0:
+        raise UserError(f"{what} is {value!r}: expected 0 or more")
+    return result

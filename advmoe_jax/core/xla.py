@@ -1,0 +1,29 @@
+"""XLA settings that must be in place before a backend starts."""
+
+import importlib.metadata
+import os
+
+# The fusions that this flag names run convolutions on one core; empty turns them off. Only jaxlib versions that
+# were seen to know the flag get it: XLA aborts the process on a name that it does not know.
+_YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+_YNN_VERSIONS = ("0.10.0", "0.10.1", "0.10.2")
+
+
+def set_cpu_flags() -> None:
+    """Adds the CPU convolution flag to `XLA_FLAGS` unless the user has set it or jaxlib may not know it."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _YNN_FLAG not in flags and importlib.metadata.version("jaxlib") in _YNN_VERSIONS:
+        os.environ["XLA_FLAGS"] = f"{flags} {_YNN_FLAG}=".strip()
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that a second start of a run compiles nothing.
+
+    The folder is `JAX_COMPILATION_CACHE_DIR`, or ~/.cache/advmoe_jax.
+    """
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/advmoe_jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

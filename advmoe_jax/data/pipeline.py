@@ -1,0 +1,117 @@
+"""From a data set's name to the indices of a step's batch.
+
+Which images a step sees is a pure function of (seed, stream, step): a resumed run needs no iterator
+file. Legend: n examples in a set, B batch.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from advmoe_jax.core import find
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.data.source import Dataset
+from advmoe_jax.data.split import stratified
+
+_SMALL = 20_000
+
+
+def open_dataset(name: str, root: str, subset: int = 0) -> Dataset:
+    """Loads a data set.
+
+    Args:
+        name: a source's module name, with a variant after a colon if it has any ("tfds:cifar10").
+        root: where prepared data is (`config.data.dir`).
+        subset: keep only the first so many training images; 0 keeps all.
+    Raises:
+        UserError: unknown name, data missing or damaged, or a subset larger than the set.
+    """
+    source, _, variant = name.partition(":")
+    dataset = find.module("data", source, defines="load", kind="data.name").load(root, variant)
+    num_train = len(dataset.train_labels)
+    if not 0 <= subset <= num_train:
+        raise UserError(f"data.subset is {subset}, but {name} has {num_train} training images: "
+                        f"expected 0 (all) to {num_train}")
+    if not subset:
+        return dataset
+    return dataclasses.replace(dataset, train_images=dataset.train_images[:subset],
+                               train_labels=dataset.train_labels[:subset])
+
+
+def holdout(num_train: int, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sets training images aside for validation.
+
+    10 % of up to 20,000 images, of more the larger of 2 % and 1,000. Every class gives its share;
+    the choice depends on the labels alone, never on a seed.
+
+    Args:
+        num_train: n, at least 2.
+        labels: (n,) integers.
+    Returns:
+        Training and validation indices: int64, sorted, disjoint, together 0..n-1.
+    """
+    if num_train < 2 or np.shape(labels) != (num_train,):
+        raise UserError(f"cannot hold out validation images of {num_train} with labels of shape "
+                        f"{np.shape(labels)}: expected at least 2 images and as many labels")
+    if num_train <= _SMALL:
+        count = max(1, round(0.1 * num_train))
+    else:
+        count = max(1_000, round(0.02 * num_train))
+    val = stratified(np.asarray(labels), count)
+    return np.setdiff1d(np.arange(num_train), val), val
+
+
+def steps_per_epoch(num_train: int, batch_size: int) -> int:
+    """Whole batches in one pass; the rest of a pass is left out.
+
+    Raises:
+        UserError: `batch_size` is below 1 or above `num_train`.
+    """
+    if not 1 <= batch_size <= num_train:
+        raise UserError(f"batch size is {batch_size}, but there are {num_train} training images: "
+                        f"expected 1 to {num_train}")
+    return num_train // batch_size
+
+
+def batch_indices(indices: np.ndarray, batch_size: int, seed: int, stream: str,
+                  step: int) -> np.ndarray:
+    """The examples of one training step, without replacement within an epoch.
+
+    Args:
+        indices: (n,) the examples to draw from.
+        batch_size: B, at most n.
+        seed: the run's seed.
+        stream: what the batch is for; streams are independent of each other.
+        step: from 0.
+    Returns:
+        (B,) int64, a part of `indices`.
+    """
+    epoch, position = divmod(step, steps_per_epoch(len(indices), batch_size))
+    order = _permutation(len(indices), seed, stream, epoch)
+    return np.asarray(indices, np.int64)[order[position * batch_size:(position + 1) * batch_size]]
+
+
+def padded_batches(indices: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All examples in order, in batches of one size, for evaluation.
+
+    Yields:
+        Indices (B,) int64 and a mask (B,) bool. A short last batch is not dropped: it is filled up
+        with its own first index, masked False.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch size is {batch_size}: expected 1 or more")
+    for start in range(0, len(indices), batch_size):
+        part = np.asarray(indices[start:start + batch_size], np.int64)
+        padding = batch_size - len(part)
+        yield np.pad(part, (0, padding), constant_values=part[0]), np.arange(batch_size) < len(part)
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(n, seed, stream, epoch):
+    words = (seed % 2**64, zlib.crc32(stream.encode()), epoch)
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence(words))).permutation(n)
+    order.setflags(write=False)
+    return order

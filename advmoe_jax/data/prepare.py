@@ -1,0 +1,84 @@
+"""Prepares a data set for training: `python -m advmoe_jax.data.prepare cifar10 --out DIR`."""
+
+import argparse
+import logging
+import pathlib
+import sys
+
+from advmoe_jax.core import find
+from advmoe_jax.core.errors import EXIT_OK, UserError
+from advmoe_jax.data import raw
+from advmoe_jax.data.source import (
+    META, SPLITS, read_prepared, refuse_foreign, refuse_variant, write_prepared)
+
+
+def prepare(name: str, out: str, raw_path: str | None = None, force: bool = False,
+            allow_unknown_hash: bool = False) -> pathlib.Path:
+    """Writes OUT/NAME/ from the official files; an intact folder that is there is kept.
+
+    Args:
+        name: a data set with official files ("cifar10").
+        out: where prepared data is kept (`config.data.dir`).
+        raw_path: the official archive, its folder or that folder's parent; None downloads it.
+        force: write even if OUT/NAME/ is there.
+        allow_unknown_hash: accept other content than the official, with a warning.
+    Returns:
+        OUT/NAME/.
+    Raises:
+        UserError: unknown name, files missing, damaged or not the official ones, no network.
+    """
+    base, _, variant = name.partition(":")
+    source = find.module("data", base, defines="load", kind="data set")
+    if not hasattr(source, "read_raw"):
+        raise UserError(source.how_to_prepare(out, variant))
+    refuse_variant(base, variant)
+    folder = pathlib.Path(out) / base
+    if (folder / META).is_file() and not force:
+        summary = _summary(read_prepared(base, out))
+        print(f"{folder} is already prepared: {summary}; --force writes it anew")
+        return folder
+    refuse_foreign(folder)
+    if raw_path is None:
+        downloads = pathlib.Path(out) / "downloads"
+        raw_path = raw.download(source.OFFICIAL, downloads, allow_unknown_hash)
+    dataset = source.read_raw(raw_path, allow_unknown_hash)
+    write_prepared(dataset, out)
+    print(f"{folder}: {_summary(dataset)}")
+    return folder
+
+
+def _summary(dataset):
+    height, width, channels = dataset.image_shape
+    counts = " and ".join(f"{len(dataset.split(split)[1]):,} {split}" for split in SPLITS)
+    return f"{counts} images of {height}x{width}x{channels}, {dataset.num_classes} classes"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, or 2 for bad input."""
+    official = ", ".join(find.names("data", "read_raw"))
+    parser = argparse.ArgumentParser(prog="python -m advmoe_jax.data.prepare", description=(
+        "Checks the official files of a data set and writes DIR/NAME/, which training reads."))
+    parser.add_argument("name", help=f"the data set: {official}")
+    parser.add_argument("--out", required=True, metavar="DIR",
+                        help="where prepared data is kept (config.data.dir)")
+    parser.add_argument("--raw", metavar="PATH",
+                        help="the official archive, the folder it unpacks to, or that folder's "
+                             "parent; downloaded if not given")
+    parser.add_argument("--force", action="store_true", help="write even if DIR/NAME/ is there")
+    parser.add_argument("--allow-unknown-hash", action="store_true",
+                        help="accept other or fewer files than the official ones, with a warning")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        prepare(args.name, args.out, args.raw, args.force, args.allow_unknown_hash)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
+        return UserError.exit_code
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""Data sets as their authors publish them: where they are, their hashes, how files are read.
+
+A source declares one `Official`; everything that is the same for all of them is here. Archives are
+read member by member and never extracted, so that a hostile member name has nowhere to go.
+"""
+
+import dataclasses
+import hashlib
+import http.client
+import logging
+import os
+import pathlib
+import tarfile
+import time
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.data.source import Dataset, prepare_command
+
+_log = logging.getLogger(__name__)
+_CHUNK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One form in which a data set is published.
+
+    Attributes:
+        folder: the folder that its archive unpacks to; "" if the files are published one by one.
+        train: md5 of each file of training images, in order.
+        test: the same for test images.
+        decode: bytes of a file -> images (n, H, W, C) uint8, labels (n,) of any integer type.
+    """
+
+    folder: str
+    train: Mapping[str, str]
+    test: Mapping[str, str]
+    decode: Callable[[bytes], tuple[np.ndarray, np.ndarray]]
+
+    @property
+    def md5(self) -> dict[str, str]:
+        return {**self.train, **self.test}
+
+
+@dataclasses.dataclass(frozen=True)
+class Official:
+    """A published data set.
+
+    Attributes:
+        name: the source's module name.
+        class_names: in label order.
+        urls: what to download, complete in itself.
+        archives: md5 of each archive that `read` knows, by file name; empty if there is none.
+        layouts: the forms it is published in, the preferred one first.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    urls: tuple[str, ...]
+    archives: Mapping[str, str]
+    layouts: tuple[Layout, ...]
+
+    @property
+    def expects(self) -> str:
+        """What `read` takes, in words."""
+        files = [", ".join(layout.md5) for layout in self.layouts]
+        return " or ".join([*self.archives, *(f"a folder with {names}" for names in files)])
+
+
+def read(official: Official, path: str | os.PathLike, allow_unknown_hash: bool = False) -> Dataset:
+    """Reads an official archive, or the folder it unpacks to, or that folder's parent.
+
+    Args:
+        official: the data set.
+        path: the archive or the folder.
+        allow_unknown_hash: accept files of other content, and fewer training files, with a warning.
+    Raises:
+        UserError: nothing of this data set there, a file missing or unreadable, another hash.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise UserError(f"no file or folder {path}; expected {official.expects}")
+    if path.is_dir():
+        layout, files, verified = *_read_folder(official, path), False
+    else:
+        layout, files, verified = _read_archive(official, path, allow_unknown_hash)
+    _check_complete(layout, files, path, allow_unknown_hash)
+    if not verified:
+        for name, data in files.items():
+            found = hashlib.md5(data).hexdigest()
+            _check_md5(f"{path}: {name}", found, layout.md5[name], allow_unknown_hash)
+    parts = {}
+    for split, names in (("train", layout.train), ("test", layout.test)):
+        images, labels = zip(*(_decode(layout, f"{path}: {name}", files.pop(name))
+                               for name in names if name in files))
+        parts[f"{split}_images"] = np.concatenate(images)
+        parts[f"{split}_labels"] = np.concatenate(labels).astype(np.int32)
+    return Dataset(name=official.name, class_names=official.class_names, **parts)
+
+
+def download(official: Official, folder: str | os.PathLike,
+             allow_unknown_hash: bool = False) -> pathlib.Path:
+    """Fetches the official files into `folder`; a file that is there with the right hash is kept.
+
+    Returns:
+        What `read` takes: the one file, or `folder` if there are several.
+    Raises:
+        UserError: no network, or the hash of what came differs.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    known = dict(official.archives)
+    for layout in official.layouts:
+        known |= layout.md5
+    targets = [folder / url.rsplit("/", 1)[-1] for url in official.urls]
+    for url, target in zip(official.urls, targets):
+        if target.exists() and _file_md5(target) == known[target.name]:
+            continue
+        part = target.with_name(target.name + ".part")
+        try:
+            _fetch(url, part)
+            _check_md5(url, _file_md5(part), known[target.name], allow_unknown_hash)
+            os.replace(part, target)
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            raise UserError(
+                f"could not download {url} ({reason}); fetch it where there is a network, then run "
+                f"`{prepare_command(official.name, folder.parent)} --raw PATH`") from None
+        finally:
+            part.unlink(missing_ok=True)
+    return targets[0] if len(targets) == 1 else folder
+
+
+def _read_folder(official, path):
+    """Returns the layout found and bytes by file name, not yet checked."""
+    for layout in official.layouts:
+        for folder in dict.fromkeys((path, path / layout.folder)):
+            files = {name: (folder / name).read_bytes()
+                     for name in layout.md5 if (folder / name).is_file()}
+            if files:
+                return layout, files
+    raise UserError(f"nothing of {official.name} in {path}; expected {official.expects}")
+
+
+def _read_archive(official, path, allow_unknown_hash):
+    """As `_read_folder`, and whether the archive's own hash vouches for its members."""
+    if not official.archives:
+        raise UserError(f"{path} is a file; expected {official.expects}")
+    found = _file_md5(path)
+    verified = found in official.archives.values()
+    if not verified and path.name in official.archives:
+        _check_md5(str(path), found, official.archives[path.name], allow_unknown_hash)
+    wanted = {name for layout in official.layouts for name in layout.md5}
+    try:
+        files = dict(_members(path, wanted))
+    except (tarfile.TarError, EOFError, OSError, zlib.error):
+        raise UserError(f"{path} is not a readable .tar.gz archive, or not all of it; expected "
+                        f"{official.expects}") from None
+    for layout in official.layouts:
+        mine = {name: files[name] for name in layout.md5 if name in files}
+        if mine:
+            return layout, mine, verified
+    raise UserError(f"nothing of {official.name} in {path}; expected {official.expects}")
+
+
+def _members(path, wanted) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(path, "r:*") as archive:
+        for member in archive:
+            name = pathlib.PurePosixPath(member.name)
+            if name.is_absolute() or ".." in name.parts:
+                raise UserError(f"{path} holds the unsafe member {member.name!r}: "
+                                "expected an official archive")
+            if member.isfile() and name.name in wanted:
+                yield name.name, archive.extractfile(member).read()
+
+
+def _check_complete(layout, files, path, allow_unknown_hash):
+    missing = [name for name in layout.md5 if name not in files]
+    if not missing:
+        return
+    text = f"{path} lacks {', '.join(missing)}"
+    usable = all(files.keys() & part.keys() for part in (layout.train, layout.test))
+    if not (allow_unknown_hash and usable):
+        raise UserError(f"{text}; expected {', '.join(layout.md5)}")
+    _log.warning("%s: read without", text)
+
+
+def _check_md5(what, found, expected, allow_unknown_hash):
+    if found == expected:
+        return
+    text = f"{what} has md5 {found}, expected {expected}"
+    if not allow_unknown_hash:
+        raise UserError(f"{text}: not the official file; "
+                        "fetch it again, or accept it by --allow-unknown-hash")
+    _log.warning("%s: accepted", text)
+
+
+def _decode(layout, what, data):
+    try:
+        return layout.decode(data)
+    except Exception as error:  # foreign bytes fail in any way: there is no common base class
+        raise UserError(f"{what} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _file_md5(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def _fetch(url, path, timeout_s=60):
+    """Downloads with a progress line on the log about every five seconds."""
+    with urllib.request.urlopen(url, timeout=timeout_s) as response, open(path, "wb") as file:
+        total, done, due = int(response.headers.get("Content-Length") or 0), 0, time.monotonic()
+        while chunk := response.read(_CHUNK):
+            done += file.write(chunk)
+            if time.monotonic() >= due:
+                _log.info("%s: %d MB%s", url, done >> 20, f" of {total >> 20}" if total else "")
+                due = time.monotonic() + 5
+        if done < total:
+            raise OSError(f"the connection ended after {done} of {total} bytes")

@@ -1,0 +1,185 @@
+"""PyTorch checkpoints as variables of our networks, by the names that each network's layers carry.
+
+Nothing here knows a model: `Network.layers` says which tensor goes where. The names are those of the released AdvMoE
+code (OPTML-Group/Robust-MoE-CNN) and of the CIFAR and torchvision ResNets that it follows: kernels are (O, I, k, k)
+and linear weights (O, I); a BatchNorm has weight, bias, running_mean, running_var and num_batches_tracked. The
+released code registers its one router in the model and in every routed convolution, so that a checkpoint holds the
+router's tensors many times, as "router.fc.weight", "layer1.0.conv1.router.fc.weight" and so on.
+
+I input channels, O output channels, k kernel size.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advmoe_jax.core import tree
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.models.network import Network
+
+_WRAPPERS = ("state_dict", "net", "model")
+_DATA_PARALLEL = "module."
+_ROUTER = "router."
+_KERNEL_FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}
+_KERNEL_TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
+
+
+def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads the tensors of a checkpoint file.
+
+    A state dict below "state_dict", "net" or "model" is unwrapped and DataParallel's "module." is stripped.
+
+    Args:
+        path: what `torch.save` wrote (.th, .pth, .pt), which needs PyTorch here too, or an .npz, which does not.
+    Returns:
+        {PyTorch name: array}.
+    Raises:
+        UserError: there is no such file, it cannot be read, or it holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint file {path}: expected a PyTorch checkpoint or an .npz")
+    content = _read_npz(path) if path.suffix == ".npz" else _read_torch(path)
+    while (inner := next((w for w in _WRAPPERS if isinstance(content.get(w), Mapping)), None)) is not None:
+        content = content[inner]
+    other = next((name for name, value in content.items() if not hasattr(value, "shape")), None)
+    if not content or other is not None:
+        found = "is empty" if other is None else f"has an entry {other!r} that is no tensor"
+        raise UserError(f"{path} {found}: expected a state dict, alone or under {', '.join(_WRAPPERS)}")
+    prefix = _DATA_PARALLEL if all(name.startswith(_DATA_PARALLEL) for name in content) else ""
+    return {name.removeprefix(prefix): _to_numpy(value) for name, value in content.items()}
+
+
+def to_variables(network: Network, state_dict: Mapping[str, Any],
+                 router_state_dict: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Puts the tensors of a state dict where `network` has them.
+
+    Running variances are taken as they are. PyTorch updates its own with the unbiased variance and flax with the
+    biased one, which matters only for comparing them after further training.
+
+    Args:
+        network: any whose layers all have PyTorch names. Routers other than model.routing=global have none.
+        state_dict: {PyTorch name: array}, with equal copies of the router or none.
+        router_state_dict: the router's own, with names such as "fc.weight", where `state_dict` has none.
+    Returns:
+        {"params": ..., "batch_stats": ...} as `network.init` makes them.
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape, or copies of the router differ.
+    """
+    found = _one_router(state_dict, router_state_dict or {})
+    abstract = jax.eval_shape(network.init, jax.random.key(0))
+    expected, names = tree.named_leaves(abstract), _torch_names(network)
+    has_router = any(name.startswith(_ROUTER) for name in found)
+    leaves = []
+    for path, leaf in expected.items():
+        if path not in names:
+            raise _not_importable(path)
+        name = names[path]
+        if name.startswith(_ROUTER) and not has_router:
+            raise UserError(f"the state dict has no router: expected tensors such as {name}, or a router_state_dict")
+        leaves.append(_take(found, name, leaf, path.endswith("/kernel")))
+    for name in found:
+        if name not in names.values():
+            raise UserError(f"unknown tensor {name} {np.shape(found[name])} in the state dict: "
+                            f"expected only tensors of this network{_nearest(name, names.values())}")
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def norm_name(layer: str) -> str:
+    """PyTorch name of the BatchNorm behind a layer: "bn1" of "conv1", "shortcut.1" of "shortcut.0"."""
+    head, _, last = layer.rpartition(".")
+    last = str(int(last) + 1) if last.isdigit() else re.sub(r"^conv", "bn", last)
+    return f"{head}.{last}" if head else last
+
+
+def _torch_names(network: Network) -> dict[str, str]:
+    """{"params/backbone/conv1/kernel": "conv1.weight"} for every leaf that the layers of `network` may have."""
+    names = {}
+    for spec in network.layers:
+        if not spec.torch_name:
+            raise _not_importable(spec.path)
+        prefix = _ROUTER if spec.path.startswith("router/") else ""
+        layer, norm = prefix + spec.torch_name, prefix + norm_name(spec.torch_name)
+        names |= {f"params/{spec.path}/kernel": f"{layer}.weight", f"params/{spec.path}/bias": f"{layer}.bias"}
+        if spec.norm:
+            names |= {f"params/{spec.norm}/scale": f"{norm}.weight", f"params/{spec.norm}/bias": f"{norm}.bias",
+                      f"batch_stats/{spec.norm}/mean": f"{norm}.running_mean",
+                      f"batch_stats/{spec.norm}/var": f"{norm}.running_var"}
+    return names
+
+
+def _not_importable(path: str) -> UserError:
+    return UserError(f"{path} has no PyTorch name: expected a network whose layers all have one; "
+                     "of the routers only that of model.routing=global has")
+
+
+def _one_router(state_dict: Mapping[str, Any], router_state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors that carry weights, all copies of the router merged under the prefix "router."."""
+    merged, origin = {}, {}
+    given = {**state_dict, **{f"router_state_dict.{_ROUTER}{name}": v for name, v in router_state_dict.items()}}
+    for name, value in given.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        short = re.sub(r"^(.*\.)?router\.", _ROUTER, name)
+        if short not in merged:
+            merged[short], origin[short] = value, name
+        elif not np.array_equal(merged[short], value, equal_nan=True):
+            raise UserError(f"copies of the router differ: {origin[short]} is not {name}; expected one router in all layers")
+    return merged
+
+
+def _take(found: Mapping[str, Any], name: str, leaf: jax.ShapeDtypeStruct, is_kernel: bool) -> jax.Array:
+    """The tensor `name` as the leaf of our variables."""
+    shape = tuple(leaf.shape[axis] for axis in _KERNEL_TO_TORCH[leaf.ndim]) if is_kernel else leaf.shape
+    if name not in found:
+        raise UserError(f"the state dict has no tensor {name}: expected one of shape {shape}{_nearest(name, found)}")
+    value = np.asarray(found[name])
+    if value.shape != shape:
+        raise UserError(f"tensor {name} of the state dict is {value.shape}: expected {shape}")
+    return jnp.asarray(value.transpose(_KERNEL_FROM_TORCH[value.ndim]) if is_kernel else value, leaf.dtype)
+
+
+def _nearest(name: str, known) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; the nearest name is {near[0]}" if near else ""
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except Exception as error:  # numpy raises what zipfile or its parser raised
+        raise _unreadable(path, error) from None
+
+
+def _read_torch(path: Path) -> Mapping[str, Any]:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"reading {path} needs PyTorch: run `pip install advmoe_jax[torch]`, "
+                        "or save its state dict as .npz") from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what pickle, zipfile or its storage raised
+        raise _unreadable(path, error) from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}: expected a state dict")
+    return content
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return UserError(f"{path} cannot be read as a checkpoint: {reason}")
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
+    value = value.detach()
+    return (value.float() if value.is_floating_point() and value.element_size() < 4 else value).numpy()

@@ -1,0 +1,74 @@
+"""Trains, evaluates and reports robust vision models.
+
+  python -m advmoe_jax.main --config configs/digits_r18.py             train, attack, report
+  python -m advmoe_jax.main --config configs/digits_r18.py:at_dense    what it is compared to: at_dense,
+                                                                       at_sdense, at_moe, natural
+  python -m advmoe_jax.main --mode evaluate --workdir runs/digits_r18 --config.eval.attacks="fgsm pgd(num_steps=20)"
+  python -m advmoe_jax.main --mode report --workdir "runs/digits_*"    one table of several runs
+
+Any field of the config can be set: --config.model.width=32 --config.attack.eps=8/255. The same command continues a
+run that was stopped. Exit codes: 0; 2 bad input; 4 non-finite training; 75 stopped by SIGTERM, run me again; 130
+Ctrl-C.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from advmoe_jax.core.errors import EXIT_INTERRUPTED, EXIT_OK, UserError, unknown_name
+
+MODES = ("train", "evaluate", "report")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Reads the command line: the flags, and the config overrides as "model.width=32"."""
+    parser = _Parser(prog="python -m advmoe_jax.main", description=__doc__, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                     usage="%(prog)s --config FILE[:ARGUMENT] [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE ...]")
+    parser.add_argument("--config", default="", help="config file, with an argument behind a colon")
+    parser.add_argument("--mode", default="train", choices=MODES, help="train unless given")
+    parser.add_argument("--workdir", default="", help="where the run lives; runs/<config name> unless given")
+    parser.add_argument("--checkpoint", default="", help="best, last or a step, for evaluate; best and last unless given")
+    parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="process 0 of a run of several")
+    parser.add_argument("--num_processes", type=int, default=1, metavar="N", help="processes of the run")
+    parser.add_argument("--process_id", type=int, default=0, metavar="I", help="which of them this is")
+    flags, rest = parser.parse_known_args(argv)
+    known = [option for action in parser._actions for option in action.option_strings]
+    for word in rest:
+        if not word.startswith("--config."):
+            raise unknown_name("flag", word.partition("=")[0], known)
+    return flags, [word.removeprefix("--config.") for word in rest]
+
+
+def run(argv: Sequence[str]) -> None:
+    """Does what a command line says.
+
+    Raises:
+        UserError: it cannot be done; the message is one line.
+    """
+    flags, overrides = parse(argv)
+    from advmoe_jax import modes  # jax is imported from here on, and --help stays quick
+
+    modes.start(flags, overrides)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns the exit code."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

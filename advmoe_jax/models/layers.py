@@ -1,0 +1,96 @@
+"""Layers that the backbones share. B batch, H W height and width, I input, O output, E experts, w expert width."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from advmoe_jax.ops import conv, routing
+
+# Kaiming normal, fan out: the initialiser of the released AdvMoE code. For a routed kernel the fan counts all
+# stored channels.
+kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+# BatchNorm as PyTorch sets it (its momentum 0.1 is 0.9 here). Running variances are biased, PyTorch's are not.
+batch_norm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+
+Choose = Callable[[jax.Array], jax.Array]
+"""Given the input (B, H, W, I) of a routed layer, its gate (B, E); called once a layer, in order."""
+
+
+class Conv(nn.Module):
+    """Convolution without bias, padding k // 2.
+
+    Attributes:
+        features: O.
+        size: k.
+        stride: in both directions.
+    """
+
+    features: int
+    size: int = 3
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, H, W, I) -> (B, H / stride, W / stride, O)."""
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        return conv.conv2d(x, self.param("kernel", kaiming, shape), self.stride)
+
+
+class RoutedConv(nn.Module):
+    """Convolution whose output channels are one expert's, chosen per image.
+
+    Every expert reads the whole input by position; the kernel is (k, k, I, C_store) with one window of w output
+    channels an expert. All experts are computed and one is selected. Source: AdvMoE, section 3.
+
+    Attributes:
+        channels: C of the dense layer.
+        width: w.
+        num_experts: E.
+        experts: "shared" | "disjoint", see ops.routing.offsets.
+        expert_init: "equal" | "independent".
+        size, stride: as in Conv.
+    """
+
+    channels: int
+    width: int
+    num_experts: int
+    experts: str
+    expert_init: str = "independent"
+    size: int = 3
+    stride: int = 1
+
+    def _init(self, key, shape, dtype=jnp.float32):
+        """Kaiming. "equal" repeats w filters over the stored channels: where the windows do not overlap all experts
+        start as one, so that a change of route, which an attack causes all the time in an untrained network, changes
+        nothing until the experts have grown apart."""
+        if self.expert_init == "independent":
+            return kaiming(key, shape, dtype)
+        filters = kaiming(key, (*shape[:3], self.width), dtype)
+        return filters[..., jnp.arange(shape[3]) % self.width]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
+        """(B, H, W, I), (B, E) -> (B, H / stride, W / stride, w)."""
+        starts = routing.offsets(self.num_experts, self.width, self.channels, self.experts)
+        shape = (self.size, self.size, x.shape[-1], stored_channels(self))
+        y = conv.conv2d(x, self.param("kernel", self._init, shape), self.stride)
+        return routing.mix(y, gate, starts, self.width)
+
+
+def stored_channels(layer) -> int:
+    """C_store of a layer with fields channels, width, num_experts and experts."""
+    return layer.num_experts * layer.width if layer.experts == "disjoint" else layer.channels
+
+
+def scaled_width(channels: int, model_scale: float) -> int:
+    """floor(r * C), at least 1: the width of one expert and of a small dense layer."""
+    return max(1, int(model_scale * channels))
+
+
+def global_average_pool(x: jax.Array) -> jax.Array:
+    """(B, H, W, C) -> (B, C)."""
+    return jnp.mean(x, axis=(1, 2))

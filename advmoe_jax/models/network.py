@@ -1,0 +1,162 @@
+"""The whole network: a backbone and, when it has several experts, a router beside it.
+
+params and batch_stats are {"backbone": ..., "router": ...}. B batch, L routed choices, E experts, K classes.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from advmoe_jax.core import find
+from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.layers import LayerSpec
+from advmoe_jax.models import router as routers
+from advmoe_jax.ops import routing
+
+GROUPS = ("backbone", "router")
+
+
+class _Module(nn.Module):
+    backbone: nn.Module
+    router: nn.Module | None = None
+
+    def __call__(self, x, route, train):
+        image_scores = None
+        if hasattr(self.router, "scores_image"):
+            image_scores = self.router.scores_image(x, train)
+        layers, choices = itertools.count(), {}
+
+        def choose(features):
+            """The gate of the next routed layer. A global router has one choice, which all layers share."""
+            layer = next(layers)
+            if image_scores is None:
+                features = jax.lax.stop_gradient(features) if route.detach else features
+                scores = self.router.scores_layer(layer, features, train)
+            else:
+                layer = min(layer, image_scores.shape[1] - 1)
+                scores = image_scores[:, layer]
+            gate, ids = routing.gates(scores, route, layer)
+            choices[layer] = scores, ids
+            return gate
+
+        logits = self.backbone(x, choose, train)
+        if not choices:
+            return logits, {}
+        scores, ids = (jnp.stack(column, 1) for column in zip(*choices.values()))
+        best, second = jnp.moveaxis(jax.lax.top_k(scores, 2)[0], -1, 0)
+        return logits, {"router_logits": scores, "expert_ids": ids, "margins": best - second}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A model as pure functions over its variables.
+
+    Attributes:
+        module: the linen module.
+        layers: every layer of backbone and router.
+        image_shape: (H, W, C).
+        num_classes: K.
+        num_experts: E, 1 for a dense network.
+    """
+
+    module: nn.Module
+    layers: tuple[LayerSpec, ...]
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    num_experts: int
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the parameter groups."""
+        return GROUPS if self.num_experts > 1 else GROUPS[:1]
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh variables {"params": ..., "batch_stats": ...}, each a tree per group."""
+        x = jnp.zeros((1, *self.image_shape))
+        return self.module.init(key, x, routing.hard(), True)
+
+    def apply(self, variables: dict[str, Any], x: jax.Array,
+              route: routing.Route = routing.hard()) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Evaluation: BatchNorm uses running statistics.
+
+        Args:
+            variables: params and batch_stats.
+            x: (B, H, W, C) in [0, 1].
+            route: how experts are chosen.
+        Returns:
+            logits (B, K) and aux: empty for a dense network, else router_logits (B, L, E), expert_ids (B, L) and
+            margins (B, L) between the two best scores.
+        """
+        return self.module.apply(variables, x, route, False)
+
+    def apply_train(self, variables: dict[str, Any], x: jax.Array, route: routing.Route = routing.hard()
+                    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
+        """Training: BatchNorm uses the batch. As `apply`, with the updated batch_stats at the end."""
+        (logits, aux), updated = self.module.apply(variables, x, route, True, mutable=["batch_stats"])
+        return logits, aux, updated["batch_stats"]
+
+    def outputs_fn(self, variables: dict[str, Any],
+                   route: routing.Route = routing.hard()) -> jax.tree_util.Partial:
+        """`x -> (logits, aux)` with the weights as arguments of the traced program."""
+        return jax.tree_util.Partial(_evaluate, _Static(self), variables, route)
+
+    def logits_fn(self, variables: dict[str, Any],
+                  route: routing.Route = routing.hard()) -> jax.tree_util.Partial:
+        """`x -> logits` with the weights as arguments of the traced program, for attacks."""
+        return jax.tree_util.Partial(_logits, self.outputs_fn(variables, route))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A network as a part of a tree that holds no arrays."""
+
+    network: Network
+
+
+def _evaluate(static, variables, route, x):
+    return static.network.apply(variables, x, route)
+
+
+def _logits(outputs_fn, x):
+    return outputs_fn(x)[0]
+
+
+def make(cfg, image_shape: tuple[int, int, int], num_classes: int) -> Network:
+    """Builds the network that `config.model` describes.
+
+    Args:
+        cfg: name of the backbone's module and its fields, num_experts, model_scale, experts,
+            expert_init, routing, router_width, router_grad.
+        image_shape: (H, W, C).
+        num_classes: K.
+    Raises:
+        UserError: a field is out of range or names nothing.
+    """
+    module = find.module("models", cfg.name, defines="backbone", kind="model.name")
+    check(cfg)
+    net = module.backbone(cfg, num_classes)
+    specs = module.layers(net, image_shape)
+    router = None
+    if cfg.num_experts > 1:
+        routed_inputs = tuple(spec.kernel[-2] for spec in specs if spec.routed)
+        router = routers.make(cfg, routed_inputs)
+        specs += routers.layers(cfg, routed_inputs, image_shape)
+    return Network(_Module(net, router), specs, tuple(image_shape), num_classes, cfg.num_experts)
+
+
+def check(cfg) -> None:
+    """Raises UserError for a field of `config.model` out of its range."""
+    one_of("model.routing", cfg.routing, routers.ROUTINGS)
+    one_of("model.experts", cfg.experts, ("shared", "disjoint"))
+    one_of("model.expert_init", cfg.expert_init, ("equal", "independent"))
+    one_of("model.router_grad", cfg.router_grad, routing.ROUTER_GRADS[1:])
+    for name in ("width", "num_experts", "router_width"):
+        if cfg[name] < 1:
+            raise UserError(f"model.{name} is {cfg[name]}: expected 1 or more")
+    if not 0 < cfg.model_scale <= 1:
+        raise UserError(f"model.model_scale is {cfg.model_scale}: expected above 0 and at most 1")

@@ -1,0 +1,176 @@
+"""ResNet with basic blocks: dense, small-dense and mixture-of-experts, CIFAR and ImageNet stems.
+
+He et al., CVPR 2016, as the AdvMoE paper uses it (post-activation; the CIFAR form has a 3x3 stem). With one expert
+it is the dense network narrowed by `model_scale`. With several, the block convolutions are routed; in the CIFAR
+form the stem keeps its full width and the 1x1 shortcuts stay dense, in the ImageNet form the stem is narrowed and
+the shortcuts are routed too.
+
+B batch, H W height and width, C channels, E experts, K classes.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+from flax import linen as nn
+
+from advmoe_jax.core.errors import one_of
+from advmoe_jax.core.layers import LayerSpec
+from advmoe_jax.models.layers import (
+    Choose, Conv, RoutedConv, batch_norm, global_average_pool, scaled_width, stored_channels)
+
+DEPTHS = {"10": (1, 1, 1, 1), "18": (2, 2, 2, 2), "34": (3, 4, 6, 3)}
+STEMS = ("cifar", "imagenet")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Shape of one basic block: channels of the dense network, width and stride of this one."""
+
+    name: str
+    torch_name: str
+    channels: int
+    width: int
+    stride: int
+    has_shortcut: bool
+
+
+class ResNet(nn.Module):
+    """The backbone. Attributes are the fields of `config.model`; `stage_sizes` is blocks a stage."""
+
+    num_classes: int
+    width: int
+    stage_sizes: tuple[int, ...]
+    stem: str
+    num_experts: int
+    model_scale: float
+    experts: str
+    expert_init: str
+
+    @property
+    def stem_width(self) -> int:
+        routed_cifar = self.num_experts > 1 and self.stem == "cifar"
+        return self.width if routed_cifar else scaled_width(self.width, self.model_scale)
+
+    def blocks(self) -> Iterator[_Block]:
+        """The blocks in order."""
+        incoming = self.stem_width
+        for stage, size in enumerate(self.stage_sizes):
+            channels = self.width * 2**stage
+            width = scaled_width(channels, self.model_scale)
+            for i in range(size):
+                stride = 2 if stage > 0 and i == 0 else 1
+                yield _Block(f"layer{stage + 1}_{i}", f"layer{stage + 1}.{i}", channels, width, stride,
+                             has_shortcut=stride > 1 or incoming != width)
+                incoming = width
+
+    @property
+    def routes_shortcuts(self) -> bool:
+        return self.num_experts > 1 and self.stem == "imagenet"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, choose: Choose, train: bool) -> jax.Array:
+        """(B, H, W, C) images in [0, 1] -> (B, K) logits."""
+        imagenet = self.stem == "imagenet"
+        x = Conv(self.stem_width, 7 if imagenet else 3, 2 if imagenet else 1, name="conv1")(x)
+        x = nn.relu(batch_norm(use_running_average=not train, name="bn1")(x))
+        if imagenet:
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        for block in self.blocks():
+            x = BasicBlock(block, self.num_experts, self.experts, self.expert_init, self.routes_shortcuts,
+                           name=block.name)(x, choose, train)
+        return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name="linear")(
+            global_average_pool(x))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    block: _Block
+    num_experts: int
+    experts: str
+    expert_init: str
+    routes_shortcut: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, choose: Choose, train: bool) -> jax.Array:
+        """(B, H, W, C) -> (B, H / stride, W / stride, width)."""
+        block = self.block
+
+        def conv(x, name, size=3, stride=1, routed=self.num_experts > 1):
+            if routed:
+                layer = RoutedConv(block.channels, block.width, self.num_experts, self.experts, self.expert_init,
+                                   size, stride, name=name)
+                return layer(x, choose(x))
+            return Conv(block.width, size, stride, name=name)(x)
+
+        def norm(x, name):
+            return batch_norm(use_running_average=not train, name=name)(x)
+
+        y = nn.relu(norm(conv(x, "conv1", stride=block.stride), "bn1"))
+        y = norm(conv(y, "conv2"), "bn2")
+        if block.has_shortcut:
+            x = norm(conv(x, "shortcut", 1, block.stride, self.routes_shortcut), "shortcut_bn")
+        return nn.relu(x + y)
+
+
+def backbone(cfg, num_classes: int) -> ResNet:
+    """Builds the network that `config.model` describes.
+
+    Args:
+        cfg: fields width, depth, stem, num_experts, model_scale, experts, expert_init.
+        num_classes: K.
+    """
+    sizes = DEPTHS[one_of("model.depth of a resnet", str(cfg.depth), DEPTHS)]
+    return ResNet(num_classes, cfg.width, sizes, one_of("model.stem", cfg.stem, STEMS), cfg.num_experts,
+                  cfg.model_scale, cfg.experts, cfg.expert_init)
+
+
+def layers(net: ResNet, image_shape: tuple[int, int, int]) -> tuple[LayerSpec, ...]:
+    """Every convolution and linear layer of `net`, in the order in which routed ones ask for a choice.
+
+    Args:
+        net: made by `backbone`.
+        image_shape: (H, W, C).
+    """
+    imagenet = net.stem == "imagenet"
+    size, torch_linear, torch_shortcut = image_shape[:2], "linear", "shortcut.0"
+    if imagenet:
+        torch_linear, torch_shortcut = "fc", "downsample.0"
+    specs = []
+
+    def add(path, torch_name, kernel, width, stride, norm, inputs, routed=False):
+        specs.append(LayerSpec(f"backbone/{path}", kernel, width, stride, size,
+                               norm and f"backbone/{norm}", inputs, torch_name, routed))
+        return (specs[-1].path,)
+
+    if imagenet:
+        size = _halve(size)
+    k = 7 if imagenet else 3
+    stream = add("conv1", "conv1", (k, k, image_shape[2], net.stem_width), net.stem_width, 2 if imagenet else 1,
+                 "bn1", ())
+    if imagenet:
+        size = _halve(size)
+    incoming = net.stem_width
+    for block in net.blocks():
+        routed = net.num_experts > 1
+        stored = stored_channels(RoutedConv(block.channels, block.width, net.num_experts, net.experts, parent=None)
+                                 ) if routed else block.width
+        if block.stride == 2:
+            size = _halve(size)
+        first = add(f"{block.name}/conv1", f"{block.torch_name}.conv1", (3, 3, incoming, stored), block.width,
+                    block.stride, f"{block.name}/bn1", stream, routed)
+        second = add(f"{block.name}/conv2", f"{block.torch_name}.conv2", (3, 3, block.width, stored), block.width,
+                     1, f"{block.name}/bn2", first, routed)
+        if block.has_shortcut:
+            columns = stored if net.routes_shortcuts else block.width
+            stream = add(f"{block.name}/shortcut", f"{block.torch_name}.{torch_shortcut}", (1, 1, incoming, columns),
+                         block.width, block.stride, f"{block.name}/shortcut_bn", stream, net.routes_shortcuts)
+        stream, incoming = stream + second, block.width
+    size = (1, 1)
+    add("linear", torch_linear, (incoming, net.num_classes), net.num_classes, 1, None, stream)
+    return tuple(specs)
+
+
+def _halve(size: tuple[int, int]) -> tuple[int, int]:
+    return tuple((s + 1) // 2 for s in size)

@@ -1,0 +1,144 @@
+"""What the program does in each mode: train, evaluate, report."""
+
+import argparse
+import glob
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+import advmoe_jax
+from advmoe_jax.attacks import parse
+from advmoe_jax.core import config as configs
+from advmoe_jax.core import xla
+from advmoe_jax.core import mesh as meshes
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.report import macs, reports, results
+from advmoe_jax.systems.assemble import Experiment, assemble
+from advmoe_jax.train import checkpoint, evaluate, log, loop
+
+
+def start(flags: argparse.Namespace, overrides: list[str]) -> None:
+    """Runs the mode that the flags name."""
+    if flags.mode == "report":
+        folders = sorted(Path(p) for pattern in flags.workdir.split(",") for p in glob.glob(pattern))
+        if not folders:
+            raise UserError(f"no workdir matches {flags.workdir!r}: expected --workdir DIR, or a pattern such as 'runs/*'")
+        reports.write(folders)
+        return
+    config, workdir = _config(flags, overrides)
+    meshes.start_cluster(flags.coordinator, flags.num_processes, flags.process_id)
+    try:
+        experiment = assemble(config)
+        attacks = _attacks(config)
+        if flags.mode == "train":
+            _train(experiment, workdir)
+        which = (flags.checkpoint,) if flags.checkpoint else ("best", "last")
+        _evaluate(experiment, workdir, attacks, which, keep=flags.mode == "train")
+        if jax.process_index() == 0:
+            reports.write([workdir])
+    finally:
+        meshes.stop_cluster()
+
+
+def _config(flags: argparse.Namespace, overrides: list[str]) -> tuple[ConfigDict, Path]:
+    """The config and the workdir; a workdir of another config is refused."""
+    stored = Path(flags.workdir) / "config.json" if flags.workdir else None
+    if flags.config:
+        config = configs.load(flags.config)
+    elif flags.mode == "evaluate" and stored:
+        if not stored.exists():
+            raise UserError(f"no run in {flags.workdir}: it has no config.json")
+        config = configs.read(stored)
+    else:
+        raise UserError("--config is missing: expected for example --config configs/digits_r18.py")
+    for text in overrides:
+        configs.override(config, text)
+    configs.check(config)
+    workdir = Path(flags.workdir or f"runs/{config.name}")
+    if (workdir / "config.json").exists():
+        changed = configs.differences(config, configs.read(workdir / "config.json"))
+        if changed:
+            raise UserError(f"{workdir} holds a run of another config: {', '.join(changed)}; "
+                            "choose another --workdir, or the config that it was started with")
+    elif flags.mode == "evaluate":
+        raise UserError(f"no run in {workdir}: it has no config.json")
+    return config, workdir
+
+
+def _attacks(config: ConfigDict) -> tuple[parse.Spec, ...]:
+    """The attacks of `config.eval`; what they leave open is as in training."""
+    return parse.attacks(config.eval.attacks, norm=config.eval.norm or config.attack.norm,
+                         eps=config.eval.eps or config.attack.eps)
+
+
+def _train(experiment: Experiment, workdir: Path) -> None:
+    """Trains to the end; a finished run returns at once."""
+    config = experiment.config
+    if jax.process_index() == 0:
+        configs.write(config, workdir / "config.json")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("workdir")
+    xla.use_compilation_cache()
+    devices, batch = jax.device_count(), config.data.batch_size
+    cost = macs.count(experiment.system.network)
+    log.say(f"{experiment.system.describe} in {workdir} | advmoe_jax {advmoe_jax.__version__} | "
+            f"{jax.process_count()} process(es), {devices} {jax.default_backend()} device(s), "
+            f"batch {batch} ({batch // devices} a device) | MACs pathway {cost['pathway']:,} router {cost['router']:,} "
+            f"total {cost['total']:,}")
+    if config.train.select_on == "test":
+        log.warn("train.select_on=test: the best checkpoint is chosen on test images, which is optimistic")
+    loop.run(config, workdir, experiment.system, experiment.train, experiment.select, experiment.mesh)
+
+
+def _evaluate(experiment: Experiment, workdir: Path, specs: tuple[parse.Spec, ...], which: tuple[str, ...],
+              keep: bool) -> None:
+    """Attacks checkpoints on the test images and writes what came out.
+
+    Args:
+        experiment: what was trained.
+        workdir: holds the checkpoints; gets results.json.
+        specs: the attacks.
+        which: checkpoints, "best", "last" or a step.
+        keep: whether measurements that are there already stay.
+    """
+    config, system = experiment.config, experiment.system
+    xla.use_compilation_cache()
+    indices = np.arange(len(experiment.test["label"]))[:config.eval.n or None]
+    abstract = loop.abstract_state(system, experiment.mesh)
+    done = {entry["id"] for entry in results.read(workdir)} if keep else set()
+    saved = checkpoint.open_checkpoints(workdir)
+    measured = {}
+    try:
+        for name in which:
+            state, step = saved.restore(name, abstract)
+            common = {
+                "checkpoint": name, "step": step, "seed": config.eval.seed, "train_seed": config.seed,
+                "config": config.name, "method": system.describe, "selected_on": config.train.select_on,
+                "data": config.data.name, "macs": macs.count(system.network), "dtype": "float32",
+                "backend": jax.default_backend(), "versions": {"advmoe_jax": advmoe_jax.__version__, "jax": jax.__version__}}
+            due = tuple(spec for spec in specs if results.entry_id(
+                common | spec.settings | {"attack": spec.label, "settings": spec.settings, "n": len(indices)}) not in done)
+            if not due:
+                continue
+            if step not in measured:
+                log.say(f"attacking the {name} checkpoint (step {step}) on {len(indices)} test images: "
+                        f"{', '.join(spec.label for spec in due)}")
+                found = evaluate.predictions(
+                    system, state, experiment.test, indices, due, mesh=experiment.mesh,
+                    batch_size=config.eval.batch_size, seed=config.eval.seed, views=system.views)
+                measured[step] = found, evaluate.summarize(found, due, system.views, system.network.num_experts)
+            found, records = measured[step]
+            if jax.process_index() == 0:
+                results.add(workdir, [common | record for record in records],
+                            [_examples(found, attacked, indices) for attacked in found["attacked"]])
+    finally:
+        saved.close()
+
+
+def _examples(found, attacked, indices):
+    return {"index": indices, "label": found["label"], "clean_prediction": found["clean"],
+            "clean_experts": found["clean_ids"], "adversarial_prediction": attacked["label"],
+            "adversarial_experts": attacked["ids"]}

@@ -1,0 +1,88 @@
+"""The convolution of the package: one layout, gradients that run at full speed inside loops.
+
+B batch, H W height and width, I input channels, O output channels, k odd kernel size, s stride.
+
+XLA on CPU runs convolutions in other layouts than NHWC/HWIO/NHWC many times slower inside scan, while and cond
+bodies (jax issue 12868). The gradients that autodiff makes are of that kind, so they are written here as
+convolutions in the canonical layout. The stem, with 3 channels or fewer, is a matrix product over patches: its
+input gradient, which every attack step needs, is several times faster so.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_NHWC = ("NHWC", "HWIO", "NHWC")
+_PATCH_CHANNELS = 4  # at most this many input channels go through patches
+
+
+def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+    """Convolution with zero padding of k // 2 on every side, as PyTorch's `padding=k // 2`.
+
+    Forward-mode differentiation is not defined for k > 1; reverse mode is, to any order.
+
+    Args:
+        x: (B, H, W, I).
+        kernel: (k, k, I, O) with odd k.
+        stride: in both directions.
+    Returns:
+        (B, ceil(H / s), ceil(W / s), O).
+    """
+    k = kernel.shape[0]
+    if k % 2 == 0 or kernel.shape[1] != k or kernel.shape[2] != x.shape[-1]:
+        raise ValueError(f"kernel {kernel.shape} does not fit input {x.shape}: expected (k, k, {x.shape[-1]}, O), odd k")
+    if k == 1:
+        return jnp.einsum("bhwi,io->bhwo", x[:, ::stride, ::stride], kernel[0, 0])
+    if x.shape[-1] <= _PATCH_CHANNELS:
+        return _patches(x, k, stride) @ kernel.reshape(-1, kernel.shape[-1])
+    return _conv(x, kernel, stride)
+
+
+def _patches(x: jax.Array, k: int, stride: int) -> jax.Array:
+    """(B, H', W', k * k * I) windows of x, ordered as a flattened (k, k, I) kernel."""
+    _, height, width, _ = x.shape
+    p = k // 2
+    x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
+    rows, cols = (height - 1) // stride * stride + 1, (width - 1) // stride * stride + 1
+    return jnp.concatenate(
+        [x[:, i:i + rows:stride, j:j + cols:stride] for i in range(k) for j in range(k)], axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv(x, kernel, stride):
+    p = kernel.shape[0] // 2
+    return lax.conv_general_dilated(x, kernel, (stride, stride), ((p, p), (p, p)), dimension_numbers=_NHWC)
+
+
+def _conv_fwd(x, kernel, stride):
+    return _conv(x, kernel, stride), (x, kernel)
+
+
+def _conv_bwd(stride, saved, dy):
+    x, kernel = saved
+    return _input_grad(dy, kernel, stride, x.shape), _kernel_grad(x, dy, stride, kernel.shape[0])
+
+
+def _input_grad(dy, kernel, stride, shape):
+    """Convolution of the dilated cotangent with the kernel flipped in space and transposed in channels."""
+    k = kernel.shape[0]
+    low = k - 1 - k // 2
+    pads = [(low, size - ((out - 1) * stride + 1) - low + k - 1)
+            for size, out in zip(shape[1:3], dy.shape[1:3])]
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    return lax.conv_general_dilated(dy, flipped, (1, 1), pads, lhs_dilation=(stride, stride), dimension_numbers=_NHWC)
+
+
+def _kernel_grad(x, dy, stride, k):
+    """Convolution of the images with the cotangents, the batch taking the part of the channels."""
+    p = k // 2
+    pads = [(p, k - 1 - size - p + (out - 1) * stride + 1) for size, out in zip(x.shape[1:3], dy.shape[1:3])]
+    grad = lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), pads,
+        rhs_dilation=(stride, stride), dimension_numbers=_NHWC)
+    return grad.transpose(1, 2, 0, 3)
+
+
+_conv.defvjp(_conv_fwd, _conv_bwd)

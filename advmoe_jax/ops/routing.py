@@ -1,0 +1,168 @@
+"""Top-1 routing: which expert an image takes, and what gradient its router sees.
+
+B batch, L routed choices, E experts, C stored channels, w channels of an expert.
+Source: Zhang et al., "Robust Mixture-of-Expert Training for Convolutional Neural Networks", ICCV 2023.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from advmoe_jax.core.errors import one_of
+
+ROUTER_GRADS = ("none", "ste_full", "ste_selected", "scaled")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("temperature", "ids"), meta_fields=("kind", "grad", "detach"))
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """How choices are made. Build one with `hard`, `soft` or `fixed`.
+
+    Attributes:
+        kind: "hard" (argmax), "soft" (softmax mixture) or "fixed" (given choices).
+        grad: gradient of a hard choice to the scores, one of ROUTER_GRADS.
+        detach: whether a router inside the network treats the features it reads as constants.
+        temperature: of a soft choice.
+        ids: (B,) or (B, L) given choices.
+    """
+
+    kind: str
+    grad: str = "none"
+    detach: bool = False
+    temperature: jax.Array | None = None
+    ids: jax.Array | None = None
+
+
+def hard(grad: str = "none", detach: bool = False) -> Route:
+    """Argmax routing, what users get; `grad` changes its gradient and never its value.
+
+    Args:
+        grad: with y_e the output of expert e, s its score and g the cotangent of the layer's output,
+            "none": the choice is a constant;
+            "ste_full": d/ds_e = <g, y_e> for every expert;
+            "ste_selected": the same for the chosen expert, 0 for the others (the released AdvMoE code);
+            "scaled": gradient of y scaled by p / stop_gradient(p), p the softmax of the chosen expert.
+        detach: for loss passes. The straight-through gradient then reaches a router's own parameters and not the
+            backbone below it nor the routers of earlier layers: it is biased, and a chain of such terms through
+            the layers drowns the true gradient.
+    """
+    return Route("hard", one_of("router gradient", grad, ROUTER_GRADS), detach)
+
+
+def soft(temperature: float | jax.Array) -> Route:
+    """Mixture of all experts with weights softmax(scores / temperature)."""
+    return Route("soft", temperature=jnp.asarray(temperature, jnp.float32))
+
+
+def fixed(ids: jax.Array) -> Route:
+    """Given choices: (B,), the same in every layer, or (B, L)."""
+    return Route("fixed", ids=ids)
+
+
+def gates(scores: jax.Array, route: Route, layer: int) -> tuple[jax.Array, jax.Array]:
+    """Weights of the experts in one layer.
+
+    Ties go to the lowest index, NaN to its own index.
+
+    Args:
+        scores: (B, E) router logits.
+        route: how to choose.
+        layer: index of the choice among the L.
+    Returns:
+        gate: (B, E), exactly one-hot in value for "hard" and "fixed".
+        ids: (B,) int32 of the expert with the largest weight.
+    """
+    num_experts = scores.shape[-1]
+    if route.kind == "soft":
+        gate = jax.nn.softmax(scores / route.temperature)
+        return gate, jnp.argmax(scores, -1).astype(jnp.int32)
+    if route.kind == "fixed":
+        ids = route.ids if route.ids.ndim == 1 else route.ids[:, layer]
+        return jax.nn.one_hot(ids, num_experts, dtype=scores.dtype), ids.astype(jnp.int32)
+    ids = jnp.argmax(scores, -1).astype(jnp.int32)
+    choice = jax.nn.one_hot(ids, num_experts, dtype=scores.dtype)
+    zero = scores - jax.lax.stop_gradient(scores)
+    if route.grad == "ste_full":
+        return choice + zero, ids
+    if route.grad == "ste_selected":
+        return choice * (1 + zero), ids
+    if route.grad == "scaled":
+        log_p = jax.nn.log_softmax(scores)
+        return choice * (1 + (log_p - jax.lax.stop_gradient(log_p))), ids
+    return choice, ids
+
+
+def offsets(num_experts: int, width: int, channels: int, experts: str) -> tuple[int, ...]:
+    """First stored channel of each expert.
+
+    Args:
+        num_experts: E.
+        width: w = floor(r * C).
+        channels: C of the dense layer.
+        experts: "disjoint" (E * w stored channels, the released code) or "shared" (C stored channels in windows
+            of least, uniform overlap, the paper). The two are the same where E * w = C.
+    """
+    if num_experts == 1:
+        return (0,)
+    if experts == "disjoint":
+        return tuple(e * width for e in range(num_experts))
+    return tuple(int(e * (channels - width) / (num_experts - 1) + 0.5) for e in range(num_experts))
+
+
+def mix(y: jax.Array, gate: jax.Array, starts: tuple[int, ...], width: int) -> jax.Array:
+    """Takes each image's channels out of the outputs of all experts.
+
+    Args:
+        y: (B, H, W, C) stored channels.
+        gate: (B, E).
+        starts: first channel of each expert.
+        width: w.
+    Returns:
+        (B, H, W, w).
+    """
+    gate = gate.astype(y.dtype)
+    return sum(gate[:, e, None, None, None] * y[..., start:start + width] for e, start in enumerate(starts))
+
+
+def load(ids: jax.Array, num_experts: int, mask: jax.Array | None = None) -> jax.Array:
+    """Images each expert got, per choice.
+
+    Args:
+        ids: (B, L).
+        num_experts: E.
+        mask: (B,) bool, which images count.
+    Returns:
+        (L, E) float32 counts.
+    """
+    choice = jax.nn.one_hot(ids, num_experts)
+    if mask is not None:
+        choice = choice * mask[:, None, None]
+    return choice.sum(0)
+
+
+def load_entropy(counts: jax.Array) -> jax.Array:
+    """Entropy of the load over log E: 1 is perfectly even, 0 is one expert for all.
+
+    Args:
+        counts: (..., E) images per expert.
+    Returns:
+        (...,) in [0, 1].
+    """
+    p = counts / jnp.maximum(counts.sum(-1, keepdims=True), 1)
+    return -jnp.sum(jax.scipy.special.xlogy(p, p), -1) / jnp.log(counts.shape[-1])
+
+
+def balance_loss(scores: jax.Array) -> jax.Array:
+    """Load-balance loss of Fedus et al., "Switch Transformers", 2022, eq. 4: 1 when even, E when collapsed.
+
+    Args:
+        scores: (B, L, E) router logits.
+    Returns:
+        Scalar, mean over the L choices.
+    """
+    num_experts = scores.shape[-1]
+    fraction = jax.nn.one_hot(jnp.argmax(scores, -1), num_experts).mean(0)
+    return num_experts * jnp.mean(jnp.sum(fraction * jax.nn.softmax(scores).mean(0), -1))

@@ -1,0 +1,17 @@
+"""Multiply-accumulates per image, counted layer by layer: convolutions and linear layers, without BatchNorm."""
+
+from advmoe_jax.models.network import Network
+
+
+def count(network: Network) -> dict[str, int]:
+    """MACs of one image.
+
+    Returns:
+        "pathway": the backbone with one expert a layer; "router"; "total", their sum; "executed", what the `all`
+        dispatch computes: every expert, and the router.
+    """
+    backbone = [spec for spec in network.layers if spec.path.startswith("backbone/")]
+    router = sum(spec.macs for spec in network.layers if spec.path.startswith("router/"))
+    pathway = sum(spec.macs for spec in backbone)
+    return {"pathway": pathway, "router": router, "total": pathway + router,
+            "executed": sum(spec.stored_macs for spec in backbone) + router}

@@ -1,0 +1,119 @@
+"""PNG plots of one run. L routed layers, T log lines, E experts."""
+
+import io
+from typing import Any
+
+import numpy as np
+
+from advmoe_jax.core import files
+from advmoe_jax.report.runs import Run
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
+_SA, _RA, _GREY = *_COLOURS[:2], "#777777"
+
+
+def write(run: Run) -> tuple[str, ...] | None:
+    """Draws what the run has to show into its workdir.
+
+    Returns:
+        The names of the files: training.png if it has trained, routing.png if it is routed. None without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    train = [record for record in run.metrics if record["split"] == "train"]
+    if not _updates(train):
+        return ()
+    names = ["training.png"]
+    _save(_training(Figure, run, train), run.folder / names[0])
+    if _series(train, "load_entropy") is not None:
+        names.append("routing.png")
+        _save(_routing(Figure, run, train), run.folder / names[1])
+    return tuple(names)
+
+
+def _save(figure, path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    content = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(content, format="png", dpi=150)
+    files.write_bytes(path, content.getvalue())
+
+
+def _updates(train: list[dict[str, Any]]) -> list[str]:
+    """Names of the updates of an iteration, in their order."""
+    return list(dict.fromkeys(key.partition("/")[0] for record in train for key in record if key.endswith("/loss")))
+
+
+def _series(train: list[dict[str, Any]], name: str, update: str | None = None) -> tuple[np.ndarray, np.ndarray] | None:
+    """Epochs (T,) and values (T, ...) of a metric, of the iteration's last update unless one is named."""
+    key = f"{update or _updates(train)[-1]}/{name}"
+    records = [record for record in train if key in record]
+    return (np.array([r["epoch"] for r in records]), np.array([r[key] for r in records])) if records else None
+
+
+def _training(figure_class, run: Run, train: list[dict[str, Any]]):
+    figure = figure_class(figsize=(11, 3.4), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    updates = _updates(train)
+    for update, colour in zip(updates, _COLOURS[2:]):
+        losses.plot(*_series(train, "loss", update), color=colour, label=f"{update} update")
+    losses.set(ylabel="training loss (nats per image)", title="Loss")
+    epochs_per_step = train[-1]["epoch"] / train[-1]["step"]
+    select = [record for record in run.metrics if record["split"] != "train"]
+    for name, colour in (("sa", _SA), ("ra", _RA)):
+        series = _series(train, name)
+        if series is not None:
+            accuracies.plot(series[0], 100 * series[1], color=colour, alpha=0.45, label=f"training {name.upper()}")
+        if select:
+            accuracies.plot([r["step"] * epochs_per_step for r in select], [100 * r[name] for r in select], "o-",
+                            color=colour, markersize=3.5, clip_on=False, label=f"{select[0]['split']} {name.upper()}")
+    accuracies.set(ylabel="accuracy (%)", title="Standard (SA) and robust accuracy (RA)", ylim=(0, None))
+    best = {entry["step"] for entry in run.entries if entry["checkpoint"] == "best"}
+    if len(best) == 1:
+        accuracies.axvline(best.pop() * epochs_per_step, color=_GREY, linestyle=":", label="best checkpoint")
+    for axes in (losses, accuracies):
+        axes.set(xlabel="epoch", xlim=(0, train[-1]["epoch"]))
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    losses.legend(frameon=False, fontsize="small", loc="upper right")
+    accuracies.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _routing(figure_class, run: Run, train: list[dict[str, Any]]):
+    maps = [(title, series, colours, top) for title, series, colours, top in (
+        ("Load entropy (1 is even)", _series(train, "load_entropy"), "cividis", 1.0),
+        ("Flip rate (share of images)", _series(train, "flip_rate"), "viridis", None)) if series is not None]
+    final = [entry for entry in run.entries if "load" in entry][-1:]
+    num_layers = maps[0][1][1].shape[1]
+    figure = figure_class(figsize=(4.2 * (len(maps) + len(final)), 2 + 0.17 * num_layers), layout="constrained")
+    panels = figure.subplots(1, len(maps) + len(final), sharey=True, squeeze=False)[0]
+    for axes, (title, (epochs, values), colours, top) in zip(panels, maps):
+        edges = np.concatenate([[0], epochs]), np.arange(num_layers + 1) - 0.5
+        mesh = axes.pcolormesh(*edges, values.T, cmap=colours, vmin=0, vmax=top)
+        figure.colorbar(mesh, ax=axes, pad=0.02)
+        axes.set(title=title, xlabel="epoch")
+    if final:
+        _load(panels[-1], final[0])
+    panels[0].set(ylabel="routed layer", yticks=np.arange(0, num_layers, 1 + num_layers // 20),
+                  ylim=(num_layers - 0.5, -0.5))
+    return figure
+
+
+def _load(axes, entry: dict[str, Any]) -> None:
+    """Stacked bars of the experts' shares of the clean test images, a bar a layer."""
+    load = 100 * np.array(entry["load"])
+    start = np.zeros(len(load))
+    for expert, share in enumerate(load.T):
+        axes.barh(np.arange(len(load)), share, left=start, height=0.8, color=_COLOURS[expert % len(_COLOURS)],
+                  label=f"expert {expert}")
+        start = start + share
+    even = 100 / load.shape[1] * np.arange(1, load.shape[1])
+    axes.vlines(even, -0.5, len(load) - 0.5, colors="white", linestyles=":", linewidth=1)
+    axes.set(title=f"Load of the {entry['checkpoint']} checkpoint", xlabel="share of clean test images (%)",
+             xlim=(0, 100))
+    axes.figure.legend(frameon=False, fontsize="small", ncols=min(4, load.shape[1]), loc="outside lower right")

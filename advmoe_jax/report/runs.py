@@ -1,0 +1,117 @@
+"""A run as reports see it: its config, what was measured and what training said, all checked."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from advmoe_jax.core import config as configs
+from advmoe_jax.core import files
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.report import results
+
+CHECKPOINTS = ("best", "last")
+_FIELDS = frozenset((
+    "checkpoint", "step", "seed", "train_seed", "config", "method", "selected_on", "data", "macs", "dtype", "backend",
+    "versions", "attack", "norm", "eps", "eps_value", "settings", "n", "sa", "sa_interval", "ra", "ra_interval",
+    "ra_by_view"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a workdir holds.
+
+    Attributes:
+        folder: the workdir.
+        config: its config.json.
+        entries: measurements of results.json, those of the best checkpoint first, then the last; may be empty.
+        metrics: records of metrics.jsonl, oldest first; may be empty.
+    """
+
+    folder: Path
+    config: ConfigDict
+    entries: tuple[dict[str, Any], ...]
+    metrics: tuple[dict[str, Any], ...]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether there is a config.json."""
+    return (Path(folder) / "config.json").is_file()
+
+
+def load(folder: Path) -> Run:
+    """Reads a workdir.
+
+    Raises:
+        UserError: it holds no run, or one of its files is damaged.
+    """
+    folder = Path(folder)
+    if not is_run(folder):
+        raise UserError(f"no run in {folder}: it has no config.json")
+    return Run(folder, configs.read(folder / "config.json"), _entries(folder), _metrics(folder / "metrics.jsonl"))
+
+
+def _entries(folder: Path) -> tuple[dict[str, Any], ...]:
+    advice = "delete it and run --mode evaluate again"
+    try:
+        entries = results.read(folder)
+        missing = [(i, name) for i, entry in enumerate(entries) for name in sorted(_FIELDS - entry.keys())]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / 'results.json'} is damaged: {advice}") from None
+    if missing:
+        index, name = missing[0]
+        raise UserError(f"{folder / 'results.json'} is damaged: entry {index} has no {name!r}; {advice}")
+    return tuple(sorted(entries, key=lambda e: (*(e["checkpoint"] != name for name in CHECKPOINTS), e["step"])))
+
+
+def _metrics(path: Path) -> tuple[dict[str, Any], ...]:
+    if not path.exists():
+        return ()
+    try:
+        records = files.read_json_lines(path)
+        whole = len(records) >= len(path.read_text().splitlines()) - 1 and all(
+            record.keys() >= ({"step", "epoch"} if record["split"] == "train" else {"step", "sa", "ra"})
+            for record in records)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged: expected one record a line with step, split and epoch, or sa and ra; "
+                        "delete it to report without training curves")
+    return tuple(records)
+
+
+def attack_key(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """What two measurements have in common when the same attack was run on the same images."""
+    settings = {k: v for k, v in entry["settings"].items() if k not in ("eps", "driver")}
+    return (entry["data"], entry["norm"], entry["eps_value"], entry["attack"], entry["n"], json.dumps(settings))
+
+
+def attack_title(entry: dict[str, Any]) -> str:
+    """"pgd-50, linf eps 8/255, 10000 images of cifar10"."""
+    return f"{entry['attack']}, {entry['norm']} eps {entry['eps']}, {entry['n']} test images of {entry['data']}"
+
+
+def attack_settings(entries: Sequence[dict[str, Any]]) -> str:
+    """The settings that the title of these does not say, "restarts 1, ... step_size 2.5 eps/steps", and the seeds."""
+    said = ("norm", "eps", "driver")
+    words = [f"{k} {v}" for k, v in sorted(entries[0]["settings"].items()) if k not in said]
+    return f"Attack: {', '.join(words)}, seed {' and '.join(dict.fromkeys(str(e['seed']) for e in entries))}."
+
+
+def circumstances(entries: Iterable[dict[str, Any]]) -> str:
+    """Precision, backend and versions: "float32 on cpu; advmoe_jax 0.1.0, jax 0.10.2"."""
+    return " and ".join(dict.fromkeys(
+        f"{e['dtype']} on {e['backend']}; {', '.join(f'{k} {v}' for k, v in e['versions'].items())}" for e in entries))
+
+
+def warnings(entries: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+    """What a reader must know of these numbers: the checkpoint was chosen on test images; labels steer the routing."""
+    entries = tuple(entries)
+    on_test = dict.fromkeys(e["method"] for e in entries if e["selected_on"] == "test" and e["checkpoint"] == "best")
+    steered = any("label_mod" in e["method"] for e in entries)
+    return tuple(filter(None, (
+        on_test and f"Optimistic: the best checkpoint was chosen on test images ({', '.join(on_test)}).",
+        steered and "Trained with label_mod: labels steer the routing.")))

@@ -1,0 +1,101 @@
+"""WORKDIR/report.md: everything that one run says about itself, with plots beside it."""
+
+import sys
+from typing import Any
+
+from advmoe_jax.core import files
+from advmoe_jax.report import commands, plots, runs, tables
+from advmoe_jax.report.runs import Run
+from advmoe_jax.report.tables import Table
+
+_DEFINITION = ("Robust accuracy (RA) = worst case per example over the gradients attacked through; images "
+               "misclassified when clean count as broken. SA is the accuracy on clean images. Both in percent, with "
+               "Wilson 95 % intervals.")
+_COLUMNS = ("The columns after RA are the accuracies under one gradient each: with the router held constant, and "
+            "through it by each straight-through estimate.")
+_ROUTING = ("Load: share of the clean test images that each expert gets. Entropy: of the load, 1 is even and 0 is one "
+            "expert for all. Flips: share of the images whose expert changes under the gradient that breaks most of "
+            "them.")
+_VIEWS = {"none": "router constant"}
+
+
+def write(run: Run) -> None:
+    """Writes report.md and its plots into the workdir, and prints the tables of results."""
+    written = plots.write(run)
+    if written is None:
+        print("no plots: matplotlib is not installed; pip install 'advmoe_jax[report]' brings it", file=sys.stderr)
+    accuracy = accuracy_tables(run)
+    parts = [_head(run)]
+    if accuracy:
+        views = " " + _COLUMNS if len(run.entries[0]["ra_by_view"]) > 1 else ""
+        parts += ["## Accuracy\n", f"{_DEFINITION}{views}\n", *map(tables.markdown, accuracy)]
+        parts.append(tables.markdown(macs_table(run), 2))
+    routing = routing_tables(run)
+    if routing:
+        parts += ["## Routing\n", f"{_ROUTING}\n", *map(tables.markdown, routing)]
+    if written:
+        chosen = run.config.train
+        parts += ["## Training\n", f"The best checkpoint is chosen by {chosen.attack} on up to {chosen.num_examples} "
+                  f"{chosen.select_on} images; training accuracies are of the training attack, on batch statistics.\n",
+                  *(f"![{name}]({name})\n" for name in written)]
+    parts += ["## Reproduce\n", "config.json beside this file holds every field.\n",
+              "\n".join(("```", commands.train(run), *commands.evaluate(run), "```")) + "\n"]
+    files.write_text(run.folder / "report.md", "\n".join(parts))
+    tables.show((*accuracy, macs_table(run)) if accuracy else (), as_text=False)
+    print(f"report: {run.folder / 'report.md'}" + ("" if accuracy else " (not evaluated yet)"))
+
+
+def _head(run: Run) -> str:
+    config = run.config
+    if not run.entries:
+        return f"# {config.name}\n\nNot evaluated yet. Config {config.name}, training seed {config.seed}.\n"
+    lines = [f"# {run.entries[0]['method']}",
+             f"Config {config.name}, data {config.data.name}, training seed {config.seed}; "
+             f"evaluated in {runs.circumstances(run.entries)}.",
+             *(f"> {warning}" for warning in runs.warnings(run.entries))]
+    return "\n\n".join(lines) + "\n"
+
+
+def accuracy_tables(run: Run) -> list[Table]:
+    """One table for each attack, set of images and seed, with a row for each checkpoint."""
+    return [_accuracy(entries) for entries in _by(run, lambda e: (runs.attack_key(e), e["seed"]))]
+
+
+def _accuracy(entries: list[dict[str, Any]]) -> Table:
+    views = tuple(entries[0]["ra_by_view"]) if len(entries[0]["ra_by_view"]) > 1 else ()
+    rows = [(
+        e["checkpoint"], str(e["step"]), str(e["n"]), tables.with_interval(e["sa"], e["sa_interval"]),
+        tables.with_interval(e["ra"], e["ra_interval"]), *(tables.percent(e["ra_by_view"][v]) for v in views))
+        for e in entries]
+    columns = ("checkpoint", "step", "n", "SA %", "RA %", *(_VIEWS.get(view, view) for view in views))
+    return Table(runs.attack_title(entries[0]), columns, rows, (runs.attack_settings(entries),))
+
+
+def macs_table(run: Run) -> Table:
+    """What one image costs: pathway, router, total and executed."""
+    macs = run.entries[0]["macs"]
+    names = ("pathway", "router", "total", "executed")
+    return Table("MACs per image, millions", names, [tuple(tables.millions(macs[name]) for name in names)],
+                 ("Pathway: one expert a layer. Executed: every expert is computed and one is kept.",))
+
+
+def routing_tables(run: Run) -> list[Table]:
+    """For each checkpoint of a routed model a table with a row for each routed layer; none for a dense one."""
+    return [_routing(entries) for entries in _by(run, lambda e: (e["checkpoint"], e["n"])) if "load" in entries[0]]
+
+
+def _routing(entries: list[dict[str, Any]]) -> Table:
+    first = entries[0]
+    rows = [(
+        str(layer), " / ".join(tables.percent(share) for share in load), tables.decimals(first["load_entropy"][layer]),
+        *(tables.percent(e["flip_rate"][layer]) for e in entries)) for layer, load in enumerate(first["load"])]
+    flips = (f"flips %, {e['attack']} {e['norm']} {e['eps']}" for e in entries)
+    return Table(f"{first['checkpoint']} checkpoint (step {first['step']}), {first['n']} test images",
+                 ("layer", "load %", "entropy", *flips), rows)
+
+
+def _by(run: Run, key) -> list[list[dict[str, Any]]]:
+    groups: dict[Any, list] = {}
+    for entry in run.entries:
+        groups.setdefault(key(entry), []).append(entry)
+    return list(groups.values())

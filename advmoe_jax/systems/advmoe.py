@@ -1,0 +1,39 @@
+"""AdvMoE: router and experts adapt to each other's adversary in alternation.
+
+Zhang et al., "Robust Mixture-of-Expert Training for Convolutional Neural Networks", ICCV 2023, eq. 3 and
+algorithm A1. Lower level: the router phi descends its robust loss with the backbone psi fixed; upper level: psi
+descends the TRADES loss with phi fixed. Each level has its own batch, its own attack and its own optimizer.
+"""
+
+import jax
+import numpy as np
+
+from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.models.network import Network
+from advmoe_jax.systems.adversarial import Update, build
+from advmoe_jax.train.system import System
+
+ORDERS = ("router_first", "backbone_first")
+ROUTER_LOSSES = ("trades", "label_mod")
+
+
+def make(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh) -> System:
+    """Builds the system. Arguments as `systems.adversarial.build`.
+
+    `system.order`, `system.share_batch` and `system.router_loss` are the paper's by default; the released code
+    updates the backbone first, on the same batch, and trains the router to classify the label modulo E.
+
+    Raises:
+        UserError: the network has one expert, or the loss has no adversary.
+    """
+    if network.num_experts < 2:
+        raise UserError("system.name=advmoe needs model.num_experts of 2 or more, got 1: "
+                        "a network of one expert trains with system.name=standard")
+    if cfg.system.loss == "natural":
+        raise UserError("system.name=advmoe needs an adversarial system.loss, got natural: expected trades, madry or mart")
+    lower = Update("lower", ("router",), "data/lower", router_loss=True)
+    upper = Update("upper", ("backbone",), "data/lower" if cfg.system.share_batch else "data/upper")
+    first_router = one_of("system.order", cfg.system.order, ORDERS) == "router_first"
+    one_of("system.router_loss", cfg.system.router_loss, ROUTER_LOSSES)
+    described = "AdvMoE" + (" with label_mod: labels steer the routing" if cfg.system.router_loss == "label_mod" else "")
+    return build(cfg, network, indices, mesh, (lower, upper) if first_router else (upper, lower), described)

@@ -1,0 +1,19 @@
+"""One update of all parameters: natural training, Madry, TRADES and MART.
+
+On a dense network AT(Dense), on a narrowed one AT(S-Dense), and on a mixture of experts, whose router and experts
+then train jointly, AT(MoE), the baseline of the AdvMoE paper.
+"""
+
+import jax
+import numpy as np
+
+from advmoe_jax.models.network import Network
+from advmoe_jax.systems.adversarial import Update, build
+from advmoe_jax.train.system import System
+
+
+def make(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh) -> System:
+    """Builds the system; `system.loss` says which training it is. Arguments as `systems.adversarial.build`."""
+    kind = "MoE" if network.num_experts > 1 else "Dense" if cfg.model.model_scale == 1 else "S-Dense"
+    name = f"natural {kind}" if cfg.system.loss == "natural" else f"AT({kind}) by {cfg.system.loss}"
+    return build(cfg, network, indices, mesh, (Update("train", network.groups, "data"),), name)

@@ -1,0 +1,130 @@
+"""Checkpoints: the newest ones, and beside them the best one. The only file that knows orbax.
+
+Two managers, since one that keeps the best by a metric forgets the newest.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from advmoe_jax.core import tree
+from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.train.state import State
+
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of a workdir. Open with `open_checkpoints`, end with `close`.
+
+    Attributes:
+        last: keeps the two newest.
+        best: keeps the one that was saved last, which the caller chose.
+    """
+
+    last: ocp.CheckpointManager
+    best: ocp.CheckpointManager
+
+    def save(self, which: str, step: int, state: State, meta: dict[str, Any]) -> None:
+        """Saves to "last" or "best", whole or not at all; every process calls it."""
+        getattr(self, which).save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True)
+
+    def steps(self, which: str) -> list[int]:
+        """Saved steps, oldest first."""
+        return sorted(getattr(self, which).all_steps())
+
+    def restore_newest(self, abstract: State, warn) -> State | None:
+        """The newest state of "last" that can be read; unreadable ones are skipped with a warning.
+
+        What is newer than the state that was read is deleted, in "best" too: the run will come to it again.
+        """
+        state, restored = None, -1
+        for step in reversed(self.steps("last")):
+            try:
+                state, restored = _read(self.last, step, abstract), step
+                break
+            except UserError:
+                raise
+            except Exception as error:  # orbax raises whatever its storage raised
+                warn(f"checkpoint {step} cannot be read and is skipped: {_first_line(error)}")
+        for manager in (self.last, self.best):
+            for step in manager.all_steps():
+                if step > restored:
+                    manager.delete(step)
+        return state
+
+    def restore(self, which: str, abstract: State) -> tuple[State, int]:
+        """A state to evaluate, and its step.
+
+        Args:
+            which: "last", "best", or a step number.
+            abstract: shapes, types and shardings of the state.
+        Raises:
+            UserError: there is none, it cannot be read, or it is of another architecture.
+        """
+        if which.isdigit():
+            for manager in (self.last, self.best):
+                if int(which) in manager.all_steps():
+                    return _try_read(manager, int(which), abstract), int(which)
+            saved = sorted({*self.steps("last"), *self.steps("best")})
+            raise UserError(f"no checkpoint of step {which}: expected one of {saved or 'none saved yet'}, best or last")
+        steps = self.steps(one_of("checkpoint", which, ("best", "last")))
+        if not steps:
+            raise UserError(f"no {which} checkpoint in {getattr(self, which).directory}: train first")
+        return _try_read(getattr(self, which), steps[-1], abstract), steps[-1]
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk."""
+        for manager in (self.last, self.best):
+            manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and closes."""
+        self.wait()
+        for manager in (self.last, self.best):
+            manager.close()
+
+
+def open_checkpoints(workdir: Path) -> Checkpoints:
+    """Opens `workdir/checkpoints/last` and `workdir/checkpoints/best`."""
+    # On CPU a state that is donated to the next step may be the very memory that an asynchronous save reads.
+    options = [ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=jax.default_backend() != "cpu", create=True) for keep in (2, 1)]
+    folders = [(Path(workdir) / "checkpoints" / name).absolute() for name in ("last", "best")]
+    handlers = dict(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
+    return Checkpoints(*(ocp.CheckpointManager(f, options=o, item_handlers=handlers) for f, o in zip(folders, options)))
+
+
+def _read(manager: ocp.CheckpointManager, step: int, abstract: State) -> State:
+    _check_architecture(manager, step, abstract)
+    return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+
+
+def _try_read(manager, step, abstract):
+    try:
+        return _read(manager, step, abstract)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"checkpoint {manager.directory}/{step} cannot be read: {_first_line(error)}") from None
+
+
+def _check_architecture(manager, step, abstract):
+    """Raises UserError naming the first parameter whose name or shape is not what the config's model has."""
+    stored = tree.named_leaves(manager.item_metadata(step)["state"].tree["params"])
+    expected = tree.named_leaves(abstract.params)
+    for name in sorted(stored.keys() | expected.keys()):
+        ours, theirs = (tuple(t[name].shape) if name in t else "nothing" for t in (expected, stored))
+        if ours != theirs:
+            raise UserError(f"checkpoint {manager.directory}/{step} is of another architecture: "
+                            f"{name} is {theirs} there, the config's model has {ours}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

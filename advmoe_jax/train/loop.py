@@ -1,0 +1,167 @@
+"""The loop: evaluate? save? next batch, steps, log one iteration late. One loop for all systems."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from advmoe_jax.attacks import parse
+from advmoe_jax.core import mesh as meshes
+from advmoe_jax.core import rng, units
+from advmoe_jax.core.errors import NonFiniteError, Preempted
+from advmoe_jax.data import pipeline
+from advmoe_jax.train import checkpoint, evaluate, log, preemption
+from advmoe_jax.train.state import State
+from advmoe_jax.train.system import Stage, System
+
+_SECONDS_BETWEEN_LINES = 15
+_COLLAPSED = 0.98  # share of the images that goes to one expert of a layer
+
+
+def abstract_state(system: System, mesh: jax.sharding.Mesh) -> State:
+    """Shapes, types and shardings of the system's state, without computing anything."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.replicated(mesh)),
+        jax.eval_shape(system.init, rng.key(0, "init")))
+
+
+def run(config: ConfigDict, workdir: Path, system: System, train: dict[str, np.ndarray],
+        select: tuple[dict[str, np.ndarray], np.ndarray], mesh: jax.sharding.Mesh) -> None:
+    """Trains to the end of the last stage, from the newest checkpoint if there is one.
+
+    When to evaluate, save and log follows from the step alone, so that a run that was killed and started again
+    ends with the same bits. The results are the checkpoints.
+
+    Args:
+        config: the whole config.
+        workdir: gets metrics.jsonl and checkpoints/.
+        system: what to train.
+        train: {"image": ..., "label": ...} in host memory.
+        select: arrays and indices of the images that choose the best checkpoint.
+        mesh: of all devices.
+    Raises:
+        NonFiniteError: a loss, gradient or parameter is NaN or infinite.
+        Preempted: SIGTERM came; the state is saved.
+    """
+    metrics = log.Metrics(workdir / "metrics.jsonl")
+    saved = checkpoint.open_checkpoints(workdir)
+    try:
+        with preemption.watch() as notice:
+            state = saved.restore_newest(abstract_state(system, mesh), log.warn)
+            if state is None:
+                state = system.init(rng.key(config.seed, "init"))
+            step = restored = int(state.step)
+            metrics.cut_back(step)
+            if step:
+                log.say(f"continuing from the checkpoint of step {step}")
+            total = sum(stage.length for stage in system.stages)
+            batch_size = config.data.batch_size
+            window = log.Window(batch_size)
+            pending = None
+            line_at = time.perf_counter()
+
+            def settle():
+                """Fetches the metrics of the last iteration, which has been dispatched and not looked at."""
+                nonlocal pending
+                if pending is not None:
+                    values = meshes.fetch_replicated(pending)
+                    _check_finite(step, stage, values, saved)
+                    window.add({k: v for k, v in values.items() if not k.endswith("non_finite")})
+                    pending = None
+
+            while True:
+                stage, per_epoch = _stage_at(system, step, batch_size)
+                due = _due(config, step, per_epoch, total) if step != restored else ()
+                if due:
+                    settle()
+                if "log" in due and window.count:
+                    means = window.close()
+                    metrics.write(step, "train", means | {"epoch": step / per_epoch})
+                    _warn_of_collapse(means)
+                    if "eval" in due or time.perf_counter() - line_at > _SECONDS_BETWEEN_LINES:
+                        log.say(log.line(step, total, step / per_epoch, means, batch_size))
+                        line_at = time.perf_counter()
+                if "eval" in due:
+                    _select_best(config, system, state, step, select, mesh, metrics, saved)
+                if "save" in due:
+                    saved.save("last", step, state, {"stage": stage.name})
+                if step == total:
+                    return
+                if notice.reached(step):
+                    settle()
+                    if step not in saved.steps("last"):
+                        saved.save("last", step, state, {"stage": stage.name})
+                    raise Preempted(f"stopped by SIGTERM; saved at step {step} of {total}: "
+                                    "the same command continues from there")
+                fresh = {}
+                for update in stage.steps:
+                    rows = pipeline.batch_indices(stage.indices, batch_size, config.seed, update.stream, step)
+                    state, values = update.run(state, meshes.put_batch(mesh, rows, train))
+                    fresh |= {f"{update.name}/{k}": v for k, v in values.items()}
+                settle()
+                pending = fresh
+                step += 1
+    finally:
+        saved.close()
+
+
+def _stage_at(system: System, step: int, batch_size: int) -> tuple[Stage, int]:
+    """The stage that iteration `step` is in (the last one at the end), and its steps per epoch."""
+    for stage in system.stages:
+        if step < stage.length:
+            break
+        step -= stage.length
+    return stage, pipeline.steps_per_epoch(len(stage.indices), batch_size)
+
+
+def _due(config: ConfigDict, step: int, per_epoch: int, total: int) -> tuple[str, ...]:
+    """What is to be done before iteration `step`. A checkpoint ends a log line, so that a resumed run has the same."""
+    def falls(name):
+        every = units.steps(config.train[name], per_epoch, total, f"train.{name}")
+        return step == total or (every > 0 and step % every == 0)
+
+    if step == 0:
+        return ()
+    due = tuple(name for name in ("eval", "save") if falls(f"{name}_every"))
+    return ("log", *due) if due or falls("log_every") else ()
+
+
+def _select_best(config, system, state, step, select, mesh, metrics, saved) -> None:
+    """Measures the images that select, and keeps the state if its RA, then its SA, is the best so far."""
+    arrays, indices = select
+    specs = parse.attacks(config.train.attack, norm=config.attack.norm, eps=config.attack.eps)
+    found = evaluate.predictions(system, state, arrays, indices, specs, mesh=mesh,
+                                 batch_size=config.eval.batch_size, seed=config.seed, views=system.views)
+    records = evaluate.summarize(found, specs, system.views, system.network.num_experts)
+    sa, ra = records[0]["sa"], min(record["ra"] for record in records)
+    before = [(r["ra"], r["sa"]) for r in metrics.read() if r["split"] == config.train.select_on]
+    metrics.write(step, config.train.select_on, {"sa": sa, "ra": ra})
+    best = not before or (round(ra, 6), round(sa, 6)) > max(before)
+    if best:
+        saved.save("best", step, state, {"sa": sa, "ra": ra, "selected_on": config.train.select_on})
+    log.say(f"step {step} {config.train.select_on} SA {100 * sa:.2f} RA {100 * ra:.2f} "
+            f"({', '.join(r['attack'] for r in records)}, {len(indices)} images){', best so far' if best else ''}")
+
+
+def _check_finite(step: int, stage: Stage, values: dict[str, Any], saved: checkpoint.Checkpoints) -> None:
+    for update in stage.steps:
+        index = int(values[f"{update.name}/non_finite"])
+        if index >= 0:
+            steps = saved.steps("last")
+            good = f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
+            raise NonFiniteError(f"step {step}: {update.tensors[index]} of the {update.name} update is not finite; {good}. "
+                                 "Try a lower learning rate, a warm-up or optim.*.clip_norm=1")
+
+
+def _warn_of_collapse(means: dict[str, Any]) -> None:
+    for name, load in means.items():
+        if name.endswith("/load"):
+            layers = np.flatnonzero(np.max(load, -1) > _COLLAPSED)
+            if len(layers):
+                log.warn(f"{name.split('/')[0]}: one expert gets over {_COLLAPSED:.0%} of the images in "
+                         f"{len(layers)} of {len(load)} layers ({', '.join(map(str, layers))}): lower "
+                         "optim.router.learning_rate, or set system.balance_loss=0.01")
+                return

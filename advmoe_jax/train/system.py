@@ -1,0 +1,68 @@
+"""What a system is to the loop: a state, stages of steps, and views on the trained model."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from advmoe_jax.train.state import State
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One update of an iteration.
+
+    Attributes:
+        name: "lower", "upper".
+        run: jitted (state, batch) -> (state, metrics); the state is donated.
+        stream: its batches are a function of (seed, stream, step); two steps may share one.
+        owns: the parameter groups it changes; all others stay bit-identical.
+        tensors: names that the metric "non_finite" indexes.
+    """
+
+    name: str
+    run: Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]
+    stream: str
+    owns: tuple[str, ...]
+    tensors: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A phase of training.
+
+    Attributes:
+        name: for logs and checkpoints.
+        length: iterations; each runs every step once.
+        indices: the training images it draws from.
+        steps: in order.
+    """
+
+    name: str
+    length: int
+    indices: np.ndarray
+    steps: tuple[Step, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A way to train a model.
+
+    Attributes:
+        init: key -> state.
+        stages: in order.
+        outputs_fn: (state, view) -> Partial x -> (logits, aux).
+        views: gradients through which an honest evaluation attacks; one for a dense network. The values of all
+            views are the same.
+        network: the model.
+        describe: one line for the log and the report.
+    """
+
+    init: Callable[[jax.Array], State]
+    stages: tuple[Stage, ...]
+    outputs_fn: Callable[[State, str], jax.tree_util.Partial]
+    views: tuple[str, ...]
+    network: Any
+    describe: str

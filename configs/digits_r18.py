@@ -1,0 +1,25 @@
+"""Narrow ResNet-18 on scikit-learn's digits (1,797 images of 8x8), linf eps 0.1.
+
+Command:  python -m advmoe_jax.main --config configs/digits_r18.py
+          python -m advmoe_jax.main --config configs/digits_r18.py:at_dense  (at_sdense, at_moe, natural)
+Hardware: 2 CPU cores.
+Time:     TODO
+Expected: TODO
+"""
+
+from advmoe_jax.core import config as configs
+
+
+def get_config(method="advmoe"):
+    config = configs.default()
+    configs.set_method(config, method)
+    config.data.name = "digits"
+    config.data.batch_size = 64
+    config.data.pad = 1
+    config.data.flip = False
+    config.model.width = 16
+    config.attack.eps = "0.1"
+    config.train.length = "30 epochs"
+    config.train.eval_every = "2 epochs"
+    config.train.save_every = "2 epochs"
+    return config

@@ -1,0 +1,132 @@
+"""Names, held-out images, and which images a step sees."""
+
+import numpy as np
+import pytest
+
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.data import pipeline
+from advmoe_jax.data.split import stratified
+
+
+def test_unknown_name_gives_the_nearest():
+    with pytest.raises(UserError, match="unknown data.name 'digit'.*did you mean 'digits'"):
+        pipeline.open_dataset("digit", "")
+
+
+@pytest.mark.parametrize("name", ["pipeline", "prepare", "raw", "source"])
+def test_the_other_modules_are_no_sources(name):
+    with pytest.raises(UserError, match="unknown data.name"):
+        pipeline.open_dataset(name, "")
+
+
+def test_subset_keeps_the_first_training_images():
+    whole, part = pipeline.open_dataset("digits", ""), pipeline.open_dataset("digits", "", 10)
+    np.testing.assert_array_equal(part.train_images, whole.train_images[:10])
+    np.testing.assert_array_equal(part.train_labels, whole.train_labels[:10])
+    assert part.fingerprint("test") == whole.fingerprint("test")
+    for subset in (-1, 1298):
+        with pytest.raises(UserError, match="expected 0 .all. to 1297"):
+            pipeline.open_dataset("digits", "", subset)
+
+
+@pytest.mark.parametrize("num_train, expected", [
+    (2, 1), (10, 1), (1_297, 130), (20_000, 2_000), (20_001, 1_000), (50_000, 1_000),
+    (73_257, 1_465)])
+def test_holdout_size_and_partition(num_train, expected):
+    labels = np.random.default_rng(1).integers(0, 10, num_train)
+    train, val = pipeline.holdout(num_train, labels)
+    assert len(val) == expected and train.dtype == val.dtype == np.int64
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, val])), np.arange(num_train))
+    assert (np.diff(train) > 0).all() and (np.diff(val) > 0).all()
+    again = pipeline.holdout(num_train, labels.astype(np.int32))
+    np.testing.assert_array_equal(again[1], val)
+
+
+def test_holdout_is_even_over_classes():
+    labels = np.repeat(np.arange(10), 5_000)
+    _, val = pipeline.holdout(50_000, labels)
+    np.testing.assert_array_equal(np.bincount(labels[val]), [100] * 10)
+
+
+def test_holdout_refuses_what_cannot_be_split():
+    for num_train, labels in ((1, [0]), (3, [0, 1])):
+        with pytest.raises(UserError, match="cannot hold out"):
+            pipeline.holdout(num_train, np.array(labels))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 50, 99, 100])
+def test_stratified_shares_are_exact_to_one(count):
+    labels = np.random.default_rng(0).choice(4, 100, p=[0.7, 0.2, 0.05, 0.05])
+    drawn = stratified(labels, count)
+    assert len(drawn) == len(set(drawn)) == count
+    exact = count * np.bincount(labels, minlength=4) / 100
+    assert (np.abs(np.bincount(labels[drawn], minlength=4) - exact) < 1).all()
+
+
+def test_batch_is_a_pure_function_of_seed_stream_and_step():
+    indices = np.arange(100, 200)
+    forward = [pipeline.batch_indices(indices, 8, 3, "lower", step) for step in range(40)]
+    pipeline._permutation.cache_clear()
+    for step in reversed(range(40)):  # a resumed run starts anywhere, with an empty cache
+        again = pipeline.batch_indices(indices.copy(), 8, 3, "lower", step)
+        np.testing.assert_array_equal(again, forward[step])
+        assert again.shape == (8,) and again.dtype == np.int64
+
+
+def test_an_epoch_has_no_image_twice_and_epochs_differ():
+    indices = np.random.default_rng(0).permutation(50) * 3
+    epochs = [np.concatenate([pipeline.batch_indices(indices, 8, 0, "s", 6 * epoch + step)
+                              for step in range(6)]) for epoch in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 48 and set(epoch) <= set(indices)
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_over_many_epochs_every_image_is_drawn():
+    drawn = [pipeline.batch_indices(np.arange(10), 7, 0, "s", step) for step in range(40)]
+    assert set(np.concatenate(drawn)) == set(range(10))
+
+
+def test_seeds_and_streams_are_independent():
+    first = pipeline.batch_indices(np.arange(1_000), 100, 0, "lower", 0)
+    for seed, stream in ((1, "lower"), (0, "upper"), (-1, "lower"), (2**40, "lower")):
+        other = pipeline.batch_indices(np.arange(1_000), 100, seed, stream, 0)
+        assert len(set(first) & set(other)) < 40
+
+
+def test_batches_do_not_change_between_versions():
+    batch = pipeline.batch_indices(np.arange(1_000), 6, 0, "lower", 200)
+    assert batch.tolist() == [938, 789, 121, 91, 92, 528]
+
+
+def test_a_caller_cannot_spoil_the_cache():
+    batch = pipeline.batch_indices(np.arange(10), 5, 0, "s", 0)
+    kept = batch.copy()
+    batch[:] = 0
+    np.testing.assert_array_equal(pipeline.batch_indices(np.arange(10), 5, 0, "s", 0), kept)
+
+
+def test_steps_per_epoch():
+    assert [pipeline.steps_per_epoch(10, size) for size in (1, 3, 10)] == [10, 3, 1]
+    for size in (0, 11):
+        with pytest.raises(UserError, match=f"batch size is {size}, but there are 10"):
+            pipeline.steps_per_epoch(10, size)
+    with pytest.raises(UserError, match="batch size is 11, but there are 10"):
+        pipeline.batch_indices(np.arange(10), 11, 0, "s", 0)
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 10, 16])
+def test_padded_batches_show_every_image_once(size):
+    indices = np.arange(10)[::-1] * 2
+    batches = list(pipeline.padded_batches(indices, size))
+    assert all(index.shape == mask.shape == (size,) for index, mask in batches)
+    assert all(index.dtype == np.int64 and mask.dtype == bool for index, mask in batches)
+    np.testing.assert_array_equal(np.concatenate([index[mask] for index, mask in batches]), indices)
+    last, mask = batches[-1]
+    assert (last[~mask] == last[0]).all() and len(batches) == -(-10 // size)
+
+
+def test_padding_edges():
+    assert not list(pipeline.padded_batches(np.arange(0), 4))
+    with pytest.raises(UserError, match="batch size is 0"):
+        next(pipeline.padded_batches(np.arange(3), 0))

@@ -1,0 +1,138 @@
+"""The data set type and its prepared folder."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.data import pipeline, source
+
+
+def _dataset(name="cifar10", num_train=6, num_test=4, seed=0):
+    rng = np.random.default_rng(seed)
+    return source.Dataset(
+        name=name,
+        train_images=rng.integers(0, 256, (num_train, 4, 4, 3), np.uint8),
+        train_labels=rng.integers(0, 3, num_train, np.int32),
+        test_images=rng.integers(0, 256, (num_test, 4, 4, 3), np.uint8),
+        test_labels=rng.integers(0, 3, num_test, np.int32),
+        class_names=("a", "b", "c"))
+
+
+def _same(left, right):
+    return left.class_names == right.class_names and all(
+        left.fingerprint(split) == right.fingerprint(split) for split in source.SPLITS)
+
+
+def test_round_trip_keeps_everything(tmp_path):
+    dataset = _dataset()
+    folder = source.write_prepared(dataset, tmp_path)
+    back = source.read_prepared("cifar10", tmp_path)
+    assert _same(dataset, back) and back.name == "cifar10"
+    assert back.train_images.dtype == np.uint8 and back.train_labels.dtype == np.int32
+    assert (back.image_shape, back.num_classes) == ((4, 4, 3), 3)
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["counts"] == {"train": 6, "test": 4} and meta["shape"] == [4, 4, 3]
+    assert os.listdir(tmp_path) == ["cifar10"]
+
+
+def test_non_contiguous_arrays_have_the_same_fingerprint(tmp_path):
+    dataset = _dataset()
+    turned = source.Dataset(
+        "cifar10", np.asfortranarray(dataset.train_images), dataset.train_labels,
+        dataset.test_images, dataset.test_labels, dataset.class_names)
+    source.write_prepared(turned, tmp_path)
+    assert _same(dataset, turned) and _same(dataset, source.read_prepared("cifar10", tmp_path))
+
+
+@pytest.mark.parametrize("change", ["train_images", "train_labels", "test_images", "test_labels"])
+def test_fingerprint_sees_every_array(change):
+    dataset, other = _dataset(), _dataset()
+    array = getattr(other, change)
+    array[0] = (array[0] + 1) % 3
+    assert not _same(dataset, other)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
+def test_missing_folder_names_the_command(name, tmp_path):
+    with pytest.raises(UserError) as error:
+        pipeline.open_dataset(name, str(tmp_path))
+    assert f"`python -m advmoe_jax.data.prepare {name} --out {tmp_path}`" in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=f"data.dir is empty; run .*prepare {name} --out DIR"):
+        pipeline.open_dataset(name, "")
+
+
+@pytest.mark.parametrize("file", ["train_images.npy", "test_labels.npy", "meta.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_is_named(file, damage, tmp_path):
+    path = source.write_prepared(_dataset(), tmp_path) / file
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 255
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(data if damage == "flip" else data[:len(data) // 2])
+    with pytest.raises(UserError) as error:
+        source.read_prepared("cifar10", tmp_path)
+    assert "prepare cifar10 --out" in str(error.value)
+    assert str(path if damage != "remove" or file != "meta.json" else path.parent) in str(error.value)
+
+
+def test_another_schema_is_refused(tmp_path):
+    path = source.write_prepared(_dataset(), tmp_path) / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
+    with pytest.raises(UserError, match="has layout 99, expected 1"):
+        source.read_prepared("cifar10", tmp_path)
+
+
+def test_writing_again_replaces(tmp_path):
+    source.write_prepared(_dataset(), tmp_path)
+    source.write_prepared(_dataset(seed=1), tmp_path)
+    assert _same(_dataset(seed=1), source.read_prepared("cifar10", tmp_path))
+    assert os.listdir(tmp_path) == ["cifar10"]
+
+
+def test_failed_write_leaves_the_old_folder_alone(tmp_path, monkeypatch):
+    source.write_prepared(_dataset(), tmp_path)
+    save, calls = np.save, []
+
+    def failing(path, array):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError("disk full")
+        save(path, array)
+
+    monkeypatch.setattr(np, "save", failing)
+    with pytest.raises(OSError, match="disk full"):
+        source.write_prepared(_dataset(seed=1), tmp_path)
+    assert os.listdir(tmp_path) == ["cifar10"]
+    assert _same(_dataset(), source.read_prepared("cifar10", tmp_path))
+
+
+def test_foreign_files_are_never_replaced(tmp_path):
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="thesis.tex"):
+        source.write_prepared(_dataset(), tmp_path)
+    assert (tmp_path / "cifar10" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("train_images", np.zeros((6, 4, 4, 3), np.float32), "float32"),
+    ("test_images", np.zeros((4, 5, 5, 3), np.uint8), "one size"),
+    ("train_labels", np.zeros(5, np.int32), "expected int32"),
+    ("train_labels", np.zeros(6, np.int64), "int64"),
+    ("test_labels", np.array([0, 1, 2, 3], np.int32), "expected 0..2"),
+])
+def test_bad_arrays_are_refused(field, value, message):
+    good = {name: getattr(_dataset(), name) for name in source.ARRAYS}
+    with pytest.raises(UserError, match=message):
+        source.Dataset(name="x", class_names=("a", "b", "c"), **(good | {field: value}))
+
+
+def test_unknown_split():
+    with pytest.raises(UserError, match="did you mean 'train'"):
+        _dataset().fingerprint("trian")

@@ -1,0 +1,53 @@
+"""MACs against numbers counted by hand, and ResNet-18 against the exact counts of its papers' variants."""
+
+import pytest
+
+from advmoe_jax.core import config as configs
+from advmoe_jax.models import network
+from advmoe_jax.report import macs
+
+DENSE = dict(num_experts=1, model_scale=1.0)
+S_DENSE = dict(num_experts=1, model_scale=0.5)
+IMAGENET = dict(shape=(224, 224, 3), classes=1000, stem="imagenet")
+
+
+def count(shape=(32, 32, 3), classes=10, **fields):
+    cfg = configs.default().model
+    cfg.update(fields)
+    return macs.count(network.make(cfg, shape, classes))
+
+
+def test_dense_by_hand():
+    stem = 9 * 1 * 4 * 64
+    stage1 = 4 * (9 * 4 * 4 * 64)
+    others = sum(9 * c * 2 * c * pixels + 3 * (9 * 2 * c * 2 * c * pixels) + c * 2 * c * pixels
+                 for c, pixels in ((4, 16), (8, 4), (16, 1)))
+    total = stem + stage1 + others + 32 * 10
+    assert total == 137_792
+    assert count((8, 8, 1), width=4, **DENSE) == {"pathway": total, "router": 0, "total": total, "executed": total}
+
+
+def test_experts_and_routers_by_hand():
+    # As above, but that the stem has all 8 channels and the first block goes from 8 to 4.
+    routed = 9 * 8 * 4 * 64 + 3 * (9 * 4 * 4 * 64) + 3 * (4_608 + 3 * 9_216)
+    pathway = 9 * 1 * 8 * 64 + routed + 8 * 4 * 64 + 3 * 512 + 32 * 10
+    inputs = [8, 4, 4, 4, 4, 8, 8, 8, 8, 16, 16, 16, 16, 32, 32, 32]
+    router = sum(c * 3 + 3 * 2 for c in inputs)
+    assert (pathway, router) == (151_360, 744)
+    assert count((8, 8, 1), width=8, num_experts=2, model_scale=0.5, router_width=3) == {
+        "pathway": pathway, "router": router, "total": pathway + router, "executed": pathway + routed + router}
+
+
+@pytest.mark.parametrize("expected,fields", [
+    (555_422_720, DENSE),
+    (139_299_328, S_DENSE),
+    (151_718_400, dict(num_experts=2, model_scale=0.5)),
+    (1_814_073_344, DENSE | IMAGENET),
+    (483_149_824, S_DENSE | IMAGENET),
+])
+def test_pathway_of_resnet18(expected, fields):
+    assert count(**fields)["pathway"] == expected
+
+
+def test_router_of_the_released_code():
+    assert count(routing="global")["router"] == 40_550_528

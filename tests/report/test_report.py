@@ -1,0 +1,160 @@
+"""The report of one run: its numbers, its plots, its commands, and damaged files."""
+
+import shlex
+import sys
+
+import pytest
+
+from advmoe_jax import main
+from advmoe_jax.attacks import parse
+from advmoe_jax.core import config as configs
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.report import commands, plots, reports, runs, workdir_report
+from fabricated import entry, metrics, workdir
+
+
+def report(folder):
+    reports.write([folder])
+    return (folder / "report.md").read_text()
+
+
+def cells(text, start):
+    """The cells of the table rows that start with a cell."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return [row for row in rows if row[0] == start]
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5_000
+
+
+def test_routed_run(tmp_path, capsys):
+    text = report(workdir(tmp_path, [entry("last", sa=0.75, ra=0.3), entry("best")], lines=metrics()))
+    best, last = cells(text, "best")[0], cells(text, "last")[0]
+    assert best == ["best", "30", "200", "80.00 [73.91, 84.95]", "40.00 [33.46, 46.92]", "50.00", "45.00", "41.00"]
+    assert last[:2] == ["last", "40"] and last[4].startswith("30.00 [")
+    assert text.index("| best ") < text.index("| last ")
+    assert cells(text, "checkpoint")[0][-3:] == ["router constant", "ste_selected", "ste_full"]
+    assert cells(text, "139.30") == [["139.30", "1.00", "140.30", "280.00"]]
+    assert cells(text, "0") == [["0", "25.00 / 75.00", "0.81", "12.50"]] * 2
+    assert cells(text, "1")[0] == ["1", "100.00 / 0.00", "0.00", "0.00"]
+    for said in ("# AdvMoE\n", "pgd-20, linf eps 8/255, 200 test images of digits", "restarts 1", "float32 on cpu",
+                 "advmoe_jax 0.1.0, jax 0.9", "Config small", "training seed 0",
+                 "misclassified when clean count as broken",
+                 "worst case per example over the gradients attacked through"):
+        assert said in text
+    assert "Optimistic" not in text and "label_mod" not in text
+    assert is_png(tmp_path / "training.png") and is_png(tmp_path / "routing.png")
+    assert "![routing.png](routing.png)" in text
+    printed = capsys.readouterr().out
+    assert "40.00 [33.46, 46.92]" in printed and "139.30" in printed
+
+
+def test_dense_run(tmp_path):
+    text = report(workdir(tmp_path, [entry(routed=False)], lines=metrics(routed=False)))
+    assert cells(text, "checkpoint") == [["checkpoint", "step", "n", "SA %", "RA %"]]
+    assert "## Routing" not in text and cells(text, "139.30")[0][1] == "0.00"
+    assert is_png(tmp_path / "training.png") and not (tmp_path / "routing.png").exists()
+
+
+def test_every_attack_and_seed_has_a_table(tmp_path):
+    text = report(workdir(
+        tmp_path, [entry(), entry(attack="fgsm", ra=0.5), entry(seed=1, ra=0.35), entry("17", step=17)]))
+    assert len(cells(text, "best")) == 3 and cells(text, "17")[0][1] == "17"
+    assert "### fgsm, linf eps 8/255" in text and "seed 1." in text
+
+
+def test_warnings(tmp_path):
+    text = report(workdir(
+        tmp_path, [entry(selected_on="test", method="AdvMoE with label_mod: labels steer the routing")]))
+    assert "> Optimistic: the best checkpoint was chosen on test images" in text
+    assert "> Trained with label_mod: labels steer the routing." in text
+
+
+def test_not_evaluated(tmp_path, capsys):
+    text = report(workdir(tmp_path, [], lines=metrics()))
+    assert "Not evaluated yet" in text and "not evaluated yet" in capsys.readouterr().out
+    assert (tmp_path / "routing.png").exists()
+
+
+def test_without_matplotlib(tmp_path, monkeypatch, capsys):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    text = report(workdir(tmp_path, [entry()], lines=metrics()))
+    assert "## Training" not in text and not list(tmp_path.glob("*.png"))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "advmoe_jax[report]" in said
+
+
+@pytest.mark.parametrize("content", [
+    "{", "[]", '{"entries": 3}', '{"entries": [3]}', '{"entries": [{"step": 1}]}', "\xff"])
+def test_damaged_results(tmp_path, content):
+    folder = workdir(tmp_path, [])
+    (folder / "results.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"results\.json is damaged: .*--mode evaluate again") as caught:
+        reports.write([folder])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ['{"st\n{"step": 1, "split": "train", "epoch": 1}\n{}\n', "[1]\n", '{"step": 1}\n'])
+def test_damaged_metrics(tmp_path, content):
+    folder = workdir(tmp_path, [])
+    (folder / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
+        reports.write([folder])
+
+
+def test_metrics_that_end_in_the_middle_of_a_line(tmp_path):
+    folder = workdir(tmp_path, [entry()], lines=metrics())
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 50, "spl')
+    assert len(runs.load(folder).metrics) == 8
+    report(folder)
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(UserError, match="it has no config.json"):
+        reports.write([tmp_path])
+
+
+def test_a_single_routed_choice_and_many_experts(tmp_path):
+    routing = {"load": [[0.2] * 5], "load_entropy": [1.0], "flip_rate": [0.0]}
+    lines = [r | {k: v[:1] for k, v in r.items() if isinstance(v, list)} for r in metrics()]
+    folder = workdir(tmp_path, [entry(**routing)], lines=lines)
+    assert plots.write(runs.load(folder)) == ("training.png", "routing.png")
+
+
+def test_train_command_gives_the_same_config(tmp_path, monkeypatch):
+    (tmp_path / "configs" / "paper").mkdir(parents=True)
+    (tmp_path / "configs" / "paper" / "tiny_net.py").write_text(
+        "from advmoe_jax.core import config as configs\n"
+        "def get_config(method='advmoe'):\n"
+        "    config = configs.default()\n"
+        "    configs.set_method(config, method)\n"
+        "    return config\n")
+    monkeypatch.chdir(tmp_path)
+    config = configs.load("configs/paper/tiny_net.py:at_dense")
+    config.name, config.seed, config.train.length, config.data.flip = "tiny_net_at_dense_s3", 3, "4 epochs", False
+    configs.write(config, tmp_path / "a run" / "config.json")
+    flags, overrides = main.parse(shlex.split(commands.train(runs.load(tmp_path / "a run")))[3:])
+    assert flags.config == "configs/paper/tiny_net.py:at_dense" and flags.workdir == str(tmp_path / "a run")
+    again = configs.load(flags.config)
+    for text in overrides:
+        configs.override(again, text)
+    assert again.to_dict() == config.to_dict()
+
+
+def test_evaluate_command_gives_the_same_attacks(tmp_path):
+    found = [entry(), entry("last"), entry(attack="fgsm"),
+             entry("17", seed=2, attack="pgd(restarts=2,norm=l2)", eps="0.5")]
+    run = runs.load(workdir(tmp_path, found))
+    parsed = [main.parse(shlex.split(command)[3:]) for command in commands.evaluate(run)]
+    assert [flags.checkpoint for flags, _ in parsed] == ["", "17"]
+    settings = []
+    for _, overrides in parsed:
+        fields = dict(text.split("=", 1) for text in overrides)
+        assert fields["eval.n"] == "200"
+        settings += [{k: str(v) for k, v in sorted(vars(spec.config).items())}
+                     for spec in parse.attacks(fields["eval.attacks"])]
+    assert settings == [found[0]["settings"], found[2]["settings"], found[3]["settings"]]
+    assert workdir_report.macs_table(run).columns == ("pathway", "router", "total", "executed")
