@@ -5,7 +5,7 @@ TODO
 
 from advmoe_jax.core import config as configs
 
-EPOCHS = {"advmoe": 5, "at_moe": 8, "at_sdense": 20, "at_dense": 12, "natural": 12}
+EPOCHS = {"advmoe": 9, "at_moe": 18, "at_sdense": 36, "at_dense": 12, "natural": 12}
 
 
 def get_config(method="advmoe"):

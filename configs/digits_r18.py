@@ -19,7 +19,7 @@ def get_config(method="advmoe"):
     config.data.flip = False
     config.model.width = 16
     config.attack.eps = "0.1"
-    config.train.length = "30 epochs"
-    config.train.eval_every = "2 epochs"
-    config.train.save_every = "2 epochs"
+    config.train.length = "60 epochs"
+    config.train.eval_every = "5 epochs"
+    config.train.save_every = "5 epochs"
     return config

@@ -50,3 +50,12 @@ def get(objective: str | Objective) -> Objective:
     if isinstance(objective, Objective):
         return objective
     return NAMED[one_of("attack loss", objective, NAMED)]
+
+
+def logits_fn(outputs_fn: Callable) -> jax.tree_util.Partial:
+    """`x -> logits` of a model `x -> (logits, aux)`, with its weights still arguments of a traced program."""
+    return jax.tree_util.Partial(_first, outputs_fn)
+
+
+def _first(outputs_fn, x):
+    return outputs_fn(x)[0]

@@ -104,11 +104,6 @@ class Network:
         """`x -> (logits, aux)` with the weights as arguments of the traced program."""
         return jax.tree_util.Partial(_evaluate, _Static(self), variables, route)
 
-    def logits_fn(self, variables: dict[str, Any],
-                  route: routing.Route = routing.hard()) -> jax.tree_util.Partial:
-        """`x -> logits` with the weights as arguments of the traced program, for attacks."""
-        return jax.tree_util.Partial(_logits, self.outputs_fn(variables, route))
-
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +115,6 @@ class _Static:
 
 def _evaluate(static, variables, route, x):
     return static.network.apply(variables, x, route)
-
-
-def _logits(outputs_fn, x):
-    return outputs_fn(x)[0]
 
 
 def make(cfg, image_shape: tuple[int, int, int], num_classes: int) -> Network:

@@ -12,6 +12,11 @@ from advmoe_jax.core import files
 from advmoe_jax.core.errors import UserError
 
 SCHEMA = 1
+FIELDS = frozenset((
+    "id", "checkpoint", "step", "seed", "train_seed", "config", "method", "selected_on", "data", "macs", "dtype",
+    "backend", "versions", "attack", "norm", "eps", "eps_value", "settings", "n", "sa", "sa_interval", "ra",
+    "ra_interval", "ra_by_view"))
+"""What every measurement says of itself; those of routed models add load, load_entropy and flip_rate."""
 
 
 def entry_id(record: dict[str, Any]) -> str:
@@ -28,13 +33,18 @@ def read(workdir: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is damaged.
     """
-    path = Path(workdir) / "results.json"
+    path, advice = Path(workdir) / "results.json", "delete it and run --mode evaluate again"
     if not path.exists():
         return []
     try:
-        return json.loads(path.read_text())["entries"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): expected a JSON object with entries; move it away") from None
+        entries = json.loads(path.read_text())["entries"]
+        missing = [(i, name) for i, entry in enumerate(entries) for name in sorted(FIELDS - entry.keys())]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: {advice}") from None
+    if missing:
+        index, name = missing[0]
+        raise UserError(f"{path} is damaged: entry {index} has no {name!r}; {advice}")
+    return entries
 
 
 def add(workdir: Path, records: list[dict[str, Any]], examples: list[dict[str, np.ndarray]]) -> None:

@@ -14,10 +14,6 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.report import results
 
 CHECKPOINTS = ("best", "last")
-_FIELDS = frozenset((
-    "checkpoint", "step", "seed", "train_seed", "config", "method", "selected_on", "data", "macs", "dtype", "backend",
-    "versions", "attack", "norm", "eps", "eps_value", "settings", "n", "sa", "sa_interval", "ra", "ra_interval",
-    "ra_by_view"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +51,9 @@ def load(folder: Path) -> Run:
 
 
 def _entries(folder: Path) -> tuple[dict[str, Any], ...]:
-    advice = "delete it and run --mode evaluate again"
-    try:
-        entries = results.read(folder)
-        missing = [(i, name) for i, entry in enumerate(entries) for name in sorted(_FIELDS - entry.keys())]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / 'results.json'} is damaged: {advice}") from None
-    if missing:
-        index, name = missing[0]
-        raise UserError(f"{folder / 'results.json'} is damaged: entry {index} has no {name!r}; {advice}")
-    return tuple(sorted(entries, key=lambda e: (*(e["checkpoint"] != name for name in CHECKPOINTS), e["step"])))
+    order = (*CHECKPOINTS, None)
+    return tuple(sorted(results.read(folder), key=lambda e: (
+        order.index(e["checkpoint"] if e["checkpoint"] in CHECKPOINTS else None), e["step"])))
 
 
 def _metrics(path: Path) -> tuple[dict[str, Any], ...]:

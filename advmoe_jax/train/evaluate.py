@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from advmoe_jax.attacks import objectives
 from advmoe_jax.attacks.parse import Spec
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, units
@@ -32,15 +33,6 @@ def _predict(outputs_fn, x):
 @jax.jit
 def _to_float(images):
     return augment.to_float(images)
-
-
-def first_logits(outputs_fn: jax.tree_util.Partial) -> jax.tree_util.Partial:
-    """outputs_fn's first projection, x -> logits, as attacks take it."""
-    return jax.tree_util.Partial(_first, outputs_fn)
-
-
-def _first(outputs_fn, x):
-    return outputs_fn(x)[0]
 
 
 def predictions(system: System, state: State, arrays: dict[str, np.ndarray], indices: np.ndarray,
@@ -79,7 +71,7 @@ def predictions(system: System, state: State, arrays: dict[str, np.ndarray], ind
             keys = rng.per_example(rng.key(seed, f"attack_eval/{spec.name}"), batch["index"])
             outcomes = []
             for view in views:
-                x_adv = spec.run(first_logits(system.outputs_fn(state, view)), keys, x, y)
+                x_adv = spec.run(objectives.logits_fn(system.outputs_fn(state, view)), keys, x, y)
                 size = _checked_size(x_adv, x, spec)
                 label, ids = meshes.fetch(_predict(hard, x_adv))
                 outcomes.append((label[mask], None if ids is None else ids[mask], size))

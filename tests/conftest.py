@@ -1,0 +1,17 @@
+"""Four CPU devices, strict jax, and one compilation cache for all tests of a machine."""
+
+import os
+import tempfile
+
+import jax
+
+import advmoe_jax  # noqa: F401  sets XLA_FLAGS before a backend starts
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "advmoe_jax_tests_cache"))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # for the processes that tests start
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
