@@ -94,3 +94,8 @@ def fetch(tree):
 def fetch_replicated(tree):
     """Arrays that every device holds whole, as numpy."""
     return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), tree)
+
+
+def agree(value: np.ndarray) -> np.ndarray:
+    """Process 0's value, in every process."""
+    return value if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(value))

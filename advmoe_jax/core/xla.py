@@ -27,3 +27,10 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/advmoe_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def run_once_options() -> dict[str, int] | None:
+    """Compiler options for a program that runs once: on CPU, where compiling it is all it costs, hardly optimised."""
+    import jax
+
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

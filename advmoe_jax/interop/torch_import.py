@@ -11,7 +11,7 @@ I input channels, O output channels, k kernel size.
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,9 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     content = _read_npz(path) if path.suffix == ".npz" else _read_torch(path)
     while (inner := next((w for w in _WRAPPERS if isinstance(content.get(w), Mapping)), None)) is not None:
         content = content[inner]
-    other = next((name for name, value in content.items() if not hasattr(value, "shape")), None)
-    if not content or other is not None:
-        found = "is empty" if other is None else f"has an entry {other!r} that is no tensor"
+    other = [name for name, value in content.items() if not (isinstance(name, str) and hasattr(value, "shape"))]
+    if other or not content:
+        found = f"has an entry {other[0]!r} that is no named tensor" if other else "is empty"
         raise UserError(f"{path} {found}: expected a state dict, alone or under {', '.join(_WRAPPERS)}")
     prefix = _DATA_PARALLEL if all(name.startswith(_DATA_PARALLEL) for name in content) else ""
     return {name.removeprefix(prefix): _to_numpy(value) for name, value in content.items()}
@@ -74,20 +74,17 @@ def to_variables(network: Network, state_dict: Mapping[str, Any],
     """
     found = _one_router(state_dict, router_state_dict or {})
     abstract = jax.eval_shape(network.init, jax.random.key(0))
-    expected, names = tree.named_leaves(abstract), _torch_names(network)
-    has_router = any(name.startswith(_ROUTER) for name in found)
-    leaves = []
-    for path, leaf in expected.items():
-        if path not in names:
-            raise _not_importable(path)
-        name = names[path]
-        if name.startswith(_ROUTER) and not has_router:
-            raise UserError(f"the state dict has no router: expected tensors such as {name}, or a router_state_dict")
-        leaves.append(_take(found, name, leaf, path.endswith("/kernel")))
-    for name in found:
-        if name not in names.values():
-            raise UserError(f"unknown tensor {name} {np.shape(found[name])} in the state dict: "
-                            f"expected only tensors of this network{_nearest(name, names.values())}")
+    expected = tree.named_leaves(abstract)
+    names = _torch_names(network, expected)
+    unknown = sorted(found.keys() - names.values())
+    for name in names.values():
+        if name not in found:
+            raise _missing(name, found, unknown)
+    if unknown:
+        raise UserError(f"unknown tensor {unknown[0]} {np.shape(found[unknown[0]])} in the state dict: "
+                        f"expected only tensors of this network{_nearest(unknown[0], names.values())}")
+    leaves = [_as_leaf(names[path], found[names[path]], leaf, path.endswith("/kernel"))
+              for path, leaf in expected.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
@@ -98,25 +95,23 @@ def norm_name(layer: str) -> str:
     return f"{head}.{last}" if head else last
 
 
-def _torch_names(network: Network) -> dict[str, str]:
-    """{"params/backbone/conv1/kernel": "conv1.weight"} for every leaf that the layers of `network` may have."""
+def _torch_names(network: Network, paths: Iterable[str]) -> dict[str, str]:
+    """The PyTorch name of every leaf, {"params/backbone/conv1/kernel": "conv1.weight"}."""
     names = {}
     for spec in network.layers:
-        if not spec.torch_name:
-            raise _not_importable(spec.path)
         prefix = _ROUTER if spec.path.startswith("router/") else ""
         layer, norm = prefix + spec.torch_name, prefix + norm_name(spec.torch_name)
-        names |= {f"params/{spec.path}/kernel": f"{layer}.weight", f"params/{spec.path}/bias": f"{layer}.bias"}
-        if spec.norm:
+        if spec.torch_name:
+            names |= {f"params/{spec.path}/kernel": f"{layer}.weight", f"params/{spec.path}/bias": f"{layer}.bias"}
+        if spec.torch_name and spec.norm:
             names |= {f"params/{spec.norm}/scale": f"{norm}.weight", f"params/{spec.norm}/bias": f"{norm}.bias",
                       f"batch_stats/{spec.norm}/mean": f"{norm}.running_mean",
                       f"batch_stats/{spec.norm}/var": f"{norm}.running_var"}
-    return names
-
-
-def _not_importable(path: str) -> UserError:
-    return UserError(f"{path} has no PyTorch name: expected a network whose layers all have one; "
-                     "of the routers only that of model.routing=global has")
+    nameless = next((path for path in paths if path not in names), None)
+    if nameless:
+        raise UserError(f"{nameless} has no PyTorch name: expected a network whose layers all have one; "
+                        "of the routers only that of model.routing=global has")
+    return {path: names[path] for path in paths}
 
 
 def _one_router(state_dict: Mapping[str, Any], router_state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,22 +125,27 @@ def _one_router(state_dict: Mapping[str, Any], router_state_dict: Mapping[str, A
         if short not in merged:
             merged[short], origin[short] = value, name
         elif not np.array_equal(merged[short], value, equal_nan=True):
-            raise UserError(f"copies of the router differ: {origin[short]} is not {name}; expected one router in all layers")
+            raise UserError(f"copies of the router differ: {origin[short]} is not {name}; "
+                            "expected one router in all layers")
     return merged
 
 
-def _take(found: Mapping[str, Any], name: str, leaf: jax.ShapeDtypeStruct, is_kernel: bool) -> jax.Array:
-    """The tensor `name` as the leaf of our variables."""
+def _as_leaf(name: str, value: Any, leaf: jax.ShapeDtypeStruct, is_kernel: bool) -> jax.Array:
+    """A tensor in the layout and type of our leaf."""
+    value = np.asarray(value)
     shape = tuple(leaf.shape[axis] for axis in _KERNEL_TO_TORCH[leaf.ndim]) if is_kernel else leaf.shape
-    if name not in found:
-        raise UserError(f"the state dict has no tensor {name}: expected one of shape {shape}{_nearest(name, found)}")
-    value = np.asarray(found[name])
     if value.shape != shape:
         raise UserError(f"tensor {name} of the state dict is {value.shape}: expected {shape}")
     return jnp.asarray(value.transpose(_KERNEL_FROM_TORCH[value.ndim]) if is_kernel else value, leaf.dtype)
 
 
-def _nearest(name: str, known) -> str:
+def _missing(name: str, found: Iterable[str], unknown: Iterable[str]) -> UserError:
+    if name.startswith(_ROUTER) and not any(other.startswith(_ROUTER) for other in found):
+        return UserError(f"the state dict has no router: expected tensors such as {name}, or a router_state_dict")
+    return UserError(f"the state dict has no tensor {name}, which this network needs{_nearest(name, unknown)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"; the nearest name is {near[0]}" if near else ""
 

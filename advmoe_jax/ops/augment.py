@@ -24,8 +24,8 @@ def pad_crop_flip(key: jax.Array, images: jax.Array, pad: int, flip: bool) -> ja
     row_key, col_key, flip_key = jax.random.split(key, 3)
     if pad:
         padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        rows = jax.random.randint(row_key, (batch, 1), 0, 2 * pad + 1) + jnp.arange(height)
-        cols = jax.random.randint(col_key, (batch, 1), 0, 2 * pad + 1) + jnp.arange(width)
+        rows = jax.random.randint(row_key, (batch, 1), 0, 2 * pad + 1) + jnp.arange(height)[None]
+        cols = jax.random.randint(col_key, (batch, 1), 0, 2 * pad + 1) + jnp.arange(width)[None]
         images = padded[jnp.arange(batch)[:, None, None], rows[:, :, None], cols[:, None, :]]
     if flip:
         mirrored = jax.random.bernoulli(flip_key, 0.5, (batch, 1, 1, 1))

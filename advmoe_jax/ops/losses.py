@@ -17,7 +17,7 @@ def kl(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
 
 def best_other(logits: jax.Array, y: jax.Array) -> jax.Array:
     """The largest logit of a class other than y, (B, K), (B,) -> (B,)."""
-    is_label = jnp.arange(logits.shape[-1]) == y[:, None]
+    is_label = jnp.arange(logits.shape[-1])[None] == y[:, None]
     return jnp.max(jnp.where(is_label, -jnp.inf, logits), -1)
 
 

@@ -84,15 +84,18 @@ def gates(scores: jax.Array, route: Route, layer: int) -> tuple[jax.Array, jax.A
         return jax.nn.one_hot(ids, num_experts, dtype=scores.dtype), ids.astype(jnp.int32)
     ids = jnp.argmax(scores, -1).astype(jnp.int32)
     choice = jax.nn.one_hot(ids, num_experts, dtype=scores.dtype)
-    zero = scores - jax.lax.stop_gradient(scores)
     if route.grad == "ste_full":
-        return choice + zero, ids
+        return choice + _zero(scores), ids
     if route.grad == "ste_selected":
-        return choice * (1 + zero), ids
+        return choice * (1 + _zero(scores)), ids
     if route.grad == "scaled":
-        log_p = jax.nn.log_softmax(scores)
-        return choice * (1 + (log_p - jax.lax.stop_gradient(log_p))), ids
+        return choice * (1 + _zero(jax.nn.log_softmax(scores))), ids
     return choice, ids
+
+
+def _zero(scores: jax.Array) -> jax.Array:
+    """0 in value, also where a score is not finite, with the gradient of the scores."""
+    return jnp.where(jnp.isfinite(scores), scores - jax.lax.stop_gradient(scores), 0)
 
 
 def offsets(num_experts: int, width: int, channels: int, experts: str) -> tuple[int, ...]:

@@ -6,9 +6,10 @@ from typing import Any
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.ops.statistics import wilson
-from advmoe_jax.report import commands, runs, tables
+from advmoe_jax.core import tables
+from advmoe_jax.core.tables import Table
+from advmoe_jax.report import commands, runs
 from advmoe_jax.report.runs import Run
-from advmoe_jax.report.tables import Table
 
 _COLUMNS = ("method", "config", "seeds", "SA %, best", "RA %, best", "RA %, last", "MACs, M: pathway / router / total")
 

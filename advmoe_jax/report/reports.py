@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from advmoe_jax.report import comparison, runs, tables, workdir_report
+from advmoe_jax.core import tables
+from advmoe_jax.report import comparison, runs, workdir_report
 
 
 def write(folders: Sequence[Path]) -> None:

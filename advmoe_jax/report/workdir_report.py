@@ -4,9 +4,10 @@ import sys
 from typing import Any
 
 from advmoe_jax.core import files
-from advmoe_jax.report import commands, plots, runs, tables
+from advmoe_jax.core import tables
+from advmoe_jax.core.tables import Table
+from advmoe_jax.report import commands, plots, runs
 from advmoe_jax.report.runs import Run
-from advmoe_jax.report.tables import Table
 
 _DEFINITION = ("Robust accuracy (RA) = worst case per example over the gradients attacked through; images "
                "misclassified when clean count as broken. SA is the accuracy on clean images. Both in percent, with "

@@ -14,7 +14,7 @@ import numpy as np
 from advmoe_jax.attacks import pgd
 from advmoe_jax.attacks.objectives import NAMED, Objective
 from advmoe_jax.core import mesh as meshes
-from advmoe_jax.core import rng, units
+from advmoe_jax.core import rng, units, xla
 from advmoe_jax.core.errors import one_of
 from advmoe_jax.data import pipeline
 from advmoe_jax.models.network import Network
@@ -167,7 +167,7 @@ def build(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh, u
         for u in updates)
     views = VIEWS if network.num_experts > 1 else VIEWS[:1]
     return System(
-        init=jax.jit(fresh, out_shardings=meshes.replicated(mesh)),
+        init=jax.jit(fresh, out_shardings=meshes.replicated(mesh), compiler_options=xla.run_once_options()),
         stages=(Stage("train", length, indices, steps),),
         outputs_fn=lambda state, view: network.outputs_fn(state.variables, routing.hard(view)),
         views=views, network=network, describe=describe)

@@ -50,14 +50,14 @@ def predictions(system: System, state: State, arrays: dict[str, np.ndarray], ind
         indices: (m,) images to evaluate.
         specs: attacks.
         mesh: of all devices.
-        batch_size: rounded up to a multiple of the devices.
+        batch_size: at most; rounded up to a multiple of the devices.
         seed: of the attacks.
         views: gradients to attack through.
     Returns:
         "label", "clean" (m,), "clean_ids" (m, L) or None, and per attack, in order, in "attacked": "label" and
         "ids" of shapes (V, m), (V, m, L), the largest norm of a perturbation, and seconds.
     """
-    batch_size = -(-batch_size // mesh.size) * mesh.size
+    batch_size = -(-min(batch_size, len(indices)) // mesh.size) * mesh.size
     hard = system.outputs_fn(state, "none")
     rows: list[dict[str, Any]] = []
     seconds = [0.0] * len(specs)

@@ -54,32 +54,9 @@ def _plain(value: Any) -> Any:
     return np.round(value.astype(float), 6).tolist() if value.dtype.kind == "f" else value.tolist()
 
 
-@dataclasses.dataclass
-class Window:
-    """Means of the metrics since the last log line, and the speed.
-
-    Attributes:
-        batch_size: images of an iteration.
-    """
-
-    batch_size: int
-    sums: dict[str, Any] = dataclasses.field(default_factory=dict)
-    count: int = 0
-    since: float = dataclasses.field(default_factory=time.perf_counter)
-
-    def add(self, values: dict[str, Any]) -> None:
-        """Adds the metrics of one iteration."""
-        self.count += 1
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + np.asarray(value, np.float64)
-
-    def close(self) -> dict[str, Any]:
-        """The means and `images_per_second`; starts a new window."""
-        now = time.perf_counter()
-        means = {name: value / self.count for name, value in self.sums.items()}
-        means["images_per_second"] = self.count * self.batch_size / max(now - self.since, 1e-9)
-        self.sums, self.count, self.since = {}, 0, now
-        return means
+def means(window: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Mean of each metric over the iterations of a window."""
+    return {name: np.mean([values[name] for values in window], axis=0, dtype=np.float64) for name in window[0]}
 
 
 def line(step: int, total_steps: int, epoch: float, means: dict[str, Any], batch_size: int) -> str:

@@ -59,9 +59,9 @@ def run(config: ConfigDict, workdir: Path, system: System, train: dict[str, np.n
                 log.say(f"continuing from the checkpoint of step {step}")
             total = sum(stage.length for stage in system.stages)
             batch_size = config.data.batch_size
-            window = log.Window(batch_size)
-            pending = None
-            line_at = time.perf_counter()
+            best = meshes.agree(np.array(_best_so_far(config, metrics)))
+            window, pending = [], None
+            window_start = line_at = time.perf_counter()
 
             def settle():
                 """Fetches the metrics of the last iteration, which has been dispatched and not looked at."""
@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: Path, system: System, train: dict[str, np.n
                 if pending is not None:
                     values = meshes.fetch_replicated(pending)
                     _check_finite(step, stage, values, saved)
-                    window.add({k: v for k, v in values.items() if not k.endswith("non_finite")})
+                    window.append({k: v for k, v in values.items() if not k.endswith("non_finite")})
                     pending = None
 
             while True:
@@ -77,17 +77,20 @@ def run(config: ConfigDict, workdir: Path, system: System, train: dict[str, np.n
                 due = _due(config, step, per_epoch, total) if step != restored else ()
                 if due:
                     settle()
-                if "log" in due and window.count:
-                    means = window.close()
+                if window and due:
+                    means = log.means(window)
+                    means["images_per_second"] = len(window) * batch_size / (time.perf_counter() - window_start)
                     metrics.write(step, "train", means | {"epoch": step / per_epoch})
                     _warn_of_collapse(means)
                     if "eval" in due or time.perf_counter() - line_at > _SECONDS_BETWEEN_LINES:
                         log.say(log.line(step, total, step / per_epoch, means, batch_size))
                         line_at = time.perf_counter()
                 if "eval" in due:
-                    _select_best(config, system, state, step, select, mesh, metrics, saved)
+                    best = _select_best(config, system, state, step, select, mesh, metrics, saved, best)
                 if "save" in due:
                     saved.save("last", step, state, {"stage": stage.name})
+                if due:
+                    window, window_start = [], time.perf_counter()
                 if step == total:
                     return
                 if notice.reached(step):
@@ -118,7 +121,8 @@ def _stage_at(system: System, step: int, batch_size: int) -> tuple[Stage, int]:
 
 
 def _due(config: ConfigDict, step: int, per_epoch: int, total: int) -> tuple[str, ...]:
-    """What is to be done before iteration `step`. A checkpoint ends a log line, so that a resumed run has the same."""
+    """What is to be done before iteration `step`. Either of eval and save ends a
+    window of the log, so that a resumed run writes the same lines."""
     def falls(name):
         every = units.steps(config.train[name], per_epoch, total, f"train.{name}")
         return step == total or (every > 0 and step % every == 0)
@@ -126,24 +130,30 @@ def _due(config: ConfigDict, step: int, per_epoch: int, total: int) -> tuple[str
     if step == 0:
         return ()
     due = tuple(name for name in ("eval", "save") if falls(f"{name}_every"))
-    return ("log", *due) if due or falls("log_every") else ()
+    return due or (("log",) if falls("log_every") else ())
 
 
-def _select_best(config, system, state, step, select, mesh, metrics, saved) -> None:
-    """Measures the images that select, and keeps the state if its RA, then its SA, is the best so far."""
+def _best_so_far(config: ConfigDict, metrics: log.Metrics) -> tuple[float, float]:
+    """(RA, SA) of the best checkpoint, as metrics.jsonl rounds them; below every rate if there is none."""
+    return max(((r["ra"], r["sa"]) for r in metrics.read() if r["split"] == config.train.select_on), default=(-1., -1.))
+
+
+def _select_best(config, system, state, step, select, mesh, metrics, saved, best) -> np.ndarray:
+    """Measures the images that select, keeps the state if its (RA, SA) beats `best`, and returns the better one."""
     arrays, indices = select
     specs = parse.attacks(config.train.attack, norm=config.attack.norm, eps=config.attack.eps)
-    found = evaluate.predictions(system, state, arrays, indices, specs, mesh=mesh,
-                                 batch_size=config.eval.batch_size, seed=config.seed, views=system.views)
-    records = evaluate.summarize(found, specs, system.views, system.network.num_experts)
+    predicted = evaluate.predictions(system, state, arrays, indices, specs, mesh=mesh,
+                                     batch_size=config.eval.batch_size, seed=config.seed, views=system.views)
+    records = evaluate.summarize(predicted, specs, system.views, system.network.num_experts)
     sa, ra = records[0]["sa"], min(record["ra"] for record in records)
-    before = [(r["ra"], r["sa"]) for r in metrics.read() if r["split"] == config.train.select_on]
     metrics.write(step, config.train.select_on, {"sa": sa, "ra": ra})
-    best = not before or (round(ra, 6), round(sa, 6)) > max(before)
-    if best:
+    found = np.round((ra, sa), 6)
+    better = tuple(found) > tuple(best)
+    if better:
         saved.save("best", step, state, {"sa": sa, "ra": ra, "selected_on": config.train.select_on})
     log.say(f"step {step} {config.train.select_on} SA {100 * sa:.2f} RA {100 * ra:.2f} "
-            f"({', '.join(r['attack'] for r in records)}, {len(indices)} images){', best so far' if best else ''}")
+            f"({', '.join(r['attack'] for r in records)}, {len(indices)} images){', best so far' if better else ''}")
+    return found if better else best
 
 
 def _check_finite(step: int, stage: Stage, values: dict[str, Any], saved: checkpoint.Checkpoints) -> None:

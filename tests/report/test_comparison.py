@@ -3,7 +3,8 @@
 import pytest
 
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.report import comparison, commands, reports, runs, tables
+from advmoe_jax.core import tables
+from advmoe_jax.report import commands, comparison, reports, runs
 from fabricated import entry, workdir
 
 

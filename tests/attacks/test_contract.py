@@ -1,0 +1,181 @@
+"""What every attack promises, for every module of advmoe_jax.attacks that makes one.
+
+A new attack is covered as soon as its file is there; settings that it does not have are left at their defaults.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advmoe_jax.attacks import parse
+from advmoe_jax.core import find, rng
+from advmoe_jax.core import mesh as meshes
+from advmoe_jax.ops import balls, losses
+
+NAMES = find.names("attacks", "make")
+EPS = {"linf": 0.1, "l2": 0.6, "l1": 3.0}
+BATCH, CLASSES, SHAPE = 12, 3, (6, 6, 1)
+SMALL = dict(num_steps=5)  # so that a device loop is not unrolled
+
+each = pytest.mark.parametrize("name, norm", [(name, norm) for name in NAMES for norm in balls.NORMS])
+
+
+def _apply(weights, x):
+    """A smooth network that is not linear."""
+    h = jnp.tanh(x.reshape(x.shape[0], -1) @ weights[0])
+    return h @ weights[1]
+
+
+@functools.cache
+def _case():
+    """Weights, images with corners of the box, and the labels that the network gives most of them."""
+    numbers = np.random.default_rng(0)
+    weights = (numbers.standard_normal((36, 8)) / 6, numbers.standard_normal((8, CLASSES)))
+    weights = tuple(jnp.asarray(w, jnp.float32) for w in weights)
+    x = jnp.asarray(np.clip(numbers.uniform(-0.2, 1.2, (BATCH, *SHAPE)), 0, 1), jnp.float32)
+    y = jnp.argmax(_apply(weights, x), -1).at[0].add(1) % CLASSES  # image 0 is wrong when clean
+    return weights, x, y
+
+
+def _spec(name, norm, eps=None, **more):
+    config = find.module("attacks", name, defines="make").Config
+    fields = {field.name for field in dataclasses.fields(config)}
+    settings = {k: v for k, v in (SMALL | more).items() if k in fields}
+    return parse.attack(name, norm=norm, eps=EPS[norm] if eps is None else eps, **settings)
+
+
+def _keys(index):
+    return rng.per_example(jax.random.key(7), jnp.asarray(index))
+
+
+@functools.cache
+def _found(name, norm):
+    """Images that the attack found."""
+    weights, x, y = _case()
+    return _spec(name, norm).run(jax.tree_util.Partial(_apply, weights), _keys(np.arange(BATCH)), x, y)
+
+
+def _same(ours, theirs):
+    """Equal but for the order of sums."""
+    np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=0, atol=2e-5)
+
+
+def _verdicts(x_adv, y):
+    return np.asarray(jnp.argmax(_apply(_case()[0], jnp.asarray(np.asarray(x_adv))), -1) == y)
+
+
+def test_attacks_are_found():
+    assert {"fgsm", "pgd"} <= set(NAMES)
+
+
+@each
+def test_stays_in_ball_and_box_and_increases_the_loss(name, norm):
+    weights, x, y = _case()
+    x_adv = _found(name, norm)
+    assert x_adv.shape == x.shape and x_adv.dtype == x.dtype
+    assert np.all(np.isfinite(x_adv)) and x_adv.min() >= 0 and x_adv.max() <= 1
+    size = np.asarray(balls.norm(x_adv - x, norm))
+    assert np.all(size <= EPS[norm] * (1 + 1e-5) + 1e-6) and np.all(size > 0)
+    clean, attacked = (np.asarray(losses.cross_entropy(_apply(weights, u), y)) for u in (x, x_adv))
+    assert np.all(attacked >= clean - 1e-5)
+    assert np.mean(attacked) > np.mean(clean) + 0.01
+
+
+@each
+def test_same_key_same_images(name, norm):
+    weights, x, y = _case()
+    again = _spec(name, norm).run(jax.tree_util.Partial(_apply, weights), _keys(np.arange(BATCH)), x, y)
+    np.testing.assert_array_equal(again, _found(name, norm))
+
+
+@each
+def test_an_example_does_not_depend_on_its_batch(name, norm):
+    """Order, size of the batch (1 too) and the other images change nothing."""
+    weights, x, y = _case()
+    permuted = np.random.default_rng(1).permutation(BATCH)
+    permuted[:4] = permuted[4]
+    for rows in (permuted, np.array([5])):
+        x_adv = _spec(name, norm).run(jax.tree_util.Partial(_apply, weights), _keys(rows), x[rows], y[rows])
+        _same(x_adv, _found(name, norm)[rows])
+        np.testing.assert_array_equal(_verdicts(x_adv, y[rows]), _verdicts(_found(name, norm), y)[rows])
+
+
+@each
+def test_one_key_stands_for_one_per_example(name, norm):
+    """Folded from the position, so that twins in a batch start apart."""
+    weights, x, y = _case()
+    x_adv = _spec(name, norm).run(jax.tree_util.Partial(_apply, weights), jax.random.key(7), x, y)
+    _same(x_adv, _found(name, norm))
+
+
+@each
+def test_inside_jit_and_as_a_plain_closure(name, norm):
+    weights, x, y = _case()
+    spec = _spec(name, norm)
+
+    @jax.jit
+    def traced(weights, keys, x, y):
+        return spec.run(lambda u: _apply(weights, u), keys, x, y)
+
+    _same(traced(weights, _keys(np.arange(BATCH)), x, y), _found(name, norm))
+    _same(spec.run(lambda u: _apply(weights, u), _keys(np.arange(BATCH)), x, y), _found(name, norm))
+
+
+@each
+def test_on_four_devices(name, norm):
+    weights, x, y = _case()
+    mesh = meshes.make()
+    assert mesh.size == 4
+    index, x_cut, y_cut = (jax.device_put(a, meshes.by_example(mesh)) for a in (np.arange(BATCH), x, y))
+    weights = jax.device_put(weights, meshes.replicated(mesh))
+    x_adv = _spec(name, norm).run(jax.tree_util.Partial(_apply, weights), _keys(index), x_cut, y_cut)
+    assert {shard.data.shape[0] for shard in x_adv.addressable_shards} == {BATCH // 4}, "still cut over the devices"
+    _same(x_adv, _found(name, norm))
+    np.testing.assert_array_equal(_verdicts(x_adv, y), _verdicts(_found(name, norm), y))
+
+
+@each
+def test_eps_0_gives_the_clean_images_bit_for_bit(name, norm):
+    weights, x, y = _case()
+    x_adv = _spec(name, norm, 0.0).run(jax.tree_util.Partial(_apply, weights), _keys(np.arange(BATCH)), x, y)
+    np.testing.assert_array_equal(x_adv, x)
+
+
+@each
+def test_no_gradient_flows_through(name, norm):
+    weights, x, y = _case()
+    spec = _spec(name, norm, num_steps=2)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(weights, x):
+        return jnp.sum(spec.run(jax.tree_util.Partial(_apply, weights), jax.random.key(0), x, y)**2)
+
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients(weights, x)))
+
+
+@each
+def test_one_trace_a_configuration(name, norm):
+    """Another eps, other images, other weights and a new attack of the same settings compile nothing."""
+    weights, x, y = _case()
+    traces = []
+
+    def counted(weights, x):
+        traces.append(x.shape)
+        return _apply(weights, x)
+
+    def attack(eps, weights, x):
+        return _spec(name, norm, eps, driver="host").run(
+            jax.tree_util.Partial(counted, weights), _keys(np.arange(len(x))), x, y[:len(x)])
+
+    first = attack(EPS[norm], weights, x)
+    after_one = len(traces)
+    assert 1 <= after_one <= 4
+    second = attack(EPS[norm] / 10, weights, x)
+    attack(EPS[norm], tuple(2 * w for w in weights), 1 - x)
+    assert len(traces) == after_one
+    assert np.any(first != second)

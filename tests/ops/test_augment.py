@@ -1,0 +1,70 @@
+"""Augmentation on the device: crops of what numpy cuts out, each image with its own draw."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advmoe_jax.ops import augment
+
+BATCH, HEIGHT, WIDTH, PAD = 192, 5, 6, 2
+augmented = functools.partial(jax.jit, static_argnums=(2, 3))(augment.pad_crop_flip)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(1, 256, (BATCH, HEIGHT, WIDTH, 3)).astype(np.uint8)
+
+
+def _crops(image):
+    """{(row, col): crop} of the padded image, by slicing."""
+    padded = np.pad(image, ((PAD, PAD), (PAD, PAD), (0, 0)))
+    return {(i, j): padded[i:i + HEIGHT, j:j + WIDTH] for i in range(2 * PAD + 1) for j in range(2 * PAD + 1)}
+
+
+def _found(image, result):
+    """Where `result` was cut out of `image`, and whether it was mirrored: exactly one answer."""
+    answers = [(*corner, mirrored) for corner, crop in _crops(image).items()
+               for mirrored in (False, True) if np.array_equal(crop[:, ::-1] if mirrored else crop, result)]
+    assert len(answers) == 1
+    return answers[0]
+
+
+def test_every_image_is_a_crop_that_numpy_cuts_and_perhaps_mirrored(images):
+    results = np.asarray(augmented(jax.random.key(0), images, PAD, True))
+    assert results.dtype == np.uint8 and results.shape == images.shape
+    draws = np.array([_found(*pair) for pair in zip(images, results)])
+    for axis in (0, 1):  # rows and columns: every offset occurs, none dominates
+        assert np.bincount(draws[:, axis], minlength=5).min() > BATCH / 5 / 2
+    assert abs(draws[:, 2].mean() - 0.5) < 0.12
+    assert len({tuple(d) for d in draws}) > 35, "rows, columns and mirroring are drawn apart"
+
+
+def test_same_key_same_result(images):
+    once, again, other = (np.asarray(augmented(jax.random.key(seed), images, PAD, True)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(once, again)
+    assert np.mean(np.any(once != other, axis=(1, 2, 3))) > 0.9
+
+
+def test_draws_do_not_depend_on_the_images(images):
+    draws = [[_found(*pair) for pair in zip(batch, np.asarray(augmented(jax.random.key(3), batch, PAD, True)))]
+             for batch in (images, images[::-1])]
+    assert draws[0] == draws[1]
+
+
+def test_flip_alone_and_crop_alone(images):
+    flipped = np.asarray(augmented(jax.random.key(4), images, 0, True))
+    same = np.all(flipped == images, axis=(1, 2, 3))
+    mirrored = np.all(flipped == images[:, :, ::-1], axis=(1, 2, 3))
+    assert np.all(same ^ mirrored) and 0.38 < same.mean() < 0.62
+    cropped = np.asarray(augmented(jax.random.key(4), images, PAD, False))
+    assert not any(_found(*pair)[2] for pair in zip(images, cropped))
+    np.testing.assert_array_equal(augmented(jax.random.key(4), images, 0, False), images)
+
+
+def test_to_float():
+    x = augment.to_float(jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1))
+    assert x.dtype == jnp.float32 and x.min() == 0 and x.max() == 1
+    np.testing.assert_allclose(x.ravel(), np.arange(256) / 255, rtol=1e-6)

@@ -1,0 +1,98 @@
+"""Losses against plain numpy, and where their gradients flow."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advmoe_jax.ops import losses
+
+
+@pytest.fixture(scope="module")
+def case():
+    """Clean and adversarial logits (B, K), labels (B,)."""
+    numbers = np.random.default_rng(0)
+    clean, adv = (3 * numbers.standard_normal((32, 5)).astype(np.float32) for _ in range(2))
+    return clean, adv, numbers.integers(0, 5, 32)
+
+
+def _p(logits):
+    e = np.exp(np.asarray(logits, np.float64))
+    return e / e.sum(-1, keepdims=True)
+
+
+def _kl(a, b):
+    return (_p(a) * np.log(_p(a) / _p(b))).sum(-1)
+
+
+def _close(ours, expected):
+    np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_cross_entropy(case):
+    clean, _, y = case
+    _close(losses.cross_entropy(clean, y), [-np.log(_p(z)[k]) for z, k in zip(clean, y)])
+
+
+def test_kl(case):
+    clean, adv, _ = case
+    _close(losses.kl(clean, adv), _kl(clean, adv))
+    _close(losses.kl(clean, clean), 0)
+    assert np.all(losses.kl(clean, adv) > 0)
+
+
+def test_kl_has_gradients_to_both(case):
+    clean, adv, _ = case
+    to_p, to_q = jax.grad(lambda a, b: jnp.sum(losses.kl(a, b)), argnums=(0, 1))(clean, adv)
+    p, q = _p(clean), _p(adv)
+    _close(to_q, q - p)
+    log_ratio = np.log(p / q)
+    _close(to_p, p * (log_ratio - (p * log_ratio).sum(-1, keepdims=True)))
+
+
+def test_margin(case):
+    clean, _, y = case
+    _close(losses.margin(clean, y), [max(np.delete(z, k)) - z[k] for z, k in zip(clean, y)])
+    np.testing.assert_array_equal(losses.margin(clean, y) > 0, clean.argmax(-1) != y)
+
+
+def test_trades(case):
+    clean, adv, y = case
+    ce = -np.log(_p(clean)[np.arange(32), y])
+    _close(losses.trades(clean, adv, y, 6.), ce + 6 * _kl(clean, adv))
+
+
+def test_mart(case):
+    clean, adv, y = case
+    p, q, rows = _p(clean), _p(adv), np.arange(32)
+    other = np.array([max(np.delete(row, k)) for row, k in zip(q, y)])
+    boosted = -np.log(q[rows, y]) - np.log(1 - other)
+    _close(losses.mart(clean, adv, y, 6.), boosted + 6 * _kl(clean, adv) * (1 - p[rows, y]))
+
+
+def test_label_mod():
+    numbers = np.random.default_rng(1)
+    scores, adv = (numbers.standard_normal((8, 3, 2)).astype(np.float32) for _ in range(2))
+    y = np.arange(8)
+    expected = np.zeros(8)
+    for b in range(8):
+        for layer in range(3):
+            expected[b] += (-2 * np.log(_p(scores[b, layer])[y[b] % 2]) + 5 * _kl(scores[b, layer], adv[b, layer])) / 3
+    _close(losses.label_mod(scores, adv, y, 2., 5.), expected)
+
+
+@pytest.mark.parametrize("name", ["trades", "mart"])
+def test_gradients_flow_through_both_forward_passes(case, name):
+    clean, adv, y = case
+    loss = getattr(losses, name)
+    for gradient in jax.grad(lambda a, b: jnp.sum(loss(a, b, y, 6.)), argnums=(0, 1))(clean, adv):
+        assert np.all(np.abs(gradient).max(-1) > 1e-6)
+
+
+@pytest.mark.parametrize("size", [30., 1e3, 1e6])
+def test_confident_logits_give_finite_losses_and_gradients(size):
+    clean = size * jnp.array([[1., 0., 0.], [0., 1., 0.], [0., 0., 1.]])
+    adv, y = clean[:, ::-1], jnp.array([0, 1, 0])
+    for loss in (losses.trades, losses.mart):
+        value, gradients = jax.value_and_grad(lambda a, b: jnp.sum(loss(a, b, y, 6.)), argnums=(0, 1))(clean, adv)
+        assert np.isfinite(value) and all(np.all(np.isfinite(g)) for g in gradients)
