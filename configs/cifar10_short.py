@@ -14,6 +14,6 @@ def get_config(method="advmoe"):
     config.data.subset = 10_000
     config.model.width = 16
     config.train.length = f"{EPOCHS[method]} epochs"
-    config.train.num_examples = 200
+    config.train.num_examples = 500
     config.eval.n = 2000
     return config

@@ -5,6 +5,10 @@ import tempfile
 
 import jax
 
+# Compiling is most of what small tests cost; the processes that tests start inherit this.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+jax.config.update("jax_disable_most_optimizations", True)
+
 import advmoe_jax  # noqa: F401  sets XLA_FLAGS before a backend starts
 
 jax.config.update("jax_platforms", "cpu")

@@ -1,0 +1,117 @@
+"""Every command of the README runs, in a folder like a fresh clone, made small."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advmoe_jax import main
+from advmoe_jax.bench import __main__ as bench
+from advmoe_jax.bench import conv as conv_bench
+from advmoe_jax.data import prepare
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SMALL_MODEL = ("--config.model.width=4", "--config.model.depth=10", "--config.data.batch_size=16",
+               "--config.train.length=2 steps", "--config.train.num_examples=8", "--config.train.attack=fgsm")
+SMALL_EVAL = ("--config.eval.n=8", "--config.eval.batch_size=8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands():
+    """The lines of all bash blocks as lists of words, without comments."""
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def run_main(words):
+    evaluates = "evaluate" in words
+    small = () if "report" in words else SMALL_EVAL if evaluates else (*SMALL_MODEL, *SMALL_EVAL)
+    if not evaluates and "report" not in words:
+        small += ("--config.eval.attacks=fgsm",)
+    assert main.main([*words, *small]) == 0, words
+
+
+def prepare_tiny(words):
+    """Runs the prepare command on a made-up archive in place of the official one."""
+    rows = np.random.default_rng(0).integers(0, 256, (40, 3073), dtype=np.uint8)
+    rows[:, 0] %= 10
+    folder = Path("cifar-10-batches-bin")
+    folder.mkdir()
+    for name in (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"):
+        (folder / name).write_bytes(rows.tobytes())
+    (folder / "batches.meta.txt").write_text("\n".join("abcdefghij") + "\n")
+    subprocess.run(["tar", "-czf", "cifar-10-binary.tar.gz", folder.name], check=True)
+    assert prepare.main([*words, "--allow-unknown-hash"]) == 0
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A folder with the files that commands name."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("configs", "launch", "Makefile", "setup.cfg", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+    before = os.getcwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+def test_commands(clone, monkeypatch, capsys):
+    monkeypatch.setattr(conv_bench, "_CASES", ((2, 8, 3, 4),))
+    monkeypatch.setenv("DRY_RUN", "1")
+    seen = set()
+    for words in commands():
+        program = words[0]
+        if program == "python":
+            module, *rest = words[2:]
+            {"advmoe_jax.main": run_main, "advmoe_jax.data.prepare": prepare_tiny,
+             "advmoe_jax.bench": lambda rest: bench.main([*rest, "--rounds", "1"])}[module](rest)
+            program = module
+        elif program == "export":
+            assert all("=" in word for word in words[1:])
+        else:
+            assert program in ("make", "launch/tpu_pod.sh", "launch/table.sh"), words
+            if program == "launch/table.sh":
+                continue  # test_table
+            words = [*words, "-n"] if program == "make" else words
+            result = subprocess.run(words, capture_output=True, text=True, timeout=60)
+            assert result.returncode == 0, result.stderr
+            if program == "launch/tpu_pod.sh":
+                assert result.stdout.splitlines()[-1].startswith("gcloud compute tpus tpu-vm"), result.stdout
+        seen.add(program)
+    assert seen >= {"make", "advmoe_jax.main", "advmoe_jax.data.prepare", "advmoe_jax.bench", "launch/tpu_pod.sh"}
+    assert (clone / "runs/digits_r18/report.md").exists()
+
+
+def test_make_runs_what_the_readme_says(clone):
+    run = subprocess.run(["make", "-n", "run"], capture_output=True, text=True, check=True).stdout
+    assert "python -m advmoe_jax.main --config configs/digits_r18.py" in run
+    assert "-m pytest" in subprocess.run(["make", "-n", "test"], capture_output=True, text=True, check=True).stdout
+
+
+def test_python_block(clone):
+    (block,) = blocks("python")
+    kernel = jax.random.normal(jax.random.key(1), (192, 10))
+    x = jax.random.uniform(jax.random.key(2), (4, 8, 8, 3))
+    names = {"my_apply": lambda w, u: u.reshape(len(u), -1) @ w, "my_variables": kernel, "x": x, "y": jnp.zeros(4, int)}
+    exec(block.replace("num_steps=50", "num_steps=3"), names)
+    assert 0 < float(jnp.max(jnp.abs(names["x_adv"] - x))) <= 8 / 255 + 1e-6
+
+
+def test_named_files_exist():
+    for path in re.findall(r"`((?:advmoe_jax|configs|launch|tests)/[\w/.]*\w\.(?:py|sh|md))`", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_no_placeholders():
+    assert not re.search(r"TODO|[A-Z]+_(TABLE|MINUTES)", README)
