@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 import advmoe_jax
 from advmoe_jax.attacks import parse
 from advmoe_jax.core import config as configs
-from advmoe_jax.core import xla
 from advmoe_jax.core import mesh as meshes
+from advmoe_jax.core import xla
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.report import macs, reports, results
 from advmoe_jax.systems.assemble import Experiment, assemble
@@ -25,7 +25,7 @@ def start(flags: argparse.Namespace, overrides: list[str]) -> None:
     if flags.mode == "report":
         folders = sorted(Path(p) for pattern in flags.workdir.split(",") for p in glob.glob(pattern))
         if not folders:
-            raise UserError(f"no workdir matches {flags.workdir!r}: expected --workdir DIR, or a pattern such as 'runs/*'")
+            raise UserError(f"no workdir matches {flags.workdir!r}: expected a folder or a pattern such as 'runs/*'")
         reports.write(folders)
         return
     config, workdir = _config(flags, overrides)
@@ -118,9 +118,10 @@ def _evaluate(experiment: Experiment, workdir: Path, specs: tuple[parse.Spec, ..
                 "checkpoint": name, "step": step, "seed": config.eval.seed, "train_seed": config.seed,
                 "config": config.name, "method": system.describe, "selected_on": config.train.select_on,
                 "data": config.data.name, "macs": macs.count(system.network), "dtype": "float32",
-                "backend": jax.default_backend(), "versions": {"advmoe_jax": advmoe_jax.__version__, "jax": jax.__version__}}
-            due = tuple(spec for spec in specs if results.entry_id(
-                common | spec.settings | {"attack": spec.label, "settings": spec.settings, "n": len(indices)}) not in done)
+                "backend": jax.default_backend(),
+                "versions": {"advmoe_jax": advmoe_jax.__version__, "jax": jax.__version__}}
+            due = tuple(spec for spec in specs if results.entry_id(common | spec.settings | {
+                "attack": spec.label, "settings": spec.settings, "n": len(indices)}) not in done)
             if not due:
                 continue
             if step not in measured:

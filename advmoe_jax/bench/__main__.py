@@ -7,9 +7,8 @@ import sys
 import jax
 
 import advmoe_jax
-from advmoe_jax.core import find
+from advmoe_jax.core import find, tables
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.core import tables
 
 
 def main(argv=None) -> int:

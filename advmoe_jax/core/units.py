@@ -15,7 +15,7 @@ def number(value: str | float, what: str = "value") -> float:
     try:
         result = float(Fraction(value.strip())) if isinstance(value, str) else float(value)
     except (ValueError, TypeError, ZeroDivisionError):
-        raise UserError(f"{what} is {value!r}: expected a number or a fraction such as '8/255'") from None
+        raise UserError(f"{what} is {value!r}: expected a number or a fraction, such as '8/255'") from None
     if not math.isfinite(result):
         raise UserError(f"{what} is {value!r}: expected a finite number")
     return result
@@ -32,7 +32,8 @@ def eps(value: str | float, norm: str, what: str = "eps") -> float:
         raise UserError(f"{what} is {value!r}: expected 0 or more")
     if norm == "linf" and result > 1:
         raise UserError(
-            f"{what} is {value!r} for linf, but images are in [0, 1]: write '{result:g}/255' for {result:g} grey levels")
+            f"{what} is {value!r} for linf, but images are in [0, 1]: write '{result:g}/255' for {result:g} grey levels"
+        )
     return result
 
 

@@ -8,8 +8,7 @@ import sys
 from advmoe_jax.core import find
 from advmoe_jax.core.errors import EXIT_OK, UserError
 from advmoe_jax.data import raw
-from advmoe_jax.data.source import (
-    META, SPLITS, read_prepared, refuse_foreign, refuse_variant, write_prepared)
+from advmoe_jax.data.source import META, SPLITS, read_prepared, refuse_foreign, refuse_variant, write_prepared
 
 
 def prepare(name: str, out: str, raw_path: str | None = None, force: bool = False,

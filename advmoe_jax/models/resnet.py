@@ -17,7 +17,14 @@ from flax import linen as nn
 from advmoe_jax.core.errors import one_of
 from advmoe_jax.core.layers import LayerSpec
 from advmoe_jax.models.layers import (
-    Choose, Conv, RoutedConv, batch_norm, global_average_pool, scaled_width, stored_channels)
+    Choose,
+    Conv,
+    RoutedConv,
+    batch_norm,
+    global_average_pool,
+    scaled_width,
+    stored_channels,
+)
 
 DEPTHS = {"10": (1, 1, 1, 1), "18": (2, 2, 2, 2), "34": (3, 4, 6, 3)}
 STEMS = ("cifar", "imagenet")

@@ -32,7 +32,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     """
     k = kernel.shape[0]
     if k % 2 == 0 or kernel.shape[1] != k or kernel.shape[2] != x.shape[-1]:
-        raise ValueError(f"kernel {kernel.shape} does not fit input {x.shape}: expected (k, k, {x.shape[-1]}, O), odd k")
+        raise ValueError(f"kernel {kernel.shape} does not fit {x.shape}: expected (k, k, {x.shape[-1]}, O) with odd k")
     if k == 1:
         return jnp.einsum("bhwi,io->bhwo", x[:, ::stride, ::stride], kernel[0, 0])
     if x.shape[-1] <= _PATCH_CHANNELS:

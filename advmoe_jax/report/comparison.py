@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from advmoe_jax.core import config as configs
-from advmoe_jax.ops.statistics import wilson
 from advmoe_jax.core import tables
 from advmoe_jax.core.tables import Table
+from advmoe_jax.ops.statistics import wilson
 from advmoe_jax.report import commands, runs
 from advmoe_jax.report.runs import Run
 

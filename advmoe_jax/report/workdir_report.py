@@ -3,8 +3,7 @@
 import sys
 from typing import Any
 
-from advmoe_jax.core import files
-from advmoe_jax.core import tables
+from advmoe_jax.core import files, tables
 from advmoe_jax.core.tables import Table
 from advmoe_jax.report import commands, plots, runs
 from advmoe_jax.report.runs import Run

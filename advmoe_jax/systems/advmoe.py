@@ -30,10 +30,11 @@ def make(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh) ->
         raise UserError("system.name=advmoe needs model.num_experts of 2 or more, got 1: "
                         "a network of one expert trains with system.name=standard")
     if cfg.system.loss == "natural":
-        raise UserError("system.name=advmoe needs an adversarial system.loss, got natural: expected trades, madry or mart")
+        raise UserError("system.loss=natural has no adversary for system.name=advmoe: expected trades, madry or mart")
     lower = Update("lower", ("router",), "data/lower", router_loss=True)
     upper = Update("upper", ("backbone",), "data/lower" if cfg.system.share_batch else "data/upper")
     first_router = one_of("system.order", cfg.system.order, ORDERS) == "router_first"
     one_of("system.router_loss", cfg.system.router_loss, ROUTER_LOSSES)
-    described = "AdvMoE" + (" with label_mod: labels steer the routing" if cfg.system.router_loss == "label_mod" else "")
-    return build(cfg, network, indices, mesh, (lower, upper) if first_router else (upper, lower), described)
+    steers = cfg.system.router_loss == "label_mod"
+    return build(cfg, network, indices, mesh, (lower, upper) if first_router else (upper, lower),
+                 "AdvMoE with label_mod: labels steer the routing" if steers else "AdvMoE")

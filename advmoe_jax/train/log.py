@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 

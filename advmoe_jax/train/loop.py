@@ -121,8 +121,10 @@ def _stage_at(system: System, step: int, batch_size: int) -> tuple[Stage, int]:
 
 
 def _due(config: ConfigDict, step: int, per_epoch: int, total: int) -> tuple[str, ...]:
-    """What is to be done before iteration `step`. Either of eval and save ends a
-    window of the log, so that a resumed run writes the same lines."""
+    """What is to be done before iteration `step`.
+
+    Each of them ends a window of the log, so that a resumed run writes the same lines.
+    """
     def falls(name):
         every = units.steps(config.train[name], per_epoch, total, f"train.{name}")
         return step == total or (every > 0 and step % every == 0)
@@ -162,8 +164,8 @@ def _check_finite(step: int, stage: Stage, values: dict[str, Any], saved: checkp
         if index >= 0:
             steps = saved.steps("last")
             good = f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
-            raise NonFiniteError(f"step {step}: {update.tensors[index]} of the {update.name} update is not finite; {good}. "
-                                 "Try a lower learning rate, a warm-up or optim.*.clip_norm=1")
+            raise NonFiniteError(f"step {step}: {update.tensors[index]} of the {update.name} update is not finite; "
+                                 f"{good}. Try a lower learning rate, a warm-up or optim.*.clip_norm=1")
 
 
 def _warn_of_collapse(means: dict[str, Any]) -> None:
