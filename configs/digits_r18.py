@@ -22,4 +22,5 @@ def get_config(method="advmoe"):
     config.train.length = "60 epochs"
     config.train.eval_every = "5 epochs"
     config.train.save_every = "5 epochs"
+    config.eval.batch_size = 130  # the validation images in one batch, and no second shape to compile
     return config

@@ -11,8 +11,9 @@ import advmoe_jax
 
 ROOT = pathlib.Path(advmoe_jax.__file__).parent
 TOP = 5
-FLOORS = {"core": 0, "ops": 1, "models": 2, "attacks": 2, "pruning": 2, "data": 2, "train": 3, "systems": 4, "report": 4,
-          "interop": 4, "bench": 4, "main": TOP, "modes": TOP, "_version": 0, "__init__": 0, "__version__": 0}
+FLOORS = {"core": 0, "ops": 1, "models": 2, "attacks": 2, "pruning": 2, "data": 2, "train": 3, "systems": 4,
+          "report": 4, "interop": 4, "bench": 4, "main": TOP, "modes": TOP,
+          "_version": 0, "__init__": 0, "__version__": 0}
 MODULES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
 
 
@@ -29,7 +30,8 @@ def _imports(path):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}:{node.lineno} imports relatively"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "advmoe_jax" else {node.module}
+            names |= ({f"{node.module}.{alias.name}" for alias in node.names} if node.module == "advmoe_jax"
+                      else {node.module})
     return {name for name in names if name.split(".")[0] == "advmoe_jax"}
 
 

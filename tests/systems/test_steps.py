@@ -1,0 +1,362 @@
+"""What every system promises of its steps, and what is special to AdvMoE and to the standard trainings.
+
+The networks have one block of width 8 on images of 8x8. Systems are built and compiled once a configuration, and
+some train by Madry's loss because it compiles sooner.
+"""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from advmoe_jax.core import config as configs
+from advmoe_jax.core import find, rng, tree
+from advmoe_jax.core import mesh as meshes
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.data import pipeline
+from advmoe_jax.models import network, resnet
+from advmoe_jax.models.router import ROUTINGS
+from advmoe_jax.ops import losses, routing
+from advmoe_jax.systems import adversarial
+from advmoe_jax.train import state as states
+from advmoe_jax.train import step as train_step
+
+COUNT, SHAPE, CLASSES, BATCH = 64, (8, 8, 1), 4, 32
+ADVMOE, DENSE = ("advmoe",), ("standard", "model.num_experts=1")
+CASES = {
+    "advmoe": [ADVMOE, *(
+        ("advmoe", f"model.routing={name}", "system.loss=madry") for name in ROUTINGS if name != "layer")],
+    "standard": [DENSE, ("standard", "system.loss=madry")]}
+each_system = pytest.mark.parametrize("case", [c for cases in CASES.values() for c in cases], ids="-".join)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_resnet():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(resnet.DEPTHS, "4", (1,))
+        yield
+
+
+def _config(name, *overrides):
+    config = configs.default()
+    for text in (f"system.name={name}", "model.depth=4", "model.width=8", "model.router_width=4", "data.pad=1",
+                 "attack.num_steps=1", "attack.start=uniform", f"data.batch_size={BATCH}", "train.length=40 steps",
+                 *overrides):
+        configs.override(config, text)
+    return config
+
+
+@functools.cache
+def _system(case, devices=4):
+    config = _config(*case)
+    mesh = Mesh(np.array(jax.devices()[:devices]), (meshes.AXIS,), axis_types=(AxisType.Auto,))
+    net = network.make(config.model, SHAPE, CLASSES)
+    make = find.module("systems", config.system.name, defines="make").make
+    return make(config, net, np.arange(COUNT), mesh), mesh
+
+
+@functools.cache
+def _fresh(case):
+    """The state before the first step, as numpy."""
+    return jax.device_get(_system(case)[0].init(rng.key(0, "init")))
+
+
+@functools.cache
+def _arrays():
+    """Four classes of images: flat, striped down or across, checked; with noise."""
+    label = np.arange(COUNT, dtype=np.int32) % CLASSES
+    rows, cols = np.mgrid[:8, :8][..., None] % 2
+    patterns = np.stack([0 * rows, rows, cols, (rows + cols) % 2])
+    noise = np.random.default_rng(0).integers(0, 80, (COUNT, *SHAPE))
+    return {"image": (170 * patterns[label] + noise).astype(np.uint8), "label": label}
+
+
+def _put(state, mesh):
+    return jax.device_put(jax.tree.map(np.array, state), meshes.replicated(mesh))
+
+
+def _run(case, step, state, devices=4, rows=None):
+    """One step of a system from a state in numpy, back to numpy."""
+    mesh = _system(case, devices)[1]
+    batch = meshes.put_batch(mesh, np.arange(BATCH) if rows is None else rows, _arrays())
+    return jax.device_get(step.run(_put(state, mesh), batch))
+
+
+@functools.cache
+def _after_one(case, devices=4):
+    """{name of the step: (state, metrics)}, each from the fresh state."""
+    return {step.name: _run(case, step, _fresh(case), devices) for step in _system(case, devices)[0].stages[0].steps}
+
+
+def _bytes(part):
+    return {name: leaf.tobytes() for name, leaf in tree.named_leaves(part).items()}
+
+
+def test_every_system_is_tested():
+    assert set(CASES) == set(find.names("systems", "make"))
+
+
+@each_system
+def test_a_step_changes_what_it_owns_and_nothing_else(case):
+    system, _ = _system(case)
+    before = _fresh(case)
+    steps = system.stages[0].steps
+    for step in steps:
+        after, _ = _after_one(case)[step.name]
+        assert set(step.owns) <= set(before.params) and step.owns
+        assert jax.tree.structure(after) == jax.tree.structure(before)
+        for group in before.params:
+            for part in ("params", "batch_stats", "opt"):
+                old, new = (_bytes(getattr(state, part)[group]) for state in (before, after))
+                if group not in step.owns:
+                    assert old == new, f"{step.name} changed {part} of {group}"
+                elif part == "opt":
+                    assert old != new
+                else:
+                    same = [name for name in old if old[name] == new[name]]
+                    assert not same, f"{step.name} left {part} of {group} as they were: {same}"
+        assert int(after.step) == (1 if step is steps[-1] else 0)
+    assert {group for step in steps for group in step.owns} == set(before.params)
+
+
+@each_system
+def test_metrics_are_finite(case):
+    system, _ = _system(case)
+    for step in system.stages[0].steps:
+        metrics = _after_one(case)[step.name][1]
+        assert metrics["non_finite"] == -1 and all(np.all(np.isfinite(v)) for v in metrics.values())
+        assert metrics["loss"] > 0 and all(metrics[f"grad_norm_{group}"] > 0 for group in step.owns)
+        rates = {"ra"} if "system.loss=madry" in case else {"sa", "ra"}
+        if system.network.num_experts > 1:
+            np.testing.assert_allclose(metrics["load"].sum(-1), 1, rtol=1e-5)
+            assert metrics["load"].shape == (len(metrics["load_entropy"]), 2)
+            assert len(metrics["load"]) == (1 if "model.routing=global" in case else 2)
+            rates |= {"load", "load_entropy"} | ({"flip_rate"} if "sa" in rates else set())
+        assert metrics.keys() == rates | {"loss", "non_finite"} | {f"grad_norm_{group}" for group in step.owns}
+        assert all(np.all((metrics[name] >= 0) & (metrics[name] <= 1 + 1e-6)) for name in rates)
+
+
+@pytest.mark.parametrize("case", [ADVMOE, DENSE], ids="-".join)
+def test_a_step_is_a_function_of_state_and_batch(case):
+    """The random numbers of a step come from the step's number in the state."""
+    [step, *_] = _system(case)[0].stages[0].steps
+    before = _fresh(case)
+    expected, metrics = _after_one(case)[step.name]
+    again, same_metrics = _run(case, step, before)
+    assert _bytes(again) == _bytes(expected) and _bytes(same_metrics) == _bytes(metrics)
+    later, _ = _run(case, step, before.replace(step=np.int32(1)))
+    group = step.owns[0]
+    assert _bytes(later.params[group]) != _bytes(expected.params[group])
+
+
+@pytest.mark.parametrize("case", [ADVMOE, DENSE], ids="-".join)
+def test_state_is_donated(case):
+    system, mesh = _system(case)
+    for step in system.stages[0].steps:
+        state = _put(_fresh(case), mesh)
+        step.run(state, meshes.put_batch(mesh, np.arange(BATCH), _arrays()))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("case", [ADVMOE, DENSE], ids="-".join)
+def test_one_device_and_four_agree(case):
+    """Losses, gradients (the first momentum), and what changes in parameters and running statistics."""
+    one, four = (_after_one(case, devices) for devices in (1, 4))
+    for name in four:
+        for metric in ("loss", "sa", "ra", *(m for m in four[name][1] if m.startswith("grad_norm"))):
+            ours, theirs = (found[name][1][metric] for found in (one, four))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, err_msg=f"{name} {metric}")
+        before = _fresh(case)
+        for group in before.params:
+            for part in ("params", "batch_stats", "opt"):
+                old, ours, theirs = (tree.named_leaves(getattr(state, part)[group])
+                                     for state in (before, one[name][0], four[name][0]))
+                change = {leaf: np.asarray(theirs[leaf], np.float64) - old[leaf] for leaf in old}
+                largest = max(np.abs(values).max() for values in change.values())
+                for leaf in old:
+                    np.testing.assert_allclose(ours[leaf] - np.asarray(old[leaf], np.float64), change[leaf], rtol=0,
+                                               atol=1e-5 * largest + 2e-7 * np.abs(old[leaf]).max(),
+                                               err_msg=f"{name} {part} {group} {leaf}")
+
+
+@pytest.mark.parametrize("case", [ADVMOE, DENSE], ids="-".join)
+def test_loss_decreases(case):
+    system, mesh = _system(case)
+    [stage] = system.stages
+    state = system.init(rng.key(0, "init"))
+    seen = {step.name: [] for step in stage.steps}
+    for i in range(30):
+        for step in stage.steps:
+            rows = pipeline.batch_indices(stage.indices, BATCH, 0, step.stream, i)
+            state, metrics = step.run(state, meshes.put_batch(mesh, rows, _arrays()))
+            seen[step.name].append((float(metrics["loss"]), float(metrics["sa"])))
+    assert int(state.step) == 30
+    values = np.array(seen[stage.steps[-1].name])
+    assert values[-4:, 0].mean() < 0.8 * values[:4, 0].mean()
+    assert values[-4:, 1].mean() > values[:4, 1].mean() + 0.2
+
+
+# Losses and options, on the objective alone.
+
+
+def _objective(*overrides, router_loss=False):
+    """The network and a jitted labels -> (loss, (batch_stats, metrics)) of its first parameters."""
+    config = _config(*overrides)
+    net = network.make(config.model, SHAPE, CLASSES)
+    variables = jax.jit(net.init)(jax.random.key(0))
+    run = adversarial.objective(net, config, router_loss=router_loss)
+    x = jnp.asarray(_arrays()["image"][:BATCH], jnp.float32) / 255
+
+    @jax.jit
+    def of(labels, params=variables["params"]):
+        batch = {"image": x, "label": labels, "index": jnp.arange(BATCH)}
+        return run(params, variables["batch_stats"], batch, jax.random.key(1))
+
+    return net, variables, x, of
+
+
+LABELS = np.arange(BATCH, dtype=np.int32) % CLASSES
+
+
+@pytest.mark.parametrize("loss, passes", [
+    ("natural", {"sa"}), ("madry", {"ra"}), ("mart", {"sa", "ra"})])  # trades is above
+def test_losses_of_the_standard_system(loss, passes):
+    _, variables, _, of = _objective("standard", "model.num_experts=1", f"system.loss={loss}")
+
+    @jax.jit
+    def both(params):
+        return jax.value_and_grad(lambda p: of(LABELS, p), has_aux=True)(params)
+
+    (value, (_, metrics)), grads = both(variables["params"])
+    assert np.isfinite(value) and value > 0 and metrics.keys() == passes
+    assert all(np.all(np.isfinite(leaf)) and np.any(leaf) for leaf in jax.tree.leaves(grads))
+    if loss == "natural":
+        assert value == pytest.approx(np.log(CLASSES), rel=0.2)
+
+
+def test_natural_loss_is_the_cross_entropy_in_train_mode():
+    net, variables, x, of = _objective("standard", "model.num_experts=1", "system.loss=natural")
+    logits, _, stats = jax.jit(net.apply_train)(variables, x)
+    value, (committed, _) = of(LABELS)
+    assert value == pytest.approx(float(jnp.mean(losses.cross_entropy(logits, LABELS))), rel=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(committed), jax.tree.leaves(stats)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_label_mod_reads_the_label_modulo_the_experts():
+    *_, of = _objective("advmoe", "system.router_loss=label_mod", router_loss=True)
+    values = [float(of((LABELS + shift) % CLASSES)[0]) for shift in (0, 1, 2)]
+    assert values[0] == values[2] != values[1] and np.all(np.isfinite(values))
+
+
+def test_balance_loss_is_added():
+    net, variables, x, of = _objective("standard", "system.loss=natural", "system.balance_loss=0.5")
+    logits, aux, _ = jax.jit(net.apply_train)(variables, x)
+    balance = float(routing.balance_loss(aux["router_logits"]))
+    assert 0 < balance <= 2
+    natural = float(jnp.mean(losses.cross_entropy(logits, LABELS)))
+    assert float(of(LABELS)[0]) == pytest.approx(natural + 0.5 * balance, rel=1e-5)
+
+
+# What an iteration is made of. Nothing is compiled here.
+
+
+def _steps(*case):
+    return _system(case)[0].stages[0].steps
+
+
+def test_order_and_streams_of_advmoe():
+    lower, upper = _steps("advmoe")
+    assert (lower.name, lower.owns, upper.name, upper.owns) == ("lower", ("router",), "upper", ("backbone",))
+    assert [step.name for step in _steps("advmoe", "system.order=backbone_first")] == ["upper", "lower"]
+    assert lower.stream != upper.stream
+    shared = _steps("advmoe", "system.share_batch=true")
+    assert shared[0].stream == shared[1].stream
+
+
+def test_the_batch_of_a_step_is_a_function_of_seed_stream_and_step():
+    lower, upper = _steps("advmoe")
+
+    def rows(seed, stream, step):
+        return tuple(pipeline.batch_indices(np.arange(COUNT), BATCH, seed, stream, step))
+
+    batches = {(seed, stream, step): rows(seed, stream, step)
+               for seed in (0, 1) for stream in (lower.stream, upper.stream) for step in (0, 1, 2)}
+    assert len(set(batches.values())) == len(batches)
+    assert all(rows(*args) == found for args, found in batches.items())
+
+
+def test_names_of_the_system():
+    assert _system(("advmoe", "system.router_loss=label_mod"))[0].describe != _system(("advmoe",))[0].describe
+    kinds = [_system(("standard", *more))[0].describe for more in (
+        (), ("model.num_experts=1",), ("model.num_experts=1", "model.model_scale=1"), ("system.loss=natural",))]
+    assert kinds == ["AT(MoE) by trades", "AT(S-Dense) by trades", "AT(Dense) by trades", "natural MoE"]
+
+
+def test_views_are_those_of_an_honest_evaluation():
+    assert _system(ADVMOE)[0].views == ("none", "ste_selected", "ste_full")
+    assert _system(DENSE)[0].views == ("none",)
+
+
+@pytest.mark.parametrize("case, words", [
+    (("advmoe", "model.num_experts=1"), ["num_experts", "standard"]),
+    (("advmoe", "system.loss=natural"), ["natural", "trades"]),
+    (("advmoe", "system.order=router_last"), ["router_last", "router_first"]),
+    (("advmoe", "system.router_loss=label_mood"), ["label_mod"]),
+    (("standard", "system.loss=trade"), ["did you mean 'trades'"]),
+    (("standard", "attack.norm=l3"), ["l2"]), (("standard", "attack.router_grad=ste_fool"), ["ste_full"]),
+    (("standard", "optim.backbone.schedule=cosin"), ["cosine"]), (("standard", "model.routing=layers"), ["layer"]),
+    (("standard", "data.batch_size=128"), ["128", "64"])])
+def test_refused_configs(case, words):
+    with pytest.raises(UserError) as caught:
+        _system(case)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+# What is not finite is named, on a model of three numbers.
+
+
+def _toy(loss):
+    """A step that descends `loss` of parameters a, b, c, and the state with its NaNs and zeros."""
+    optimizer = optax.sgd(0.1)
+    params = {"backbone": {"a": jnp.ones(()), "b": jnp.zeros(()), "c": jnp.full((), jnp.nan)}}
+    state = states.fresh({"params": params}, {"backbone": optimizer})
+
+    def objective(params, batch_stats, batch, key):
+        return loss(params["backbone"]), (batch_stats, {})
+
+    mesh = meshes.make()
+    step = train_step.make(
+        "toy", objective, owns=("backbone",), optimizers={"backbone": optimizer}, state=state, seed=0, mesh=mesh,
+        data_cfg=types.SimpleNamespace(pad=0, flip=False), stream="data", ends_iteration=True)
+    return step, state, meshes.put_batch(mesh, np.arange(4), _arrays())
+
+
+@pytest.mark.parametrize("loss, name", [
+    (lambda p: p["a"] / p["b"], "loss"),
+    (lambda p: p["a"] + jnp.sqrt(p["b"]), "gradient backbone/b"),
+    (lambda p: p["a"] + p["b"], "parameter backbone/c"),
+    (lambda p: p["c"], "loss")])
+def test_what_is_not_finite_is_named(loss, name):
+    step, state, batch = _toy(loss)
+    _, metrics = step.run(state, batch)
+    assert step.tensors[int(metrics["non_finite"])] == name
+
+
+@pytest.mark.parametrize("group", ["backbone", "router"])
+def test_a_nan_parameter_is_seen_by_the_step_that_owns_it(group):
+    """In the router it may leave the loss finite, since a choice is one-hot."""
+    before = _fresh(ADVMOE)
+    leaves, structure = jax.tree.flatten(before.params[group])
+    poisoned = [np.full_like(leaf, np.nan) if i == 0 else leaf for i, leaf in enumerate(leaves)]
+    params = {**before.params, group: jax.tree.unflatten(structure, poisoned)}
+    [step] = [step for step in _steps("advmoe") if group in step.owns]
+    _, metrics = _run(ADVMOE, step, before.replace(params=params))
+    assert metrics["non_finite"] >= 0
+    name = step.tensors[int(metrics["non_finite"])]
+    assert name == "loss" if group == "backbone" else name == "loss" or " router/" in name
