@@ -12,6 +12,7 @@ Ctrl-C.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 
@@ -39,9 +40,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--process_id", type=int, default=0, metavar="I", help="which of them this is")
     flags, rest = parser.parse_known_args(argv)
     known = [option for action in parser._actions for option in action.option_strings]
-    for word in rest:
+    for word, following in itertools.pairwise([*rest, "--"]):
         if not word.startswith("--config."):
             raise unknown_name("flag", word.partition("=")[0], known)
+        if "=" not in word and not following.startswith("--"):
+            raise UserError(f"{word} has no value: expected {word}={following}, in one word")
     return flags, [word.removeprefix("--config.") for word in rest]
 
 

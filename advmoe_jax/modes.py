@@ -14,7 +14,7 @@ from advmoe_jax.attacks import parse
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import xla
-from advmoe_jax.core.errors import UserError
+from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.report import macs, reports, results
 from advmoe_jax.systems.assemble import Experiment, assemble
 from advmoe_jax.train import checkpoint, evaluate, log, loop
@@ -25,14 +25,16 @@ def start(flags: argparse.Namespace, overrides: list[str]) -> None:
     if flags.mode == "report":
         folders = sorted(Path(p) for pattern in flags.workdir.split(",") for p in glob.glob(pattern))
         if not folders:
-            raise UserError(f"no workdir matches {flags.workdir!r}: expected a folder or a pattern such as 'runs/*'")
+            raise UserError(f"no workdir matches {flags.workdir!r}: expected --workdir 'runs/*', for example")
         reports.write(folders)
         return
+    if flags.checkpoint and not flags.checkpoint.isdigit():
+        one_of("checkpoint", flags.checkpoint, ("best", "last"))
     config, workdir = _config(flags, overrides)
     meshes.start_cluster(flags.coordinator, flags.num_processes, flags.process_id)
     try:
-        experiment = assemble(config)
         attacks = _attacks(config)
+        experiment = assemble(config)
         if flags.mode == "train":
             _train(experiment, workdir)
         which = (flags.checkpoint,) if flags.checkpoint else ("best", "last")
@@ -53,11 +55,14 @@ def _config(flags: argparse.Namespace, overrides: list[str]) -> tuple[ConfigDict
             raise UserError(f"no run in {flags.workdir}: it has no config.json")
         config = configs.read(stored)
     else:
-        raise UserError("--config is missing: expected for example --config configs/digits_r18.py")
+        raise UserError("--config is missing: expected for example --config configs/digits_r18.py, or --mode evaluate "
+                        "with the --workdir of a run")
     for text in overrides:
         configs.override(config, text)
     configs.check(config)
     workdir = Path(flags.workdir or f"runs/{config.name}")
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir {workdir} is a file: expected a folder, or a name that is free")
     if (workdir / "config.json").exists():
         changed = configs.differences(config, configs.read(workdir / "config.json"))
         if changed:
@@ -69,7 +74,8 @@ def _config(flags: argparse.Namespace, overrides: list[str]) -> tuple[ConfigDict
 
 
 def _attacks(config: ConfigDict) -> tuple[parse.Spec, ...]:
-    """The attacks of `config.eval`; what they leave open is as in training."""
+    """The attacks of `config.eval`; what they leave open is as in training. Those of `config.train` are checked too."""
+    parse.attacks(config.train.attack, norm=config.attack.norm, eps=config.attack.eps)
     return parse.attacks(config.eval.attacks, norm=config.eval.norm or config.attack.norm,
                          eps=config.eval.eps or config.attack.eps)
 
@@ -77,7 +83,7 @@ def _attacks(config: ConfigDict) -> tuple[parse.Spec, ...]:
 def _train(experiment: Experiment, workdir: Path) -> None:
     """Trains to the end; a finished run returns at once."""
     config = experiment.config
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not (workdir / "config.json").exists():
         configs.write(config, workdir / "config.json")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("workdir")
@@ -109,7 +115,7 @@ def _evaluate(experiment: Experiment, workdir: Path, specs: tuple[parse.Spec, ..
     indices = np.arange(len(experiment.test["label"]))[:config.eval.n or None]
     abstract = loop.abstract_state(system, experiment.mesh)
     done = {entry["id"] for entry in results.read(workdir)} if keep else set()
-    saved = checkpoint.open_checkpoints(workdir)
+    saved = checkpoint.open_checkpoints(workdir, create=False)
     measured = {}
     try:
         for name in which:

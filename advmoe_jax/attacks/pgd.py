@@ -59,8 +59,11 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     one_of("norm", config.norm, balls.NORMS)
     one_of("start", config.start, STARTS)
     one_of("keep", config.keep, ("best", "last"))
-    if config.num_steps < 1 or config.restarts < 1:
-        raise UserError(f"pgd has num_steps={config.num_steps}, restarts={config.restarts}: expected 1 or more")
+    one_of("driver", config.driver, driver.DRIVERS)
+    for name in ("num_steps", "restarts"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"pgd has {name}={value!r}: expected a whole number, 1 or more")
     eps = units.eps(config.eps, config.norm)
     step_size = units.step_size(config.step_size, eps, config.num_steps)
     program = _PGD(config.norm, config.start, objectives.get(config.loss), config.keep == "best")

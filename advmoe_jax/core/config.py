@@ -5,6 +5,7 @@ A config file defines `get_config(arg="") -> ConfigDict`, starting from `default
 
 import difflib
 import json
+import math
 import runpy
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,17 @@ from advmoe_jax.core.files import write_text
 
 # These say where things are and what is measured afterwards, not what is trained.
 _FREE = ("eval.", "data.dir", "name")
+
+_ANY, _POSITIVE, _COUNT = (0, math.inf, "0 or more"), (1, math.inf, "1 or more"), (0, math.inf, "0 (all) or more")
+_RANGES = {
+    "seed": (0, 2**32 - 1, "0 to 4294967295"), "eval.seed": (0, 2**32 - 1, "0 to 4294967295"),
+    "data.subset": _COUNT, "data.batch_size": _POSITIVE, "data.pad": _ANY,
+    "system.beta": _ANY, "system.balance_loss": _ANY, "attack.num_steps": _POSITIVE, "attack.router_weight": _ANY,
+    "train.num_examples": _POSITIVE, "eval.n": _COUNT, "eval.batch_size": _POSITIVE,
+    **{f"optim.{group}.{name}": _ANY for group in ("backbone", "router")
+       for name in ("learning_rate", "weight_decay", "clip_norm")},
+    **{f"optim.{group}.momentum": (0, 1, "0 to 1") for group in ("backbone", "router")},
+}
 
 METHODS = {
     "advmoe": dict(system="advmoe", loss="trades", num_experts=2, model_scale=0.5),
@@ -76,7 +88,7 @@ def default() -> ConfigDict:
             norm="", eps="",  # empty: those of training
             n=0,  # test images; 0 for all
             batch_size=250, seed=0),
-    ))
+    )).lock()
 
 
 def load(text: str) -> ConfigDict:
@@ -99,10 +111,17 @@ def load(text: str) -> ConfigDict:
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[-1] if str(error) else ""
-        raise UserError(f"config file {path} fails: {type(error).__name__}: {reason}") from None
+        raise UserError(f"config file {path} fails: {type(error).__name__}: {_last_line(error)}") from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config of {path} returns {type(config).__name__}: expected a ConfigDict, from default()")
     config.name = "_".join(filter(None, (Path(path).stem, argument)))
     return config
+
+
+def _last_line(error: Exception) -> str:
+    """What an exception says; ml_collections explains at length and ends with the point, and KeyError quotes."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return (text.splitlines() or [""])[-1]
 
 
 def override(config: ConfigDict, text: str) -> None:
@@ -129,7 +148,9 @@ def _unknown_field(name: str, fields) -> UserError:
     group = name.rpartition(".")[0]
     siblings = [field for field in fields if field.rpartition(".")[0] == group]
     hint = f"; did you mean {near[0]}?" if near else ""
-    return UserError(f"unknown config field {name}: expected one of {', '.join(siblings or fields)}{hint}")
+    groups = dict.fromkeys(field.partition(".")[0] for field in fields)
+    expected = f"one of {', '.join(siblings)}" if group and siblings else f"a field of {', '.join(groups)}"
+    return UserError(f"unknown config field {name}: expected {expected}{hint}")
 
 
 def _parse(name: str, value: str, kind: type) -> Any:
@@ -141,6 +162,8 @@ def _parse(name: str, value: str, kind: type) -> Any:
             if not number.is_integer():
                 raise ValueError
             return int(number)
+        if kind is float and not math.isfinite(float(value)):
+            raise ValueError
         return kind(value)
     except (ValueError, KeyError, OverflowError):
         words = {bool: "true or false", int: "a whole number", float: "a number"}
@@ -158,16 +181,19 @@ def set_method(config: ConfigDict, method: str) -> None:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for a field whose value can be refused without building anything."""
+    fields = flatten(config)
+    for name, (low, high, words) in _RANGES.items():
+        if not low <= fields[name] <= high:
+            raise UserError(f"{name} is {fields[name]}: expected {words}")
     units.eps(config.attack.eps, config.attack.norm, "attack.eps")
     if config.eval.eps:
         units.eps(config.eval.eps, config.eval.norm or config.attack.norm, "eval.eps")
     one_of("train.select_on", config.train.select_on, ("validation", "test"))
-    for name in ("data.subset", "eval.n"):
-        if flatten(config)[name] < 0:
-            raise UserError(f"{name} is {flatten(config)[name]}: expected 0 (all) or more")
-    for name in ("data.batch_size", "eval.batch_size", "train.num_examples", "attack.num_steps"):
-        if flatten(config)[name] < 1:
-            raise UserError(f"{name} is {flatten(config)[name]}: expected 1 or more")
+    for name in ("length", "eval_every", "save_every", "log_every"):
+        # Of one step an epoch and no known total: only whether it can be read, and is a length at all.
+        amount = units.steps(config.train[name], 10**6, 10**9, f"train.{name}")
+        if name == "length" and (amount < 1 or config.train.length.strip().endswith("%")):
+            raise UserError(f"train.length is {config.train.length!r}: expected for example '12 epochs' or '300 steps'")
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -199,6 +225,6 @@ def read(path: Path) -> ConfigDict:
         stored = json.loads(path.read_text())
         config = default()
         config.update(stored)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no config of this version: {str(error).splitlines()[0]}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no config of this version: {_last_line(error)}") from None
     return config

@@ -26,6 +26,11 @@ def start_cluster(coordinator: str = "", num_processes: int = 1, process_id: int
     Returns:
         Whether there is more than one process.
     """
+    if coordinator and not coordinator.rpartition(":")[2].isdigit():
+        raise UserError(f"--coordinator is {coordinator!r}: expected host:port")
+    if num_processes < 1 or (num_processes, process_id) != (1, 0) and not coordinator:
+        raise UserError(f"--num_processes is {num_processes} and --process_id {process_id}: expected 1 or more "
+                        "processes, and with several of them --coordinator host:port")
     if coordinator:
         if not 0 <= process_id < num_processes:
             raise UserError(f"--process_id is {process_id}: expected 0 to {num_processes - 1} (--num_processes)")

@@ -91,12 +91,18 @@ class Checkpoints:
             manager.close()
 
 
-def open_checkpoints(workdir: Path) -> Checkpoints:
-    """Opens `workdir/checkpoints/last` and `workdir/checkpoints/best`."""
+def open_checkpoints(workdir: Path, create: bool) -> Checkpoints:
+    """Opens `workdir/checkpoints/last` and `workdir/checkpoints/best`.
+
+    Raises:
+        UserError: they are not there, and `create` is false.
+    """
+    folders = [(Path(workdir) / "checkpoints" / name).absolute() for name in ("last", "best")]
+    if not create and not all(folder.is_dir() for folder in folders):
+        raise UserError(f"no best checkpoint and no last one in {workdir}: train first")
     # On CPU a state that is donated to the next step may be the very memory that an asynchronous save reads.
     options = [ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=jax.default_backend() != "cpu", create=True) for keep in (2, 1)]
-    folders = [(Path(workdir) / "checkpoints" / name).absolute() for name in ("last", "best")]
+        max_to_keep=keep, enable_async_checkpointing=jax.default_backend() != "cpu", create=create) for keep in (2, 1)]
     handlers = dict(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
     return Checkpoints(*(ocp.CheckpointManager(f, options=o, item_handlers=handlers) for f, o in zip(folders, options)))
 

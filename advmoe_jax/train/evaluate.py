@@ -99,15 +99,17 @@ def _stack(parts):
 @jax.jit
 def _extent(x_adv, x):
     delta = x_adv - x
-    return jnp.min(x_adv), jnp.max(x_adv), {kind: jnp.max(balls.norm(delta, kind)) for kind in balls.NORMS}
+    # On several devices min and max lose a NaN.
+    return (jnp.all(jnp.isfinite(x_adv)), jnp.min(x_adv), jnp.max(x_adv),
+            {kind: jnp.max(balls.norm(delta, kind)) for kind in balls.NORMS})
 
 
 def _checked_size(x_adv, x, spec) -> float:
     """The largest perturbation of a batch; an attack that left its budget or the box is a bug, not a result."""
-    low, high, sizes = meshes.fetch(_extent(x_adv, x))
+    finite, low, high, sizes = meshes.fetch(_extent(x_adv, x))
     eps = units.eps(spec.config.eps, spec.config.norm)
     size = float(sizes[spec.config.norm])
-    if not (size <= eps * (1 + 1e-4) + 1e-6 and low >= 0 and high <= 1):
+    if not (finite and size <= eps * (1 + 1e-4) + 1e-6 and low >= 0 and high <= 1):
         raise UserError(f"{spec.label} left its budget: {spec.config.norm} norm {size:.6g} for eps {eps:.6g}, "
                         f"pixels {low:.6g} to {high:.6g} for 0 to 1; its result is discarded")
     return size

@@ -55,7 +55,9 @@ def _plain(value: Any) -> Any:
 
 def means(window: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Mean of each metric over the iterations of a window."""
-    return {name: np.mean([values[name] for values in window], axis=0, dtype=np.float64) for name in window[0]}
+    names = dict.fromkeys(name for values in window for name in values)
+    return {name: np.mean([values[name] for values in window if name in values], axis=0, dtype=np.float64)
+            for name in names}
 
 
 def line(step: int, total_steps: int, epoch: float, means: dict[str, Any], batch_size: int) -> str:

@@ -47,7 +47,7 @@ def run(config: ConfigDict, workdir: Path, system: System, train: dict[str, np.n
         Preempted: SIGTERM came; the state is saved.
     """
     metrics = log.Metrics(workdir / "metrics.jsonl")
-    saved = checkpoint.open_checkpoints(workdir)
+    saved = checkpoint.open_checkpoints(workdir, create=True)
     try:
         with preemption.watch() as notice:
             state = saved.restore_newest(abstract_state(system, mesh), log.warn)
@@ -59,7 +59,7 @@ def run(config: ConfigDict, workdir: Path, system: System, train: dict[str, np.n
                 log.say(f"continuing from the checkpoint of step {step}")
             total = sum(stage.length for stage in system.stages)
             batch_size = config.data.batch_size
-            best = meshes.agree(np.array(_best_so_far(config, metrics)))
+            best = meshes.agree(np.array(_best_so_far(config, metrics) if saved.steps("best") else (-1., -1.)))
             window, pending = [], None
             window_start = line_at = time.perf_counter()
 
@@ -67,8 +67,8 @@ def run(config: ConfigDict, workdir: Path, system: System, train: dict[str, np.n
                 """Fetches the metrics of the last iteration, which has been dispatched and not looked at."""
                 nonlocal pending
                 if pending is not None:
-                    values = meshes.fetch_replicated(pending)
-                    _check_finite(step, stage, values, saved)
+                    of_stage, values = pending[0], meshes.fetch_replicated(pending[1])
+                    _check_finite(step, of_stage, values, saved)
                     window.append({k: v for k, v in values.items() if not k.endswith("non_finite")})
                     pending = None
 
@@ -105,7 +105,7 @@ def run(config: ConfigDict, workdir: Path, system: System, train: dict[str, np.n
                     state, values = update.run(state, meshes.put_batch(mesh, rows, train))
                     fresh |= {f"{update.name}/{k}": v for k, v in values.items()}
                 settle()
-                pending = fresh
+                pending = stage, fresh
                 step += 1
     finally:
         saved.close()

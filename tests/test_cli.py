@@ -1,0 +1,268 @@
+"""Bad input: one line, exit code 2, nothing written; and --help."""
+
+import json
+import re
+import shutil
+
+import pytest
+from tiny import DIGITS, flags, listing
+
+from advmoe_jax import main
+from advmoe_jax.core import mesh
+from advmoe_jax.train import loop
+
+NATURAL = dict(eval__attacks="fgsm", train__length="1 steps")
+BAD_FIELDS = {
+    "field_typo": ("model.widht=32", "unknown config field model.widht", "did you mean model.width"),
+    "group_typo": ("modle.width=32", "modle.width", "did you mean model.width"),
+    "field_is_a_group": ("model=32", "unknown config field model"),
+    "no_value": ("model.width", "--config.model.width has no value", "--config.model.width="),
+    "int_is_text": ("model.width=abc", "model.width", "'abc'", "whole number"),
+    "int_is_fraction": ("model.width=3.5", "model.width", "'3.5'", "whole number"),
+    "bool_is_text": ("data.flip=maybe", "data.flip", "'maybe'", "true or false"),
+    "float_is_text": ("system.beta=x", "system.beta", "'x'", "a number"),
+    "float_is_nan": ("system.beta=nan", "system.beta", "nan"),
+    "learning_rate_is_nan": ("optim.backbone.learning_rate=nan", "learning_rate", "nan"),
+    "learning_rate_is_negative": ("optim.backbone.learning_rate=-1", "learning_rate", "-1"),
+    "seed_is_too_large": ("seed=99999999999999999999", "seed"),
+    "eps_8_for_linf": ("attack.eps=8", "attack.eps", "linf", "[0, 1]", "'8/255'"),
+    "eps_is_negative": ("attack.eps=-0.1", "attack.eps", "'-0.1'", "0 or more"),
+    "eps_is_text": ("attack.eps=abc", "attack.eps", "'abc'", "'8/255'"),
+    "eval_eps_8_for_linf": ("eval.eps=8", "eval.eps", "'8/255'"),
+    "norm": ("attack.norm=linff", "'linff'", "did you mean 'linf'"),
+    "attack_start": ("attack.start=gauss", "'gauss'", "gaussian"),
+    "attack_step_size": ("attack.step_size=big", "step_size", "'big'"),
+    "attack_router_grad": ("attack.router_grad=ste", "'ste'", "ste_full"),
+    "attack_num_steps": ("attack.num_steps=0", "attack.num_steps is 0", "1 or more"),
+    "data_name": ("data.name=cifar11", "data.name 'cifar11'", "did you mean 'cifar10'"),
+    "data_variant": ("data.name=digits:x", "digits has no variant 'x'"),
+    "data_missing": ("data.name=cifar10", "python -m advmoe_jax.data.prepare cifar10 --out data"),
+    "data_missing_for_tfds": ("data.name=tfds", "tfds:cifar10"),
+    "data_pad": ("data.pad=-1", "data.pad", "-1"),
+    "system_name": ("system.name=advmo", "system.name 'advmo'", "did you mean 'advmoe'"),
+    "system_loss": ("system.loss=trade", "system.loss 'trade'", "did you mean 'trades'"),
+    "system_order": ("system.order=router", "system.order 'router'", "router_first"),
+    "router_loss": ("system.router_loss=label", "system.router_loss 'label'", "label_mod"),
+    "model_name": ("model.name=resnt", "model.name 'resnt'", "did you mean 'resnet'"),
+    "model_depth": ("model.depth=19", "model.depth", "'19'", "18"),
+    "model_stem": ("model.stem=cifer", "model.stem 'cifer'", "did you mean 'cifar'"),
+    "model_scale": ("model.model_scale=2", "model.model_scale is 2"),
+    "routing": ("model.routing=layr", "model.routing 'layr'", "did you mean 'layer'"),
+    "experts": ("model.experts=share", "model.experts 'share'", "did you mean 'shared'"),
+    "expert_init": ("model.expert_init=same", "model.expert_init 'same'", "independent"),
+    "router_grad": ("model.router_grad=ste_ful", "model.router_grad 'ste_ful'", "did you mean 'ste_full'"),
+    "one_expert_with_advmoe": ("model.num_experts=1", "model.num_experts", "system.name=standard"),
+    "no_adversary_with_advmoe": ("system.loss=natural", "system.loss", "trades"),
+    "batch_larger_than_data": ("data.batch_size=5000", "5000", "1167 training images"),
+    "batch_not_a_multiple": ("data.batch_size=6", "data.batch_size is 6", "multiple of the 4 devices"),
+    "batch_of_none": ("data.batch_size=0", "data.batch_size is 0"),
+    "subset_larger_than_data": ("data.subset=5000", "data.subset is 5000", "1297"),
+    "length": ("train.length=long", "train.length", "'long'", "'12 epochs'"),
+    "length_of_none": ("train.length=0 steps", "train.length"),
+    "length_in_percent": ("train.length=10%", "train.length"),
+    "eval_every": ("train.eval_every=often", "train.eval_every", "'often'"),
+    "save_every": ("train.save_every=often", "train.save_every", "'often'"),
+    "log_every": ("train.log_every=often", "train.log_every", "'often'"),
+    "warmup": ("optim.router.warmup=slow", "warmup", "'slow'"),
+    "schedule": ("optim.router.schedule=cosin", "'cosin'", "did you mean 'cosine'"),
+    "select_on": ("train.select_on=tset", "train.select_on 'tset'", "did you mean 'test'"),
+    "train_attack": ("train.attack=pdg", "attack 'pdg'", "fgsm, pgd"),
+    "train_attack_eps": ("train.attack=pgd(eps=8)", "eps", "'8/255'"),
+    "eval_attack": ("eval.attacks=fgsm pdg", "attack 'pdg'", "fgsm, pgd"),
+    "eval_attack_none": ("eval.attacks=", "no attack"),
+    "eval_attack_setting": ("eval.attacks=pgd(num_step=3)", "'num_step'", "did you mean 'num_steps'"),
+    "eval_attack_value": ("eval.attacks=pgd(num_steps=x)", "num_steps", "x"),
+    "eval_attack_fraction": ("eval.attacks=pgd(num_steps=2.5)", "num_steps", "2.5"),
+    "eval_attack_driver": ("eval.attacks=pgd(driver=hots)", "driver", "hots"),
+    "eval_attack_syntax": ("eval.attacks=pgd(num_steps=3", "cannot be read"),
+    "eval_attack_commas": ("eval.attacks=fgsm,pgd", "cannot be read"),
+    "eval_images": ("eval.n=-1", "eval.n is -1"),
+}
+BAD_FLAGS = {
+    "flag_typo": (["--wokdir", "x"], "'--wokdir'", "did you mean '--workdir'"),
+    "config_flag_typo": (["--confg.model.width=3"], "'--confg.model.width'"),
+    "stray_word": (["stray"], "'stray'"),
+    "value_behind_a_space": (["--config.model.width", "32"], "--config.model.width=32"),
+    "mode": (["--mode", "trian"], "--mode", "'trian'", "'train'"),
+    "process_id": (["--coordinator", "localhost:1", "--num_processes", "2", "--process_id", "2"], "--process_id is 2"),
+    "processes_without_coordinator": (["--num_processes", "2"], "--coordinator"),
+    "process_id_without_coordinator": (["--process_id", "1"], "--coordinator"),
+    "num_processes": (["--num_processes", "two"], "--num_processes", "'two'"),
+    "num_processes_of_none": (["--coordinator", "localhost:1", "--num_processes", "0"], "--num_processes"),
+    "coordinator_without_port": (["--coordinator", "localhost", "--num_processes", "2"], "--coordinator", "host:port"),
+    "checkpoint": (["--checkpoint", "bset"], "checkpoint", "'bset'", "did you mean 'best'"),
+    "evaluate_nothing": (["--mode", "evaluate"], "no run in"),
+    "report_nothing": (["--mode", "report"], "no workdir matches"),
+}
+BAD_CONFIGS = {
+    "missing": ("digit_r18.py", None, "digit_r18.py", "did you mean", "digits_r18.py"),
+    "missing_folder": ("nowhere/x.py", None, "nowhere/x.py", "configs/digits_r18.py"),
+    "argument": ("digits_r18.py:advmo", None, "'advmo'", "did you mean 'advmoe'"),
+    "syntax": ("mine.py", "def get_config(:\n", "mine.py", "SyntaxError", "line 1"),
+    "raises": ("mine.py", "def get_config():\n    return 1 / 0\n", "mine.py", "ZeroDivisionError"),
+    "unknown_field": ("mine.py", "from advmoe_jax.core import config\ndef get_config():\n    c = config.default()\n"
+                                 "    c.model.widht = 3\n    return c\n", "mine.py", "widht"),
+    "wrong_type": ("mine.py", "from advmoe_jax.core import config\ndef get_config():\n    c = config.default()\n"
+                              "    c.model.width = 'wide'\n    return c\n", "mine.py"),
+    "new_field": ("mine.py", "from advmoe_jax.core import config\ndef get_config():\n    c = config.default()\n"
+                             "    c.model.update({'widht': 3})\n    return c\n", "mine.py", "widht"),
+    "no_get_config": ("mine.py", "x = 1\n", "mine.py", "get_config"),
+    "returns_nothing": ("mine.py", "def get_config():\n    pass\n", "mine.py", "get_config"),
+    "no_argument_taken": ("mine.py:advmoe", "from advmoe_jax.core.config import default\n"
+                                            "def get_config():\n    return default()\n", "mine.py", "argument"),
+    "not_python": ("notes.md", "# Don't\n", "notes.md"),
+}
+
+
+@pytest.fixture
+def refused(capfd, monkeypatch, tmp_path):
+    """Runs a command line in an empty folder and checks that it is refused as it should be."""
+    def accepted(*args, **kwargs):
+        raise AssertionError("accepted")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "run", accepted)
+    monkeypatch.setattr(mesh.jax.distributed, "initialize", accepted)
+
+    def run(argv, *said):
+        before = listing(tmp_path)
+        capfd.readouterr()
+        code = main.main(argv)
+        out, err = capfd.readouterr()
+        assert code == 2, err
+        assert re.fullmatch(r"error: [^\n]+\n", err), err
+        assert out == ""
+        for text in said:
+            assert text in err
+        assert listing(tmp_path) == before
+        assert len(err) < 700 or "another config" in err
+        return err
+
+    return run
+
+
+@pytest.mark.parametrize("case", BAD_FIELDS)
+def test_bad_field(case, refused):
+    setting, *said = BAD_FIELDS[case]
+    refused([*flags("w"), f"--config.{setting}"], *said)
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flag(case, refused):
+    extra, *said = BAD_FLAGS[case]
+    refused([*flags("w"), *extra], *said)
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_config_file(case, refused, tmp_path):
+    name, content, *said = BAD_CONFIGS[case]
+    shutil.copy(DIGITS, tmp_path)
+    if content is not None:
+        (tmp_path / name.partition(":")[0]).write_text(content)
+    refused(["--config", name, "--workdir", "w"], *said)
+
+
+def test_no_config(refused):
+    refused([], "--config is missing", "configs/digits_r18.py")
+    refused(["--mode", "evaluate"], "--workdir")
+    refused(["--mode", "report"], "--workdir")
+    refused(["--config"], "--config")
+
+
+def test_config_is_a_folder(refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    refused(["--config", "mine"], "no config file mine")
+
+
+def test_workdir_is_a_file(refused, tmp_path):
+    (tmp_path / "w").write_text("mine")
+    refused(flags("w", "natural"), "w", "file")
+
+
+@pytest.mark.parametrize("content", (
+    b'{"seed": ', b"[]", b'{"sead": 1}', b'{"model": 3}', b'{"model": {"width": "wide"}}', b"\xff"))
+@pytest.mark.parametrize("mode", ("train", "evaluate"))
+def test_damaged_config_json(content, mode, refused, tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "config.json").write_bytes(content)
+    refused([*flags("w", "natural"), "--mode", mode], "config.json")
+    refused(["--mode", "evaluate", "--workdir", "w"], "config.json")
+
+
+def test_evaluate_without_checkpoints(refused, tmp_path, trained):
+    (tmp_path / "w").mkdir()
+    shutil.copy(trained["small"] / "config.json", tmp_path / "w")
+    refused(["--mode", "evaluate", "--workdir", "w"], "no best checkpoint", "train first")
+    (tmp_path / "w" / "checkpoints" / "best").mkdir(parents=True)
+    refused(["--mode", "evaluate", "--workdir", "w"], "no best checkpoint", "train first")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two finished runs of different width."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name, width in (("small", 4), ("wide", 8)):
+        assert main.main(flags(folder / name, "natural", model__width=width, **NATURAL)) == 0
+    return {name: folder / name for name in ("small", "wide")}
+
+
+def test_workdir_of_another_config(refused, trained, tmp_path):
+    shutil.copytree(trained["small"], tmp_path / "w")
+    other = flags("w", "natural", model__width=8, seed=3, **NATURAL)
+    for mode in ("train", "evaluate"):
+        said = refused([*other, "--mode", mode], "another config", "model.width 8 (was 4)", "seed 3 (was 0)")
+        assert "eval." not in said and "data.dir" not in said
+    refused(["--mode", "evaluate", "--workdir", "w", "--config.model.width=8"], "model.width 8 (was 4)")
+
+
+def test_unknown_checkpoint(refused, trained, tmp_path):
+    shutil.copytree(trained["small"], tmp_path / "w")
+    for name, *said in (("77", "step 77", "[1]"), ("bset", "'bset'", "did you mean 'best'"), ("-1", "-1")):
+        refused(["--mode", "evaluate", "--workdir", "w", "--checkpoint", name], *said)
+
+
+def test_checkpoint_of_another_architecture(refused, trained, tmp_path):
+    shutil.copytree(trained["small"], tmp_path / "w")
+    shutil.rmtree(tmp_path / "w" / "checkpoints")
+    shutil.copytree(trained["wide"] / "checkpoints", tmp_path / "w" / "checkpoints")
+    said = ("another architecture", "backbone/", "(8,)", "(4,)")
+    refused(["--mode", "evaluate", "--workdir", "w"], *said)
+    refused(["--mode", "evaluate", "--workdir", "w", "--checkpoint", "1"], *said)
+
+
+def test_training_refuses_a_checkpoint_of_another_architecture(trained, tmp_path, capfd):
+    shutil.copytree(trained["small"], tmp_path / "w")
+    shutil.rmtree(tmp_path / "w" / "checkpoints")
+    shutil.copytree(trained["wide"] / "checkpoints", tmp_path / "w" / "checkpoints")
+    before = listing(tmp_path)
+    assert main.main(flags(tmp_path / "w", "natural", **NATURAL)) == 2
+    error = capfd.readouterr().err
+    assert re.fullmatch(r"error: [^\n]+another architecture[^\n]+\n", error), error
+    assert listing(tmp_path) == before
+
+
+def test_damaged_checkpoint(refused, trained, tmp_path):
+    shutil.copytree(trained["small"], tmp_path / "w")
+    for path in (tmp_path / "w" / "checkpoints" / "best").rglob("*"):
+        if path.is_file() and "/d/" in str(path):
+            path.write_bytes(path.read_bytes()[:100])
+    refused(["--mode", "evaluate", "--workdir", "w", "--checkpoint", "best"], "cannot be read")
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.main(["--help"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 120
+    assert {"--config", "--mode", "--workdir", "--checkpoint", "--coordinator", "--num_processes", "--process_id"} <= set(
+        re.findall(r"--\w+", "\n".join(lines)))
+
+
+def test_config_json_changed_by_hand(trained, refused, tmp_path):
+    shutil.copytree(trained["small"], tmp_path / "w")
+    path = tmp_path / "w" / "config.json"
+    stored = json.loads(path.read_text())
+    stored["optim"]["backbone"]["learning_rate"] = 0.5
+    path.write_text(json.dumps(stored))
+    refused(flags("w", "natural", **NATURAL), "optim.backbone.learning_rate 0.1 (was 0.5)")

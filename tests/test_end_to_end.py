@@ -1,0 +1,213 @@
+"""A tiny run of every method from the command line to the report, and every config file."""
+
+import functools
+import inspect
+import json
+import re
+import runpy
+
+import numpy as np
+import pytest
+from tiny import REPO, entries, flags, listing, metrics, saved_steps
+
+from advmoe_jax import main
+from advmoe_jax.core import config as configs
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.data import pipeline
+from advmoe_jax.report import results
+from advmoe_jax.train import evaluate
+
+ROUTED = ("advmoe", "at_moe")
+METHODS = ("advmoe", "natural", *(pytest.param(name, marks=pytest.mark.slow) for name in ("at_moe", "at_sdense", "at_dense")))
+CONFIG_FILES = sorted(str(path.relative_to(REPO)) for path in (REPO / "configs").rglob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The workdir of a finished run of a method; each is trained once."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def trained(method):
+        assert main.main(flags(folder / method, method)) == 0
+        return folder / method
+
+    return trained
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_files(method, run):
+    workdir = run(method)
+    files = listing(workdir)
+    assert {"config.json", "metrics.jsonl", "results.json", "report.md", "training.png"} <= files.keys()
+    assert ("routing.png" in files) == (method in ROUTED)
+    assert saved_steps(workdir, "last") == [2, 4] and saved_steps(workdir, "best") in ([2], [4])
+    stored = configs.read(workdir / "config.json")
+    assert stored.name == f"digits_r18_{method}" and stored.model.width == 4 and stored.train.length == "4 steps"
+    assert not [name for name in files if "tmp" in name or name.startswith(".")]
+    for entry in json.loads((workdir / "results.json").read_text())["entries"]:
+        folder = workdir / "eval" / entry["id"]
+        assert json.loads((folder / "summary.json").read_text()) == entry
+        assert {"summary.json", "examples.npz"} == {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_metrics(method, run):
+    records = metrics(run(method))
+    train = [record for record in records if record["split"] == "train"]
+    validation = [record for record in records if record["split"] == "validation"]
+    assert [record["step"] for record in train] == [1, 2, 3, 4]
+    assert [record["step"] for record in validation] == [2, 4]
+    for record in train:
+        for update in ("lower", "upper") if method == "advmoe" else ("train",):
+            assert np.isfinite(record[f"{update}/loss"]) and 0 <= record[f"{update}/sa"] <= 1
+            if method in ROUTED:
+                assert np.allclose(np.sum(record[f"{update}/load"], -1), 1, atol=1e-5)
+                assert len(record[f"{update}/flip_rate"]) == len(record[f"{update}/load_entropy"]) == 8
+    assert all(0 <= record["ra"] <= record["sa"] <= 1 for record in validation)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_results(method, run):
+    found = entries(run(method))
+    assert [(entry["checkpoint"], entry["attack"]) for entry in found] == [
+        (which, attack) for which in ("best", "last") for attack in ("fgsm", "pgd-2")]
+    for entry in found:
+        assert results.FIELDS <= entry.keys()
+        assert (entry["n"], entry["norm"], entry["eps"], entry["eps_value"]) == (20, "linf", "0.1", 0.1)
+        assert entry["seed"] == entry["train_seed"] == 0 and entry["data"] == "digits" and entry["dtype"] == "float32"
+        assert {"advmoe_jax", "jax"} == entry["versions"].keys()
+        if entry["attack"] == "pgd-2":
+            assert entry["settings"]["num_steps"] == "2" and entry["settings"]["restarts"] == "1"
+        for rate in ("sa", "ra"):
+            low, high = entry[f"{rate}_interval"]
+            assert 0 <= low <= entry[rate] <= high <= 1 and high - low > 0.1
+        assert entry["ra"] <= min(entry["ra_by_view"].values()) <= entry["sa"]
+        assert entry["largest_norm"] <= 0.1 + 1e-5
+        pathway, router, total = (entry["macs"][part] for part in ("pathway", "router", "total"))
+        assert pathway + router == total and (router > 0) == (method in ROUTED)
+        assert len(entry["ra_by_view"]) == (3 if method in ROUTED else 1)
+        if method in ROUTED:
+            assert np.shape(entry["load"]) == (8, 2) and np.allclose(np.sum(entry["load"], -1), 1)
+            assert np.shape(entry["load_entropy"]) == np.shape(entry["flip_rate"]) == (8,)
+            assert np.all((0 <= np.array(entry["flip_rate"])) & (np.array(entry["flip_rate"]) <= 1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_examples_give_the_rates(method, run):
+    """20 images in batches of 16: the padding of the last batch is not counted."""
+    for entry in entries(run(method)):
+        with np.load(run(method) / "eval" / entry["id"] / "examples.npz") as examples:
+            clean = examples["clean_prediction"] == examples["label"]
+            robust = clean & (examples["adversarial_prediction"] == examples["label"]).all(0)
+            assert examples["index"].tolist() == list(range(20))
+            assert entry["sa"] == clean.mean() and entry["ra"] == robust.mean()
+            assert ("clean_experts" in examples) == (method in ROUTED)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_command_again_changes_nothing(method, run, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("trained or evaluated again")
+
+    workdir = run(method)
+    before = listing(workdir)
+    monkeypatch.setattr(pipeline, "batch_indices", never)
+    monkeypatch.setattr(evaluate, "predictions", never)
+    assert main.main(flags(workdir, method)) == 0
+    after = listing(workdir)
+    assert after.keys() == before.keys()
+    for name in before:
+        if name == "results.json" or name.startswith(("eval/", "checkpoints/")):
+            assert after[name] == before[name], name
+        elif before[name] and not name.endswith(".png"):
+            assert after[name][2] == before[name][2], name
+
+
+def test_evaluate_adds_and_removes_nothing(run):
+    workdir = run("natural")
+    before = {entry["id"]: entry for entry in entries(workdir)}
+    checkpoints = listing(workdir / "checkpoints")
+    command = ["--mode", "evaluate", "--workdir", str(workdir)]
+    assert main.main([*command, "--config.eval.attacks=fgsm(norm=l2,eps=0.5) pgd(num_steps=1,restarts=2)"]) == 0
+    assert main.main([*command, "--checkpoint", "last", "--config.eval.attacks=fgsm", "--config.eval.n=7"]) == 0
+    assert main.main([*command, "--checkpoint", "2", "--config.eval.attacks=fgsm"]) == 0
+    after = {entry["id"]: entry for entry in entries(workdir)}
+    assert {name: after[name] for name in before} == before
+    added = [entry for name, entry in after.items() if name not in before]
+    assert [(e["checkpoint"], e["attack"], e["norm"], e["n"]) for e in added] == [
+        ("best", "fgsm", "l2", 20), ("best", "pgd-1", "linf", 20), ("last", "fgsm", "l2", 20),
+        ("last", "pgd-1", "linf", 20), ("last", "fgsm", "linf", 7), ("2", "fgsm", "linf", 20)]
+    assert added[1]["settings"]["restarts"] == "2" and added[-1]["step"] == 2
+    assert all((workdir / "eval" / name / "examples.npz").exists() for name in after)
+    assert listing(workdir / "checkpoints") == checkpoints
+    assert configs.read(workdir / "config.json").eval.attacks == "fgsm pgd(num_steps=2)"
+    assert "fgsm, l2 eps 0.5" in (workdir / "report.md").read_text()
+
+
+def test_evaluate_again_gives_the_same(run):
+    """Measured again, in batches of 8 in place of 16 and 4: the same results, each once."""
+    workdir = run("natural")
+    before = {entry["id"]: entry for entry in entries(workdir)}
+    assert main.main(["--mode", "evaluate", "--workdir", str(workdir), "--config.eval.batch_size=8"]) == 0
+    after = {entry["id"]: entry for entry in entries(workdir)}
+    assert after.keys() == before.keys()
+    for name, entry in after.items():
+        assert entry["largest_norm"] == pytest.approx(before[name]["largest_norm"])
+        assert entry | {"largest_norm": 0} == before[name] | {"largest_norm": 0}
+
+
+def test_eps_of_zero_gives_the_standard_accuracy(run):
+    workdir = run("natural")
+    known = {entry["id"] for entry in entries(workdir)}
+    assert main.main(["--mode", "evaluate", "--workdir", str(workdir), "--config.eval.eps=0"]) == 0
+    added = [entry for entry in entries(workdir) if entry["id"] not in known]
+    assert len(added) == 4 and all(entry["ra"] == entry["sa"] and entry["eps_value"] == 0 for entry in added)
+
+
+def test_report_of_several_runs(run, capsys):
+    workdirs = [run("advmoe"), run("natural")]
+    before = [listing(workdir) for workdir in workdirs]
+    capsys.readouterr()
+    assert main.main(["--mode", "report", "--workdir", f"{workdirs[0].parent}/*"]) == 0
+    printed = capsys.readouterr().out
+    assert "AdvMoE" in printed and "natural Dense" in printed and "pgd-2, linf eps 0.1, 20 test images" in printed
+    assert main.main(["--mode", "report", "--workdir", ",".join(map(str, workdirs))]) == 0
+    assert [listing(workdir) for workdir in workdirs] == before
+
+
+def test_report_of_one_run(run):
+    workdir = run("natural")
+    (workdir / "report.md").unlink()
+    assert main.main(["--mode", "report", "--workdir", str(workdir)]) == 0
+    assert "fgsm, linf eps 0.1" in (workdir / "report.md").read_text()
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES)
+def test_config_file(path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    get_config = runpy.run_path(path)["get_config"]
+    arguments = ("", *configs.METHODS) if inspect.signature(get_config).parameters else ("",)
+    names = set()
+    for argument in arguments:
+        config = configs.load(f"{path}:{argument}" if argument else path)
+        configs.check(config)
+        assert configs.flatten(config).keys() == configs.flatten(configs.default()).keys()
+        configs.override(config, "seed=3")
+        assert config.seed == 3
+        names.add(config.name)
+    assert len(names) == len(arguments)
+    if len(arguments) > 1:
+        with pytest.raises(UserError, match="did you mean 'advmoe'"):
+            configs.load(f"{path}:advmo")
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES)
+def test_config_file_says_what_it_is(path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    text = runpy.run_path(path)["__doc__"]
+    for word in ("Command:", "Hardware:", "Time:", "Expected:"):
+        assert re.search(rf"^{word} +\S", text, re.MULTILINE), word
+    assert "TODO" not in text
+    commands = re.findall(r"--config (\S+)", text)
+    assert commands and all(configs.load(command) for command in commands)
