@@ -17,7 +17,7 @@ from advmoe_jax.core import xla
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.report import macs, reports, results
 from advmoe_jax.systems.assemble import Experiment, assemble
-from advmoe_jax.train import checkpoint, evaluate, log, loop
+from advmoe_jax.train import checkpoint, evaluate, log, loop, preemption
 
 
 def start(flags: argparse.Namespace, overrides: list[str]) -> None:
@@ -33,14 +33,15 @@ def start(flags: argparse.Namespace, overrides: list[str]) -> None:
     config, workdir = _config(flags, overrides)
     meshes.start_cluster(flags.coordinator, flags.num_processes, flags.process_id)
     try:
-        attacks = _attacks(config)
-        experiment = assemble(config)
-        if flags.mode == "train":
-            _train(experiment, workdir)
-        which = (flags.checkpoint,) if flags.checkpoint else ("best", "last")
-        _evaluate(experiment, workdir, attacks, which, keep=flags.mode == "train")
-        if jax.process_index() == 0:
-            reports.write([workdir])
+        with preemption.stops():
+            attacks = _attacks(config)
+            experiment = assemble(config)
+            if flags.mode == "train":
+                _train(experiment, workdir)
+            which = (flags.checkpoint,) if flags.checkpoint else ("best", "last")
+            _evaluate(experiment, workdir, attacks, which, keep=flags.mode == "train")
+            if jax.process_index() == 0:
+                reports.write([workdir])
     finally:
         meshes.stop_cluster()
 

@@ -5,7 +5,6 @@ import re
 import signal
 import socket
 
-import numpy as np
 import pytest
 from tiny import TIMEOUT, entries, flags, logged, metrics, process, saved_steps, wait_until
 
@@ -70,8 +69,8 @@ def compare(ours, theirs, updates):
     assert ours_by_step.keys() == theirs_by_step.keys()
     for (step, split), record in ours_by_step.items():
         for name in [f"{update}/loss" for update in updates] if split == "train" else ():
-            np.testing.assert_allclose(record[name], theirs_by_step[step, split][name], rtol=1e-4 if step <= 10 else 1e-3,
-                                       err_msg=f"step {step} {name}")
+            tolerance = 1e-4 if step <= 10 else 1e-3
+            assert record[name] == pytest.approx(theirs_by_step[step, split][name], rel=tolerance), (step, name)
     assert [entry["id"] for entry in entries(ours)] == [entry["id"] for entry in entries(theirs)]
     for a, b in zip(entries(ours), entries(theirs)):
         for name in ("sa", "ra"):

@@ -15,7 +15,7 @@ from advmoe_jax.core import tree
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.train.state import State
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it then raises
 
 
 @dataclasses.dataclass(frozen=True)

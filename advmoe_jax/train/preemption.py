@@ -1,13 +1,15 @@
-"""Being asked to stop."""
+"""Being asked to stop. In a cluster jax's own SIGTERM handler, which tells the other processes, stays in place."""
 
 import dataclasses
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
 from jax.experimental import multihost_utils
+
+from advmoe_jax.core.errors import Preempted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +27,29 @@ class Notice:
 
 @contextmanager
 def watch() -> Iterator[Notice]:
-    """Turns SIGTERM into a notice while the context lasts.
+    """Turns SIGTERM into a notice, for work that saves before it stops."""
+    notice = Notice(threading.Event())
+    with _on_sigterm(lambda *_: notice.asked.set()):
+        yield notice
 
-    In a cluster jax's own handler is in place, which tells the other processes, and stays.
-    """
-    asked = threading.Event()
+
+@contextmanager
+def stops() -> Iterator[None]:
+    """Lets SIGTERM raise Preempted at once, for work that has nothing to save."""
+    def stop(*_):
+        raise Preempted("stopped by SIGTERM; the same command continues")
+
+    with _on_sigterm(stop):
+        yield
+
+
+@contextmanager
+def _on_sigterm(handler: Callable) -> Iterator[None]:
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield Notice(asked)
+        yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    before = signal.signal(signal.SIGTERM, handler)
     try:
-        yield Notice(asked)
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
