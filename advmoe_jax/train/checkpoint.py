@@ -91,7 +91,7 @@ class Checkpoints:
             manager.close()
 
 
-def open_checkpoints(workdir: Path, create: bool) -> Checkpoints:
+def open_checkpoints(workdir: Path, create: bool = True) -> Checkpoints:
     """Opens `workdir/checkpoints/last` and `workdir/checkpoints/best`.
 
     Raises:

@@ -47,7 +47,7 @@ def run(config: ConfigDict, workdir: Path, system: System, train: dict[str, np.n
         Preempted: SIGTERM came; the state is saved.
     """
     metrics = log.Metrics(workdir / "metrics.jsonl")
-    saved = checkpoint.open_checkpoints(workdir, create=True)
+    saved = checkpoint.open_checkpoints(workdir)
     try:
         with preemption.watch() as notice:
             state = saved.restore_newest(abstract_state(system, mesh), log.warn)
