@@ -29,27 +29,32 @@ class Notice:
 def watch() -> Iterator[Notice]:
     """Turns SIGTERM into a notice, for work that saves before it stops."""
     notice = Notice(threading.Event())
-    with _on_sigterm(lambda *_: notice.asked.set()):
+    with _handle(signal.SIGTERM, lambda *_: notice.asked.set()):
         yield notice
 
 
 @contextmanager
 def stops() -> Iterator[None]:
-    """Lets SIGTERM raise Preempted at once, for work that has nothing to save."""
+    """Lets SIGTERM raise Preempted and Ctrl-C raise KeyboardInterrupt at once, for work that has nothing to save."""
     def stop(*_):
         raise Preempted("stopped by SIGTERM; the same command continues")
 
-    with _on_sigterm(stop):
+    def interrupt(*_):
+        # asyncio, in which checkpoints are written, replaces Python's own handler and may swallow the signal.
+        raise KeyboardInterrupt
+
+    with _handle(signal.SIGTERM, stop), _handle(signal.SIGINT, interrupt):
         yield
 
 
 @contextmanager
-def _on_sigterm(handler: Callable) -> Iterator[None]:
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+def _handle(number: signal.Signals, handler: Callable) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread() or (
+            number == signal.SIGTERM and jax.process_count() > 1):
         yield
         return
-    before = signal.signal(signal.SIGTERM, handler)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
