@@ -3,7 +3,10 @@
 Two managers, since one that keeps the best by a metric forgets the newest.
 """
 
+import contextlib
 import dataclasses
+import gc
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -47,12 +50,16 @@ class Checkpoints:
         state, restored = None, -1
         for step in reversed(self.steps("last")):
             try:
-                state, restored = _read(self.last, step, abstract), step
+                with _quiet():
+                    state, restored = _read(self.last, step, abstract), step
                 break
             except UserError:
                 raise
             except Exception as error:  # orbax raises whatever its storage raised
-                warn(f"checkpoint {step} cannot be read and is skipped: {_first_line(error)}")
+                reason = _first_line(error)
+            with _quiet():  # the exception, which kept the tasks of the read alive, is gone by now
+                pass
+            warn(f"checkpoint {step} cannot be read and is skipped: {reason}")
         for manager in (self.last, self.best):
             for step in manager.all_steps():
                 if step > restored:
@@ -105,6 +112,16 @@ def open_checkpoints(workdir: Path, create: bool = True) -> Checkpoints:
         max_to_keep=keep, enable_async_checkpointing=jax.default_backend() != "cpu", create=create) for keep in (2, 1)]
     handlers = dict(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
     return Checkpoints(*(ocp.CheckpointManager(f, options=o, item_handlers=handlers) for f, o in zip(folders, options)))
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Holds back what the unfinished tasks of a failed read print when they are collected."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            yield
+        finally:
+            gc.collect()
 
 
 def _read(manager: ocp.CheckpointManager, step: int, abstract: State) -> State:
