@@ -16,21 +16,17 @@ import itertools
 import sys
 from collections.abc import Sequence
 
-from advmoe_jax.core.errors import EXIT_INTERRUPTED, EXIT_OK, UserError, unknown_name
+from advmoe_jax.core import cli
+from advmoe_jax.core.errors import UserError, unknown_name
 
 MODES = ("train", "evaluate", "report")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Reads the command line: the flags, and the config overrides as "model.width=32"."""
-    parser = _Parser(prog="python -m advmoe_jax.main", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                     usage="%(prog)s --config FILE[:ARGUMENT] [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE ...]")
+    parser = cli.Parser(
+        prog="python -m advmoe_jax.main", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s --config FILE[:ARGUMENT] [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE ...]")
     parser.add_argument("--config", default="", help="config file, with an argument behind a colon")
     parser.add_argument("--mode", default="train", choices=MODES, help="train unless given")
     parser.add_argument("--workdir", default="", help="where the run lives; runs/<config name> unless given")
@@ -41,6 +37,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     flags, rest = parser.parse_known_args(argv)
     known = [option for action in parser._actions for option in action.option_strings]
     for word, following in itertools.pairwise([*rest, "--"]):
+        if not word.startswith("-"):
+            raise UserError(f"unexpected {word!r}: expected --config {word}, or --config.FIELD=VALUE in one word")
         if not word.startswith("--config."):
             raise unknown_name("flag", word.partition("=")[0], known)
         if "=" not in word and not following.startswith("--"):
@@ -48,30 +46,16 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return flags, [word.removeprefix("--config.") for word in rest]
 
 
-def run(argv: Sequence[str]) -> None:
-    """Does what a command line says.
-
-    Raises:
-        UserError: it cannot be done; the message is one line.
-    """
-    flags, overrides = parse(argv)
-    from advmoe_jax import modes  # jax is imported from here on, and --help stays quick
-
-    modes.start(flags, overrides)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns the exit code."""
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return EXIT_OK
+    def run():
+        flags, overrides = parse(sys.argv[1:] if argv is None else argv)
+        from advmoe_jax import modes  # jax is imported from here on, and --help stays quick
+
+        modes.start(flags, overrides)
+
+    return cli.ending(run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

@@ -23,6 +23,8 @@ from advmoe_jax.train import checkpoint, evaluate, log, loop, preemption
 def start(flags: argparse.Namespace, overrides: list[str]) -> None:
     """Runs the mode that the flags name."""
     if flags.mode == "report":
+        if flags.config or flags.checkpoint or overrides:
+            raise UserError("--mode report shows what was measured: expected --workdir and no other flag")
         folders = sorted(Path(p) for pattern in flags.workdir.split(",") for p in glob.glob(pattern))
         if not folders:
             raise UserError(f"no workdir matches {flags.workdir!r}: expected --workdir 'runs/*', for example")
@@ -31,19 +33,15 @@ def start(flags: argparse.Namespace, overrides: list[str]) -> None:
     if flags.checkpoint and not flags.checkpoint.isdigit():
         one_of("checkpoint", flags.checkpoint, ("best", "last"))
     config, workdir = _config(flags, overrides)
-    meshes.start_cluster(flags.coordinator, flags.num_processes, flags.process_id)
-    try:
-        with preemption.stops():
-            attacks = _attacks(config)
-            experiment = assemble(config)
-            if flags.mode == "train":
-                _train(experiment, workdir)
-            which = (flags.checkpoint,) if flags.checkpoint else ("best", "last")
-            _evaluate(experiment, workdir, attacks, which, keep=flags.mode == "train")
-            if jax.process_index() == 0:
-                reports.write([workdir])
-    finally:
-        meshes.stop_cluster()
+    with preemption.stops(), meshes.cluster(flags.coordinator, flags.num_processes, flags.process_id):
+        attacks = _attacks(config)
+        experiment = assemble(config)
+        if flags.mode == "train":
+            _train(experiment, workdir)
+        which = (flags.checkpoint,) if flags.checkpoint else ("best", "last")
+        _evaluate(experiment, workdir, attacks, which, keep=flags.mode == "train")
+        if jax.process_index() == 0:
+            reports.write([workdir])
 
 
 def _config(flags: argparse.Namespace, overrides: list[str]) -> tuple[ConfigDict, Path]:
@@ -62,8 +60,9 @@ def _config(flags: argparse.Namespace, overrides: list[str]) -> tuple[ConfigDict
         configs.override(config, text)
     configs.check(config)
     workdir = Path(flags.workdir or f"runs/{config.name}")
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir {workdir} is a file: expected a folder, or a name that is free")
+    standing = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+    if not standing.is_dir():
+        raise UserError(f"--workdir {workdir}: {standing} is a file: expected a folder, or a name that is free")
     if (workdir / "config.json").exists():
         changed = configs.differences(config, configs.read(workdir / "config.json"))
         if changed:

@@ -11,7 +11,7 @@ Expected: one seed, last checkpoint, RA(PGD-50) on 2,000 test images: at_dense S
 
 from advmoe_jax.core import config as configs
 
-EPOCHS = {"advmoe": 9, "at_moe": 18, "at_sdense": 36, "at_dense": 12, "natural": 12}
+EPOCHS = {"advmoe": 11, "at_moe": 17, "at_sdense": 28, "at_dense": 12, "natural": 12}
 
 
 def get_config(method="advmoe"):
@@ -20,6 +20,7 @@ def get_config(method="advmoe"):
     config.data.subset = 10_000
     config.model.width = 16
     config.train.length = f"{EPOCHS[method]} epochs"
+    config.train.eval_every = "20%"
     config.train.num_examples = 500
     config.eval.n = 2000
     return config

@@ -3,12 +3,17 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
-from tiny import DIGITS, flags, listing
+from tiny import DIGITS, REPO, flags, listing
 
 from advmoe_jax import main
-from advmoe_jax.core import mesh
+from advmoe_jax.bench import __main__ as bench
+from advmoe_jax.core import cli, mesh
+from advmoe_jax.core.errors import NonFiniteError, Preempted
+from advmoe_jax.data import prepare
 from advmoe_jax.train import loop
 
 NATURAL = dict(eval__attacks="fgsm", train__length="1 steps")
@@ -92,14 +97,17 @@ BAD_FLAGS = {
     "coordinator_without_port": (["--coordinator", "localhost", "--num_processes", "2"], "--coordinator", "host:port"),
     "checkpoint": (["--checkpoint", "bset"], "checkpoint", "'bset'", "did you mean 'best'"),
     "evaluate_nothing": (["--mode", "evaluate"], "no run in"),
-    "report_nothing": (["--mode", "report"], "no workdir matches"),
+    "report_with_config": (["--mode", "report"], "--mode report", "--workdir and no other flag"),
+    "config_behind_no_flag": (["configs/digits_r18.py"], "--config configs/digits_r18.py"),
+    "rounded_to_no_step": (["--config.train.length=0.4 steps"], "train.length", "'300 steps'"),
+    "length_of_another_unit": (["--config.train.length=3 days"], "train.length", "'3 days'"),
 }
 BAD_CONFIGS = {
     "missing": ("digit_r18.py", None, "digit_r18.py", "did you mean", "digits_r18.py"),
     "missing_folder": ("nowhere/x.py", None, "nowhere/x.py", "configs/digits_r18.py"),
     "argument": ("digits_r18.py:advmo", None, "'advmo'", "did you mean 'advmoe'"),
     "syntax": ("mine.py", "def get_config(:\n", "mine.py", "SyntaxError", "line 1"),
-    "raises": ("mine.py", "def get_config():\n    return 1 / 0\n", "mine.py", "ZeroDivisionError"),
+    "raises": ("mine.py", "def get_config():\n    return 1 / 0\n", "mine.py, line 2", "ZeroDivisionError"),
     "unknown_field": ("mine.py", "from advmoe_jax.core import config\ndef get_config():\n    c = config.default()\n"
                                  "    c.model.widht = 3\n    return c\n", "mine.py", "widht"),
     "wrong_type": ("mine.py", "from advmoe_jax.core import config\ndef get_config():\n    c = config.default()\n"
@@ -166,6 +174,7 @@ def test_no_config(refused):
     refused([], "--config is missing", "configs/digits_r18.py")
     refused(["--mode", "evaluate"], "--workdir")
     refused(["--mode", "report"], "--workdir")
+    refused(["--mode", "report", "--workdir", "nowhere"], "no workdir matches 'nowhere'")
     refused(["--config"], "--config")
 
 
@@ -177,6 +186,7 @@ def test_config_is_a_folder(refused, tmp_path):
 def test_workdir_is_a_file(refused, tmp_path):
     (tmp_path / "w").write_text("mine")
     refused(flags("w", "natural"), "w", "file")
+    refused(flags("w/below/that", "natural"), "--workdir w/below/that", "file")
 
 
 @pytest.mark.parametrize("content", (
@@ -266,3 +276,37 @@ def test_config_json_changed_by_hand(trained, refused, tmp_path):
     stored["optim"]["backbone"]["learning_rate"] = 0.5
     path.write_text(json.dumps(stored))
     refused(flags("w", "natural", **NATURAL), "optim.backbone.learning_rate 0.1 (was 0.5)")
+
+
+@pytest.mark.parametrize("tool, argv, said", [
+    (prepare, [], "--out"), (prepare, ["cifar10", "--out", "o", "--froce"], "--froce"),
+    (prepare, ["cifr10", "--out", "o"], "did you mean 'cifar10'"),
+    (bench, [], "name"), (bench, ["cnov"], "did you mean 'conv'"), (bench, ["conv", "--rounds", "0"], "--rounds is 0")])
+def test_the_other_commands_refuse_in_one_line(tool, argv, said, capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert tool.main(argv) == 2
+    assert re.fullmatch(rf"error: [^\n]*{re.escape(said)}[^\n]*\n", capfd.readouterr().err)
+    assert not listing(tmp_path)
+
+
+@pytest.mark.parametrize("raised, code, said", [
+    (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
+    (OSError(28, "No space left on device", "runs/x"), 2, "error: runs/x: No space left on device"),
+    (Preempted("stopped"), 75, "error: stopped"), (NonFiniteError("NaN"), 4, "error: NaN")])
+def test_endings(raised, code, said, capfd):
+    def action():
+        raise raised
+
+    assert cli.ending(action) == code
+    error = capfd.readouterr().err
+    assert error.startswith(said) and error.count("\n") == 1
+
+
+def test_a_reader_that_went_away():
+    """As in `python -m advmoe_jax.main ... | head -1`."""
+    script = "from advmoe_jax.core import cli; cli.leave(cli.ending(lambda: print('x' * 10**6)))"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          cwd=REPO) as running:
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 141

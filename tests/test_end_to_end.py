@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import runpy
+import shutil
 
 import numpy as np
 import pytest
@@ -212,3 +213,19 @@ def test_config_file_says_what_it_is(path, monkeypatch):
     assert "TODO" not in text
     commands = re.findall(r"--config (\S+)", text)
     assert commands and all(configs.load(command) for command in commands)
+
+
+def test_a_lost_best_checkpoint_is_chosen_again(run, tmp_path):
+    """From what the run measures after it continues, whatever the lost one had."""
+    workdir = tmp_path / "w"
+    shutil.copytree(run("natural"), workdir)
+    shutil.rmtree(workdir / "checkpoints" / "last" / "4")
+    for step in saved_steps(workdir, "best"):
+        shutil.rmtree(workdir / "checkpoints" / "best" / str(step))
+    path = workdir / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(
+        record | ({"ra": 1.0, "sa": 1.0} if record["split"] == "validation" and record["step"] <= 2 else {})) + "\n"
+        for record in records))
+    assert main.main(flags(workdir, "natural")) == 0
+    assert saved_steps(workdir, "best") == [4]

@@ -23,8 +23,10 @@ def test_table_runs_every_combination(tmp_path):
     program.chmod(0o755)
     (tmp_path / "runs").mkdir()
     result = subprocess.run(
-        ["bash", ROOT / "launch/table.sh", "configs/digits_r18.py", "advmoe natural", "8/255", "0 1", "--config.model.width=8"],
-        capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin", "PYTHON": str(program), "RUNS": str(tmp_path / "runs")})
+        ["bash", ROOT / "launch/table.sh", "configs/digits_r18.py", "advmoe natural", "8/255", "0 1",
+         "--config.model.width=8"],
+        capture_output=True, text=True, check=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": str(program), "RUNS": str(tmp_path / "runs")})
     lines = result.stdout.splitlines()
     assert len(lines) == 5 and lines[-1].startswith("-m advmoe_jax.main --mode report")
     assert f"--workdir {tmp_path}/runs/digits_r18_natural_eps8-255_s1" in result.stdout

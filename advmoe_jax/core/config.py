@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import runpy
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,9 @@ def load(text: str) -> ConfigDict:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"config file {path} fails: {type(error).__name__}: {_last_line(error)}") from None
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"{path}, line {lines[-1]}," if lines else path
+        raise UserError(f"config file {where} fails: {type(error).__name__}: {_last_line(error)}") from None
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config of {path} returns {type(config).__name__}: expected a ConfigDict, from default()")
     config.name = "_".join(filter(None, (Path(path).stem, argument)))
@@ -190,9 +193,8 @@ def check(config: ConfigDict) -> None:
         units.eps(config.eval.eps, config.eval.norm or config.attack.norm, "eval.eps")
     one_of("train.select_on", config.train.select_on, ("validation", "test"))
     for name in ("length", "eval_every", "save_every", "log_every"):
-        # Of one step an epoch and no known total: only whether it can be read, and is a length at all.
-        amount = units.steps(config.train[name], 10**6, 10**9, f"train.{name}")
-        if name == "length" and (amount < 1 or config.train.length.strip().endswith("%")):
+        amount, unit = units.length(config.train[name], f"train.{name}")
+        if name == "length" and (amount < 1 or unit == "%"):
             raise UserError(f"train.length is {config.train.length!r}: expected for example '12 epochs' or '300 steps'")
 
 

@@ -1,20 +1,24 @@
 """The cluster and the mesh: the one place that starts processes and lays out devices."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from advmoe_jax.core.errors import UserError
+from advmoe_jax.core.errors import Preempted, UserError
 
 AXIS = "data"
+_PATIENCE = 60  # seconds that a process which failed waits for the others
 _POD_VARIABLES = ("TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS", "SLURM_JOB_NUM_NODES")
 
 
-def start_cluster(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> bool:
-    """Joins the other processes of a run. Must be called before anything asks for devices.
+@contextlib.contextmanager
+def cluster(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> Iterator[None]:
+    """Joins the other processes of a run, and leaves with them. Nothing may ask for devices before.
 
     With `coordinator` the three arguments say all; without it a TPU pod or a SLURM job of several nodes is
     recognised by its environment, and anything else runs alone.
@@ -23,26 +27,46 @@ def start_cluster(coordinator: str = "", num_processes: int = 1, process_id: int
         coordinator: "host:port" of process 0.
         num_processes: how many processes there are.
         process_id: which one this is.
-    Returns:
-        Whether there is more than one process.
+    Raises:
+        UserError: the arguments make no cluster, the others cannot be reached, or there is no device.
     """
     if coordinator and not coordinator.rpartition(":")[2].isdigit():
         raise UserError(f"--coordinator is {coordinator!r}: expected host:port")
     if num_processes < 1 or (num_processes, process_id) != (1, 0) and not coordinator:
         raise UserError(f"--num_processes is {num_processes} and --process_id {process_id}: expected 1 or more "
                         "processes, and with several of them --coordinator host:port")
-    if coordinator:
-        if not 0 <= process_id < num_processes:
-            raise UserError(f"--process_id is {process_id}: expected 0 to {num_processes - 1} (--num_processes)")
-        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=1800)
-    elif any("," in os.environ.get(name, "") or os.environ.get(name, "0").isdigit()
-             and int(os.environ.get(name, "0")) > 1 for name in _POD_VARIABLES):
-        jax.distributed.initialize(initialization_timeout=1800)
-    return jax.process_count() > 1
+    if coordinator and not 0 <= process_id < num_processes:
+        raise UserError(f"--process_id is {process_id}: expected 0 to {num_processes - 1} (--num_processes)")
+    try:
+        timeouts = dict(initialization_timeout=1800, shutdown_timeout_seconds=_PATIENCE)
+        if coordinator:
+            jax.distributed.initialize(coordinator, num_processes, process_id, **timeouts)
+        elif _on_pod():
+            jax.distributed.initialize(**timeouts)
+        jax.devices()
+    except RuntimeError as error:
+        raise UserError(f"jax finds no devices to run on: {str(error).splitlines()[0]}") from None
+    try:
+        yield
+    except Preempted:
+        _leave()
+        raise
+    except UserError:
+        # The others may wait in a collective that this process will not come to: no barrier without a time limit.
+        with contextlib.suppress(Exception):
+            jax.distributed.shutdown()
+        raise
+    else:
+        _leave()
 
 
-def stop_cluster() -> None:
-    """Waits for all processes, so that none is cut off by another's exit, and leaves the cluster."""
+def _on_pod() -> bool:
+    return any("," in os.environ.get(name, "") or os.environ.get(name, "0").isdigit()
+               and int(os.environ.get(name, "0")) > 1 for name in _POD_VARIABLES)
+
+
+def _leave():
+    """Waits for all processes, so that none is cut off by another's exit."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("end")
         jax.distributed.shutdown()

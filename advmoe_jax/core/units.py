@@ -36,33 +36,39 @@ def eps(value: str | float, norm: str, what: str = "eps") -> float:
         )
     return result
 
+_LENGTHS = {"steps": "steps", "step": "steps", "epochs": "epochs", "epoch": "epochs", "%": "%", "": "epochs"}
 
-def steps(amount: str | int | float, steps_per_epoch: int, total_steps: int | None = None,
-          what: str = "length") -> int:
-    """Reads a length as training steps.
 
-    Args:
-        amount: "300 steps", "12 epochs", "5%" (of `total_steps`), or a bare number of epochs.
-        steps_per_epoch: iterations in one pass over the training images.
-        total_steps: what percentages refer to.
-    Returns:
-        A number of steps, at least 0, rounded to the nearest.
+def length(amount: str | int | float, what: str = "length") -> tuple[float, str]:
+    """Reads "300 steps", "12 epochs", "5%", or a bare number of epochs, as a number and "steps", "epochs" or "%".
+
+    Raises:
+        UserError: it is none of these, negative or not finite.
     """
     text = str(amount).strip()
-    for unit, scale in (("steps", 1), ("step", 1), ("epochs", steps_per_epoch), ("epoch", steps_per_epoch),
-                        ("%", (total_steps or 0) / 100)):
-        if text.endswith(unit):
-            text, factor = text.removesuffix(unit).strip(), scale
-            break
-    else:
-        factor = steps_per_epoch
+    ending = next(ending for ending in _LENGTHS if text.endswith(ending))
     try:
-        value = float(text)
+        value = float(text.removesuffix(ending))
     except ValueError:
         value = -1.0
     if not 0 <= value < math.inf:
         raise UserError(f"{what} is {amount!r}: expected for example '300 steps', '12 epochs' or '5%'")
-    return round(value * factor)
+    return value, _LENGTHS[ending]
+
+
+def steps(amount: str | int | float, steps_per_epoch: int, total_steps: int = 0, what: str = "length") -> int:
+    """Reads a length as training steps.
+
+    Args:
+        amount: as `length` reads it.
+        steps_per_epoch: iterations in one pass over the training images.
+        total_steps: what percentages refer to.
+        what: the name that an error gives it.
+    Returns:
+        A number of steps, at least 0, rounded to the nearest.
+    """
+    value, unit = length(amount, what)
+    return round(value * {"steps": 1, "epochs": steps_per_epoch, "%": total_steps / 100}[unit])
 
 
 def step_size(value: str | float, eps_value: float, num_steps: int, what: str = "step_size") -> float:

@@ -1,12 +1,10 @@
 """Prepares a data set for training: `python -m advmoe_jax.data.prepare cifar10 --out DIR`."""
 
-import argparse
 import logging
 import pathlib
-import sys
 
-from advmoe_jax.core import find
-from advmoe_jax.core.errors import EXIT_OK, UserError
+from advmoe_jax.core import cli, find
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import raw
 from advmoe_jax.data.source import META, SPLITS, read_prepared, refuse_foreign, refuse_variant, write_prepared
 
@@ -55,7 +53,7 @@ def _summary(dataset):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, or 2 for bad input."""
     official = ", ".join(find.names("data", "read_raw"))
-    parser = argparse.ArgumentParser(prog="python -m advmoe_jax.data.prepare", description=(
+    parser = cli.Parser(prog="python -m advmoe_jax.data.prepare", description=(
         "Checks the official files of a data set and writes DIR/NAME/, which training reads."))
     parser.add_argument("name", help=f"the data set: {official}")
     parser.add_argument("--out", required=True, metavar="DIR",
@@ -66,18 +64,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="write even if DIR/NAME/ is there")
     parser.add_argument("--allow-unknown-hash", action="store_true",
                         help="accept other or fewer files than the official ones, with a warning")
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
+
+    def run():
+        args = parser.parse_args(argv)
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
         prepare(args.name, args.out, args.raw, args.force, args.allow_unknown_hash)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
-        return UserError.exit_code
-    return EXIT_OK
+
+    return cli.ending(run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

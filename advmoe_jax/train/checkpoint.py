@@ -3,16 +3,14 @@
 Two managers, since one that keeps the best by a metric forgets the newest.
 """
 
-import contextlib
 import dataclasses
-import gc
-import io
 import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 
 from advmoe_jax.core import tree
 from advmoe_jax.core.errors import UserError, one_of
@@ -46,20 +44,22 @@ class Checkpoints:
         """The newest state of "last" that can be read; unreadable ones are skipped with a warning.
 
         What is newer than the state that was read is deleted, in "best" too: the run will come to it again.
+
+        Raises:
+            UserError: none can be read, or it is of another architecture; nothing is deleted.
         """
         state, restored = None, -1
         for step in reversed(self.steps("last")):
             try:
-                with _quiet():
-                    state, restored = _read(self.last, step, abstract), step
+                state, restored = _read(self.last, step, abstract), step
                 break
             except UserError:
                 raise
             except Exception as error:  # orbax raises whatever its storage raised
-                reason = _first_line(error)
-            with _quiet():  # the exception, which kept the tasks of the read alive, is gone by now
-                pass
-            warn(f"checkpoint {step} cannot be read and is skipped: {reason}")
+                warn(f"checkpoint {step} cannot be read and is skipped: {_first_line(error)}")
+        if state is None and self.steps("last"):
+            raise UserError(f"no checkpoint in {self.last.directory} can be read: "
+                            "expected one that can; to train from the start choose another --workdir")
         for manager in (self.last, self.best):
             for step in manager.all_steps():
                 if step > restored:
@@ -114,17 +114,8 @@ def open_checkpoints(workdir: Path, create: bool = True) -> Checkpoints:
     return Checkpoints(*(ocp.CheckpointManager(f, options=o, item_handlers=handlers) for f, o in zip(folders, options)))
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Holds back what the unfinished tasks of a failed read print when they are collected."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        try:
-            yield
-        finally:
-            gc.collect()
-
-
 def _read(manager: ocp.CheckpointManager, step: int, abstract: State) -> State:
+    _check_storage(manager.directory / str(step) / "state")
     _check_architecture(manager, step, abstract)
     return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
 
@@ -136,6 +127,13 @@ def _try_read(manager, step, abstract):
         raise
     except Exception as error:
         raise UserError(f"checkpoint {manager.directory}/{step} cannot be read: {_first_line(error)}") from None
+
+
+def _check_storage(folder):
+    """Reads every stored value: a restore that fails halfway leaves tasks that complain when they are collected."""
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
+    for pending in [store.read(key) for key in store.list().result()]:
+        pending.result()
 
 
 def _check_architecture(manager, step, abstract):

@@ -115,6 +115,14 @@ def _checked_size(x_adv, x, spec) -> float:
     return size
 
 
+def survivors(found: dict[str, Any]) -> np.ndarray:
+    """Which of the images (m,) are classified correctly when clean, and under every attack and view."""
+    robust = found["clean"] == found["label"]
+    for attacked in found["attacked"]:
+        robust &= (attacked["label"] == found["label"]).all(0)
+    return robust
+
+
 def summarize(found: dict[str, Any], specs: tuple[Spec, ...], views: tuple[str, ...], num_experts: int
               ) -> list[dict[str, Any]]:
     """One record per attack: rates as fractions in [0, 1] with Wilson 95 % intervals.

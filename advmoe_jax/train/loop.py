@@ -144,18 +144,17 @@ def _select_best(config, system, state, step, select, mesh, metrics, saved, best
     """Measures the images that select, keeps the state if its (RA, SA) beats `best`, and returns the better one."""
     arrays, indices = select
     specs = parse.attacks(config.train.attack, norm=config.attack.norm, eps=config.attack.eps)
-    predicted = evaluate.predictions(system, state, arrays, indices, specs, mesh=mesh,
-                                     batch_size=config.eval.batch_size, seed=config.seed, views=system.views)
-    records = evaluate.summarize(predicted, specs, system.views, system.network.num_experts)
-    sa, ra = records[0]["sa"], min(record["ra"] for record in records)
+    found = evaluate.predictions(system, state, arrays, indices, specs, mesh=mesh,
+                                 batch_size=config.eval.batch_size, seed=config.seed, views=system.views)
+    sa, ra = float((found["clean"] == found["label"]).mean()), float(evaluate.survivors(found).mean())
     metrics.write(step, config.train.select_on, {"sa": sa, "ra": ra})
-    found = np.round((ra, sa), 6)
-    better = tuple(found) > tuple(best)
+    rates = np.round((ra, sa), 6)
+    better = tuple(rates) > tuple(best)
     if better:
         saved.save("best", step, state, {"sa": sa, "ra": ra, "selected_on": config.train.select_on})
     log.say(f"step {step} {config.train.select_on} SA {100 * sa:.2f} RA {100 * ra:.2f} "
-            f"({', '.join(r['attack'] for r in records)}, {len(indices)} images){', best so far' if better else ''}")
-    return found if better else best
+            f"({', '.join(spec.label for spec in specs)}, {len(indices)} images){', best so far' if better else ''}")
+    return rates if better else best
 
 
 def _check_finite(step: int, stage: Stage, values: dict[str, Any], saved: checkpoint.Checkpoints) -> None:

@@ -1,10 +1,10 @@
 """Being asked to stop. In a cluster jax's own SIGTERM handler, which tells the other processes, stays in place."""
 
+import contextlib
 import dataclasses
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import jax
 from jax.experimental import multihost_utils
@@ -25,17 +25,22 @@ class Notice:
         return self.asked.is_set()
 
 
-@contextmanager
+@contextlib.contextmanager
 def watch() -> Iterator[Notice]:
     """Turns SIGTERM into a notice, for work that saves before it stops."""
     notice = Notice(threading.Event())
-    with _handle(signal.SIGTERM, lambda *_: notice.asked.set()):
+    with contextlib.ExitStack() as stack:
+        if jax.process_count() == 1:
+            stack.enter_context(_handle(signal.SIGTERM, lambda *_: notice.asked.set()))
         yield notice
 
 
-@contextmanager
+@contextlib.contextmanager
 def stops() -> Iterator[None]:
-    """Lets SIGTERM raise Preempted and Ctrl-C raise KeyboardInterrupt at once, for work that has nothing to save."""
+    """Lets SIGTERM raise Preempted and Ctrl-C raise KeyboardInterrupt at once, for work that has nothing to save.
+
+    To be entered before a cluster is joined.
+    """
     def stop(*_):
         raise Preempted("stopped by SIGTERM; the same command continues")
 
@@ -47,10 +52,9 @@ def stops() -> Iterator[None]:
         yield
 
 
-@contextmanager
+@contextlib.contextmanager
 def _handle(number: signal.Signals, handler: Callable) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread() or (
-            number == signal.SIGTERM and jax.process_count() > 1):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(number, handler)

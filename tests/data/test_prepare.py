@@ -17,7 +17,6 @@ import pytest
 from scipy import io as scipy_io
 
 from advmoe_jax.core import find
-from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import raw
 from advmoe_jax.data.cifar_files import decode_pickle
 from advmoe_jax.data.prepare import main

@@ -1,11 +1,11 @@
 """Tables of several runs: what shares a row, the numbers in it, and ties."""
 
 import pytest
-
-from advmoe_jax.core.errors import UserError
-from advmoe_jax.core import tables
-from advmoe_jax.report import commands, comparison, reports, runs
 from fabricated import entry, workdir
+
+from advmoe_jax.core import tables
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.report import commands, comparison, reports, runs
 
 
 def seeds(root, rates, *, name="small", **fields):

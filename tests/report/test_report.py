@@ -4,13 +4,13 @@ import shlex
 import sys
 
 import pytest
+from fabricated import entry, metrics, workdir
 
 from advmoe_jax import main
 from advmoe_jax.attacks import parse
 from advmoe_jax.core import config as configs
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.report import commands, plots, reports, runs, workdir_report
-from fabricated import entry, metrics, workdir
 
 
 def report(folder):

@@ -4,6 +4,7 @@ One tiny AdvMoE on 120 digits serves all tests: 6 iterations, evaluated every 2,
 """
 
 import dataclasses
+import gc
 import shutil
 import signal
 import types
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import listing
 
 from advmoe_jax.core import config as configs
-from advmoe_jax.core import rng, tree
 from advmoe_jax.core import mesh as meshes
-from advmoe_jax.core.errors import NonFiniteError, Preempted
+from advmoe_jax.core import rng, tree
+from advmoe_jax.core.errors import NonFiniteError, Preempted, UserError
 from advmoe_jax.models import resnet
 from advmoe_jax.systems.assemble import assemble
 from advmoe_jax.train import checkpoint, log, loop
@@ -188,19 +190,33 @@ def _without_state(folder):
     shutil.rmtree(folder / "state")
 
 
-@pytest.mark.parametrize("damage, steps", [
-    (_truncate_largest, (6,)), (_empty_all, (6,)), (_without_state, (6,)), (_truncate_largest, (3, 6))])
-def test_damaged_checkpoints_are_skipped(experiment, whole, tmp_path, capsys, damage, steps):
+@pytest.mark.parametrize("damage", [_truncate_largest, _empty_all, _without_state])
+def test_a_damaged_checkpoint_is_skipped(experiment, whole, tmp_path, capfd, damage):
     """With a warning; the run continues from what can be read, to the same bits."""
     workdir = tmp_path / "run"
     shutil.copytree(whole[0], workdir)
-    for step in steps:
-        damage(workdir / "checkpoints" / "last" / str(step))
+    damage(workdir / "checkpoints" / "last" / "6")
     _train(experiment, workdir)
-    told = capsys.readouterr()
-    assert all(f"warning: checkpoint {step} cannot be read and is skipped" in told.err for step in steps)
-    assert ("continuing from the checkpoint of step 3" in told.out) == (len(steps) == 1)
+    gc.collect()
+    told = capfd.readouterr()
+    assert told.err.startswith("warning: checkpoint 6 cannot be read and is skipped") and told.err.count("\n") == 1
+    assert "continuing from the checkpoint of step 3" in told.out
     _assert_same(_outcome(experiment, workdir), whole[1])
+
+
+@pytest.mark.parametrize("damage", [_truncate_largest, _empty_all])
+def test_without_a_readable_checkpoint_nothing_is_trained_or_deleted(experiment, whole, tmp_path, capfd, damage):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole[0], workdir)
+    for step in (3, 6):
+        damage(workdir / "checkpoints" / "last" / str(step))
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        _train(experiment, workdir)
+    gc.collect()
+    told = capfd.readouterr()
+    assert told.err.count("cannot be read and is skipped") == told.err.count("\n") == 2 and told.out == ""
+    assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize("step, stream", [(2, "data/upper"), (4, "data/lower")])
@@ -274,23 +290,25 @@ def test_a_collapsed_router_is_warned_of_while_training(experiment, tmp_path, ca
 
 
 def _plan(patch, rates):
-    """Evaluations that find given [(ra of each attack, sa)], in order."""
+    """Evaluations that find given [(the images of 20 that survive each attack, as (first, end), sa)], in order."""
     rates = iter(rates)
+    index = np.arange(20)
 
-    def summarize(*_):
-        ras, sa = next(rates)
-        return [{"attack": f"a{i}", "ra": ra, "sa": sa} for i, ra in enumerate(ras)]
+    def predictions(*_, **__):
+        survivors, sa = next(rates)
+        return {"label": np.zeros(20, int), "clean": (index >= 20 * sa).astype(int), "attacked": [
+            {"label": ((index < first) | (index >= end)).astype(int)[None]} for first, end in survivors]}
 
-    patch.setattr(loop.evaluate, "predictions", lambda *_, **__: None)
-    patch.setattr(loop.evaluate, "summarize", summarize)
+    patch.setattr(loop.evaluate, "predictions", predictions)
 
 
 @pytest.mark.parametrize("rates, best", [
-    ([([0.3], 0.5), ([0.3], 0.6), ([0.2], 0.9)], 4),
-    ([([0.5], 0.5), ([0.5], 0.5), ([0.4], 0.9)], 2),
-    ([([0.0], 0.0), ([0.0], 0.0), ([0.0], 0.0)], 2),
-    ([([0.6, 0.3], 0.9), ([0.4, 0.4], 0.5), ([0.9, 0.1], 0.95)], 4)])
-def test_best_is_by_ra_of_the_strongest_attack_then_sa_then_the_first(experiment, tmp_path, monkeypatch, rates, best):
+    ([([(0, 6)], 0.5), ([(0, 6)], 0.6), ([(0, 4)], 0.9)], 4),
+    ([([(0, 10)], 0.5), ([(2, 12)], 0.5), ([(0, 4)], 0.9)], 2),
+    ([([(0, 0)], 0.0), ([(0, 20)], 0.0), ([(0, 0)], 0.0)], 2),
+    ([([(0, 12), (6, 12)], 0.9), ([(0, 8), (0, 8)], 0.5), ([(0, 9), (9, 18)], 0.95)], 4)])
+def test_best_is_by_ra_over_all_attacks_then_sa_then_the_first(experiment, tmp_path, monkeypatch, rates, best):
+    """An image survives if it does every attack, and if it is classified correctly to begin with."""
     _plan(monkeypatch, rates)
     _train(experiment, tmp_path)
     assert _steps(tmp_path, "best") == [best]
@@ -298,12 +316,12 @@ def test_best_is_by_ra_of_the_strongest_attack_then_sa_then_the_first(experiment
 
 def test_a_resumed_run_remembers_what_was_best(experiment, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        _plan(patch, [([0.5], 0.5)])
+        _plan(patch, [([(0, 10)], 0.5)])
         _at_step(patch, 3, "data/lower", _kill)
         with pytest.raises(Killed):
             _train(experiment, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        _plan(patch, [([0.4], 0.9), ([0.3], 0.9)])
+        _plan(patch, [([(0, 8)], 0.9), ([(0, 6)], 0.9)])
         _train(experiment, tmp_path)
     assert _steps(tmp_path, "best") == [2]
 
@@ -311,13 +329,13 @@ def test_a_resumed_run_remembers_what_was_best(experiment, tmp_path):
 def test_there_is_a_best_checkpoint_even_if_a_resumed_run_measures_less(experiment, tmp_path):
     """On other devices it may: the best checkpoint was newer than the last one, and is gone."""
     with pytest.MonkeyPatch.context() as patch:
-        _plan(patch, [([0.5], 0.5), ([0.6], 0.6)])
+        _plan(patch, [([(0, 10)], 0.5), ([(0, 12)], 0.6)])
         _at_step(patch, 4, "data/lower", _kill)
         with pytest.raises(Killed):
             _train(experiment, tmp_path)
     assert (_steps(tmp_path, "best"), _steps(tmp_path, "last")) == ([4], [3])
     with pytest.MonkeyPatch.context() as patch:
-        _plan(patch, [([0.4], 0.6), ([0.45], 0.6)])
+        _plan(patch, [([(0, 8)], 0.6), ([(0, 9)], 0.6)])
         _train(experiment, tmp_path)
     assert _steps(tmp_path, "best") == [6]
 

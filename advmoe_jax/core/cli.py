@@ -1,0 +1,49 @@
+"""What the command lines share: usage errors of one line, and endings without a traceback."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from advmoe_jax.core.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PIPE_CLOSED, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors, and which knows no abbreviations."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message}; --help shows what there is")
+
+
+def ending(action: Callable[[], None]) -> int:
+    """Runs a command and returns its exit code, with one line on stderr if it did not end well."""
+    try:
+        action()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from what is saved", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of it once more
+        return EXIT_PIPE_CLOSED
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return UserError.exit_code
+    return EXIT_OK
+
+
+def leave(code: int) -> None:
+    """Ends the process. After Ctrl-C at once: threads that still write or compute crash an interpreter that exits."""
+    if code == EXIT_INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
