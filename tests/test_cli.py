@@ -1,6 +1,7 @@
 """Bad input: one line, exit code 2, nothing written; and --help."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -310,3 +311,11 @@ def test_a_reader_that_went_away():
         running.stdout.close()
         assert running.stderr.read() == b""
     assert running.returncode == 141
+
+
+def test_a_backend_that_is_not_there(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "advmoe_jax.main", *flags("w")], capture_output=True, text=True,
+                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO), "JAX_PLATFORMS": "abacus"})
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: [^\n]*JAX_PLATFORMS: abacus[^\n]*\n", done.stderr), done.stderr
+    assert not listing(tmp_path)

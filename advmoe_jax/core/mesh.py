@@ -44,8 +44,10 @@ def cluster(coordinator: str = "", num_processes: int = 1, process_id: int = 0) 
         elif _on_pod():
             jax.distributed.initialize(**timeouts)
         jax.devices()
-    except RuntimeError as error:
-        raise UserError(f"jax finds no devices to run on: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError) as error:  # the latter for a platform of JAX_PLATFORMS that is not installed
+        platforms = jax.config.jax_platforms or "any"
+        reason = (str(error) or "it is not installed, or has no device").splitlines()[0]
+        raise UserError(f"jax cannot start its backend (JAX_PLATFORMS: {platforms}): {reason}") from None
     try:
         yield
     except Preempted:
