@@ -1,82 +1,290 @@
-"""Runs iterative attacks: unrolled or looped inside a traced program, stepped from the host outside one.
+"""Runs iterative attacks: unrolled or looped inside a traced program, chunk by chunk outside one.
 
 XLA on CPU runs a loop over convolutions slower than the same compiled step called again and again, and a
-compiled step serves every number of steps; an accelerator would idle between such calls.
+compiled step serves every number of steps; an accelerator would idle between such calls. Outside a traced
+program the rows that an attack is through with are left out of what follows, in batches of a few sizes.
+B rows of a batch.
 """
 
+import contextlib
+import contextvars
+import dataclasses
 import functools
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import one_of
 
 DRIVERS = ("auto", "unroll", "device", "host")
 _MAX_UNROLLED = 4
+_SMALLEST_BATCH = 8  # rows on each device
+_CHUNK = 10  # steps between two looks at what is finished
+
+
+class Inputs(NamedTuple):
+    """What an attack reads and never changes.
+
+    Attributes:
+        logits_fn: `jax.tree_util.Partial` of the model.
+        rows: pytree of arrays with leading B: images, labels, keys, targets.
+        scalars: pytree of numbers that all rows share: eps, step sizes. Other values compile nothing.
+    """
+
+    logits_fn: jax.tree_util.Partial
+    rows: Any
+    scalars: Any
 
 
 class Program(Protocol):
     """An iterative attack. Hashable and equal by configuration, so that compiled programs are shared.
 
-    `args` is a pytree of everything that does not change: logits_fn, keys, images, labels, eps.
+    Only `step` calls the model. Each row is treated alone.
+
+    Attributes:
+        stops: whether rows that are `done` may be left out of further steps.
+        cost: forward and backward passes of a step.
     """
 
-    def start(self, args: Any) -> Any:
-        """The first carry."""
+    stops: bool
+    cost: tuple[int, int]
 
-    def step(self, args: Any, carry: Any, i: jax.Array) -> Any:
+    def start(self, inputs: Inputs) -> Any:
+        """The first carry, a pytree of arrays with leading B."""
+
+    def step(self, inputs: Inputs, carry: Any, i: jax.Array) -> Any:
         """The next carry."""
 
-    def finish(self, args: Any, carry: Any) -> Any:
-        """The result."""
+    def done(self, carry: Any) -> jax.Array:
+        """(B,) bool: rows on which further steps change nothing that counts."""
+
+    def finish(self, inputs: Inputs, carry: Any) -> Any:
+        """The result, a pytree of arrays with leading B."""
+
+
+@dataclasses.dataclass
+class Ledger:
+    """Passes of rows through the model: `forward` and `backward` of rows that needed them, `executed_*` of all."""
+
+    forward: int = 0
+    backward: int = 0
+    executed_forward: int = 0
+    executed_backward: int = 0
+
+    def add(self, cost: tuple[int, int], steps: int, needed: int, executed: int) -> None:
+        """Counts `steps` steps of a batch."""
+        self.forward += cost[0] * steps * needed
+        self.backward += cost[1] * steps * needed
+        self.executed_forward += cost[0] * steps * executed
+        self.executed_backward += cost[1] * steps * executed
+
+
+_ledger: contextvars.ContextVar[Ledger | None] = contextvars.ContextVar("ledger", default=None)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Ledger]:
+    """Counts what attacks do to the model while it is open; what runs inside a traced program is not seen."""
+    ledger = Ledger()
+    token = _ledger.set(ledger)
+    try:
+        yield ledger
+    finally:
+        _ledger.reset(token)
+
+
+def count(cost: tuple[int, int], rows: int) -> None:
+    """Counts one pass that no program makes, such as the clean one."""
+    if ledger := _ledger.get():
+        ledger.add(cost, 1, rows, rows)
 
 
 @functools.partial(jax.jit, static_argnames=("program",))
-def _start(program, args):
-    return program.start(args)
+def _start(program, inputs):
+    # The carry is donated later on: it must own its buffers.
+    return jax.tree.map(jnp.array, program.start(inputs))
 
 
 @functools.partial(jax.jit, static_argnames=("program",), donate_argnames=("carry",))
-def _step(program, args, carry, i):
-    return program.step(args, carry, i)
+def _step(program, inputs, carry, i):
+    return program.step(inputs, carry, i)
+
+
+@functools.partial(jax.jit, static_argnames=("program",), donate_argnames=("carry",))
+def _steps(program, inputs, carry, first, end):
+    return _loop(program, inputs, carry, first, end)
 
 
 @functools.partial(jax.jit, static_argnames=("program",))
-def _finish(program, args, carry):
-    return program.finish(args, carry)
+def _done(program, carry):
+    return program.done(carry)
 
 
-@functools.partial(jax.jit, static_argnames=("program", "num_steps"))
-def _on_device(program, args, num_steps):
-    return _loop(program, args, num_steps)
+@functools.partial(jax.jit, static_argnames=("program",))
+def _finish(program, inputs, carry):
+    return program.finish(inputs, carry)
 
 
-def _loop(program, args, num_steps):
-    carry = jax.lax.fori_loop(0, num_steps, lambda i, c: program.step(args, c, i), program.start(args))
-    return program.finish(args, carry)
+def _loop(program, inputs, carry, first, end):
+    def goes_on(state):
+        i, carry = state
+        return (i < end) & ~jnp.all(program.done(carry)) if program.stops else i < end
+
+    return jax.lax.while_loop(goes_on, lambda s: (s[0] + 1, program.step(inputs, s[1], s[0])),
+                              (jnp.asarray(first, jnp.int32), carry))[1]
 
 
-def run(program: Program, args: Any, num_steps: int, driver: str = "auto") -> Any:
+def is_traced(tree: Any) -> bool:
+    """Whether a pytree holds values that are not known yet."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def run(program: Program, inputs: Inputs, num_steps: int, driver: str = "auto") -> Any:
     """Starts, steps `num_steps` times and finishes an attack.
 
     Args:
         program: what to run.
-        args: its constant inputs, arrays or tracers.
+        inputs: arrays or tracers.
         num_steps: static number of steps.
         driver: "unroll" and "device" trace the whole attack, "host" compiles one step; "auto" unrolls up to 4
             steps and loops above inside a traced program; outside one it steps from the host on CPU and loops on
             the device elsewhere.
     """
+    traced = is_traced(inputs)
     if one_of("driver", driver, DRIVERS) == "auto":
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
-            driver = "unroll" if num_steps <= _MAX_UNROLLED else "device"
+        if traced:
+            driver = "unroll" if num_steps <= _MAX_UNROLLED + 1 else "device"
         else:
             driver = "host" if jax.default_backend() == "cpu" else "device"
-    if driver == "device":
-        return _on_device(program, args, num_steps)
-    start, step, finish = (_start, _step, _finish) if driver == "host" else (
-        type(program).start, type(program).step, type(program).finish)
-    carry = start(program, args)
-    for i in range(num_steps):
-        carry = step(program, args, carry, i)
-    return finish(program, args, carry)
+    if traced or driver == "unroll":
+        carry = program.start(inputs)
+        if driver == "device":
+            carry = _loop(program, inputs, carry, 0, num_steps)
+        else:
+            for i in range(num_steps):
+                carry = program.step(inputs, carry, i)
+        return program.finish(inputs, carry)
+    return _finish(program, inputs, _run_in_chunks(program, inputs, num_steps, on_host=driver == "host"))
+
+
+def _run_in_chunks(program, inputs, num_steps, on_host):
+    """The last carry of all rows; after each chunk the rows that are done may be left out."""
+    carry = whole = _start(program, inputs)
+    size = batch = _size(inputs.rows)
+    where = np.arange(size)  # the row of `whole` that each row of `carry` is, or `size` for a filler
+    rows, i = inputs.rows, 0
+    while i < num_steps:
+        end = min(i + _CHUNK, num_steps) if program.stops else num_steps
+        if ledger := _ledger.get():
+            ledger.add(program.cost, end - i, int((where < size).sum()), batch)
+        now = inputs._replace(rows=rows)
+        if on_host:
+            for step in range(i, end):
+                carry = _step(program, now, carry, np.int32(step))
+        else:
+            carry = _steps(program, now, carry, np.int32(i), np.int32(end))
+        i = end
+        if not program.stops or i == num_steps:
+            continue
+        going = np.flatnonzero(~meshes.fetch(_done(program, carry)) & (where < size))
+        if len(going) == 0:
+            break
+        if (smaller := bucket(len(going), size, _devices(rows))) < batch:
+            whole = carry if batch == size else scatter(whole, carry, where)
+            take = filled(going, smaller)
+            carry, rows = gather(carry, take), gather(rows, take)
+            where = np.where(np.arange(smaller) < len(going), where[take], size)
+            batch = smaller
+    return carry if batch == size else scatter(whole, carry, where)
+
+
+def none_yet(x: jax.Array) -> dict[str, jax.Array]:
+    """The candidate that every other one beats: {"x", "loss", "broken"} of the clean images."""
+    return dict(x=x, loss=jnp.full(x.shape[0], -jnp.inf, x.dtype), broken=jnp.zeros(x.shape[0], bool))
+
+
+def rounds(one: Callable[[Inputs, int], dict[str, jax.Array]], inputs: Inputs, worst: dict[str, jax.Array],
+           num_rounds: int, stops: bool) -> dict[str, jax.Array]:
+    """The worst candidate of several restarts or targets.
+
+    Args:
+        one: `(inputs, round) -> candidate`.
+        inputs: of all rows.
+        worst: what is known before the first round.
+        num_rounds: how many.
+        stops: whether, outside a traced program, rows that are broken are left out of further rounds.
+    """
+    size = _size(inputs.rows)
+    for number in range(num_rounds):
+        if not stops or is_traced((inputs, worst)):
+            worst = worse(worst, one(inputs, number))
+            continue
+        going = np.flatnonzero(~meshes.fetch(worst["broken"]))
+        if len(going) == 0:
+            break
+        if (batch := bucket(len(going), size, _devices(inputs.rows))) == size:
+            worst = _worse(worst, one(inputs, number))
+            continue
+        take = filled(going, batch)
+        found = one(inputs._replace(rows=gather(inputs.rows, take)), number)
+        where = np.where(np.arange(batch) < len(going), take, size)
+        worst = scatter(worst, _worse(gather(worst, take), found), where)
+    return worst
+
+
+def worse(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Per row the broken one of two candidates, or the one of higher loss; `a` on a tie or a NaN."""
+    take = (b["broken"] & ~a["broken"]) | ((b["broken"] == a["broken"]) & (b["loss"] > a["loss"]))
+    return select(take, b, a)
+
+
+_worse = jax.jit(worse)
+
+
+def select(take: jax.Array, a: Any, b: Any) -> Any:
+    """Per row `a` where `take` (B,), else `b`; pytrees of arrays with leading B."""
+    return jax.tree.map(lambda u, v: jnp.where(take.reshape(-1, *[1] * (u.ndim - 1)), u, v), a, b)
+
+
+def bucket(count: int, size: int, devices: int = 1) -> int:
+    """The batch that `count` rows go on in: `size` halved as often as they fit, at least 8 rows a device."""
+    while (half := -(-size // (2 * devices)) * devices) >= max(count, _SMALLEST_BATCH * devices) and half < size:
+        size = half
+    return size
+
+
+def filled(rows: np.ndarray, size: int) -> np.ndarray:
+    """Row numbers, followed by repetitions of the first up to `size`."""
+    return np.concatenate([rows, np.full(size - len(rows), rows[0])])
+
+
+def gather(tree: Any, rows: np.ndarray) -> Any:
+    """Rows of every array of a pytree, laid out on the devices as the array was."""
+    return jax.tree.map(lambda leaf, taken: jax.device_put(taken, leaf.sharding), tree, _gather(tree, rows))
+
+
+def scatter(tree: Any, part: Any, where: np.ndarray) -> Any:
+    """`tree` with the rows of `part` written to rows `where`; those that are out of range are dropped."""
+    return jax.tree.map(lambda leaf, put: jax.device_put(put, leaf.sharding), tree, _scatter(tree, part, where))
+
+
+@jax.jit
+def _gather(tree, rows):
+    return jax.tree.map(lambda leaf: leaf[rows], tree)
+
+
+@jax.jit
+def _scatter(tree, part, where):
+    return jax.tree.map(lambda leaf, new: leaf.at[where].set(new, mode="drop"), tree, part)
+
+
+def _size(rows) -> int:
+    return jax.tree.leaves(rows)[0].shape[0]
+
+
+def _devices(rows) -> int:
+    return len(jax.tree.leaves(rows)[0].sharding.device_set)

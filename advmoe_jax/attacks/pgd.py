@@ -32,6 +32,8 @@ class Config:
         start: "uniform" in the ball, "gaussian" (standard deviation 0.001, as TRADES) or "none".
         loss: "ce" | "margin" | "kl", or an Objective.
         keep: "best" iterate by (broken, loss), or the "last" one as papers do, which is weaker.
+        early_stop: whether an image is left alone once it is broken. Outside a traced program that saves its share
+            of the work; the verdicts are the same.
         driver: see attacks.driver.
     """
 
@@ -43,6 +45,7 @@ class Config:
     start: str = "uniform"
     loss: str | objectives.Objective = "ce"
     keep: str = "best"
+    early_stop: bool = False
     driver: str = "auto"
 
 
@@ -60,76 +63,73 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     one_of("start", config.start, STARTS)
     one_of("keep", config.keep, ("best", "last"))
     one_of("driver", config.driver, driver.DRIVERS)
+    if config.early_stop and config.keep == "last":
+        raise UserError("pgd has early_stop=True and keep='last': expected keep='best', since it stops at what it keeps")
     for name in ("num_steps", "restarts"):
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"pgd has {name}={value!r}: expected a whole number, 1 or more")
+        units.whole(getattr(config, name), 1, f"pgd's {name}")
     eps = units.eps(config.eps, config.norm)
     step_size = units.step_size(config.step_size, eps, config.num_steps)
-    program = _PGD(config.norm, config.start, objectives.get(config.loss), config.keep == "best")
+    program = _PGD(config.norm, config.start, objectives.get(config.loss), config.keep == "best", config.early_stop)
 
     def attack(logits_fn, key, x, y):
-        keys = rng.per_example(key, jnp.arange(x.shape[0])) if key.ndim == 0 else key
-        if not isinstance(logits_fn, jax.tree_util.Partial):
-            logits_fn = jax.tree_util.Partial(logits_fn)
-        args = dict(logits_fn=logits_fn, x=x, y=y, eps=jnp.asarray(eps, x.dtype),
-                    step_size=jnp.asarray(step_size, x.dtype))
-        worst = None
-        for restart in range(config.restarts):
-            restart_keys = rng.fold_in(keys, restart)
-            found = driver.run(program, {**args, "keys": restart_keys}, config.num_steps, config.driver)
-            worst = found if worst is None else _worse(worst, found)
-        return jax.lax.stop_gradient(worst["x"])
+        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
+        scalars = dict(eps=jnp.asarray(eps, x.dtype), step_size=jnp.asarray(step_size, x.dtype))
+        inputs = driver.Inputs(objectives.partial(logits_fn), rows, scalars)
+
+        def one(inputs, restart):
+            started = inputs._replace(scalars=inputs.scalars | {"restart": restart})
+            return driver.run(program, started, config.num_steps + 1, config.driver)
+
+        worst = driver.none_yet(x)
+        return jax.lax.stop_gradient(driver.rounds(one, inputs, worst, config.restarts, config.early_stop)["x"])
 
     return attack
 
 
-def _worse(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Per example the broken one of two candidates, or the one of higher loss; `a` on a tie or a NaN."""
-    take = (b["broken"] & ~a["broken"]) | ((b["broken"] == a["broken"]) & (b["loss"] > a["loss"]))
-    return jax.tree.map(lambda u, v: jnp.where(take.reshape(-1, *[1] * (u.ndim - 1)), v, u), a, b)
-
-
 @dataclasses.dataclass(frozen=True)
 class _PGD:
-    """One restart as a `driver.Program`. A candidate is {x, loss, broken}."""
+    """One restart as a `driver.Program`; step i looks at iterate i and then moves, in vain after the last look."""
 
     norm: str
     start_name: str
     objective: objectives.Objective
     keep_best: bool
+    stops: bool
+    cost = (1, 1)
 
-    def start(self, args: Any) -> Any:
-        x, eps = args["x"], args["eps"]
+    def start(self, inputs: driver.Inputs) -> Any:
+        x, eps = inputs.rows["x"], inputs.scalars["eps"]
+        keys = self._keys(inputs)
         if self.start_name == "uniform":
-            x_adv = balls.random_start(args["keys"], x, eps, self.norm)
+            x_adv = balls.random_start(keys, x, eps, self.norm)
         elif self.start_name == "gaussian":
-            noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(args["keys"])
+            noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)
             x_adv = balls.project(x + _TRADES_NOISE * noise, x, eps, self.norm)
         else:
             x_adv = x
-        worst = dict(x=x, loss=jnp.full(x.shape[0], -jnp.inf, x.dtype), broken=jnp.zeros(x.shape[0], bool))
-        # The carry is donated: it must own its buffers.
-        return jnp.array(x_adv), jax.tree.map(jnp.array, worst)
+        return x_adv, driver.none_yet(x)
 
-    def step(self, args: Any, carry: Any, i: jax.Array) -> Any:
-        x_adv, worst = carry
+    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
+        x_adv, found = carry
+        y = inputs.rows["y"]
 
         def total(u):
-            outputs = args["logits_fn"](u)
-            loss = self.objective.loss(outputs, args["y"])
-            return jnp.sum(loss), (loss, self.objective.success(outputs, args["y"]))
+            outputs = inputs.logits_fn(u)
+            loss = self.objective.loss(outputs, y)
+            return jnp.sum(loss), (loss, self.objective.success(outputs, y))
 
         grad, (loss, broken) = jax.grad(total, has_aux=True)(x_adv)
-        if self.keep_best:
-            worst = _worse(worst, dict(x=x_adv, loss=loss, broken=broken))
-        keys = rng.fold_in(args["keys"], i)
-        direction = balls.steepest(jnp.nan_to_num(grad), x_adv, self.norm, keys)
-        return balls.project(x_adv + args["step_size"] * direction, args["x"], args["eps"], self.norm), worst
+        now = dict(x=x_adv, loss=loss, broken=broken)
+        found = driver.worse(found, now) if self.keep_best else now
+        direction = balls.steepest(jnp.nan_to_num(grad), x_adv, self.norm, rng.fold_in(self._keys(inputs), i))
+        moved = x_adv + inputs.scalars["step_size"] * direction
+        return balls.project(moved, inputs.rows["x"], inputs.scalars["eps"], self.norm), found
 
-    def finish(self, args: Any, carry: Any) -> Any:
-        x_adv, worst = carry
-        outputs = args["logits_fn"](x_adv)
-        last = dict(x=x_adv, loss=self.objective.loss(outputs, args["y"]),
-                    broken=self.objective.success(outputs, args["y"]))
-        return _worse(worst, last) if self.keep_best else last
+    def done(self, carry: Any) -> jax.Array:
+        return carry[1]["broken"]
+
+    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
+        return carry[1]
+
+    def _keys(self, inputs):
+        return rng.fold_in(inputs.rows["keys"], inputs.scalars["restart"])

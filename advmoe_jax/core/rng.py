@@ -3,6 +3,7 @@
 import zlib
 
 import jax
+import jax.numpy as jnp
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
@@ -27,6 +28,11 @@ def per_example(key: jax.Array, index: jax.Array) -> jax.Array:
         (B,) keys.
     """
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def rowwise(key: jax.Array, rows: int) -> jax.Array:
+    """Keys (rows,): those given, or folded from one key and the row's number."""
+    return per_example(key, jnp.arange(rows)) if key.ndim == 0 else key
 
 
 def fold_in(keys: jax.Array, i: int | jax.Array) -> jax.Array:

@@ -71,6 +71,17 @@ def steps(amount: str | int | float, steps_per_epoch: int, total_steps: int = 0,
     return round(value * {"steps": 1, "epochs": steps_per_epoch, "%": total_steps / 100}[unit])
 
 
+def whole(value: int, least: int, what: str) -> int:
+    """Returns `value`.
+
+    Raises:
+        UserError: it is no whole number, or less than `least`.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{what} is {value!r}: expected a whole number, {least} or more")
+    return value
+
+
 def step_size(value: str | float, eps_value: float, num_steps: int, what: str = "step_size") -> float:
     """Reads an attack's step size in pixel units.
 

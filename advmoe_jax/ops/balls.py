@@ -64,6 +64,34 @@ def _project_l1(x_adv: jax.Array, x: jax.Array, eps: float | jax.Array) -> jax.A
     return jnp.where(_column(inside), jnp.clip(x_adv, 0, 1), x + at(high) * (1 - 1e-6))
 
 
+def normalized(v: jax.Array) -> jax.Array:
+    """Each row over its l2 norm, (B, H, W, C) -> (B, H, W, C); a row of zeros stays."""
+    # A subnormal gradient squares to 0: scale it before it is normalised.
+    largest = _column(norm(v, "linf"))
+    scaled = v / jnp.where(largest > 0, largest, 1)
+    return scaled / jnp.maximum(_column(norm(scaled, "l2")), 1e-12)
+
+
+def moved(x_adv: jax.Array, x: jax.Array) -> jax.Array:
+    """How many coordinates differ, (B, H, W, C) -> (B,) floats."""
+    return jnp.sum(x_adv != x, axis=(1, 2, 3)).astype(x.dtype)
+
+
+def sparse_sign(grad: jax.Array, share: jax.Array) -> jax.Array:
+    """Signs of the largest coordinates over their number, for a step of l1 size 1.
+
+    Args:
+        grad: (B, H, W, C).
+        share: (B,) of the coordinates to keep; those as large as the smallest of them are kept too.
+    """
+    size = jnp.abs(grad).reshape(grad.shape[0], -1)
+    d = size.shape[-1]
+    place = jnp.clip(((1 - share) * d).astype(jnp.int32), 0, d - 1)
+    threshold = jnp.take_along_axis(jnp.sort(size, -1), place[:, None], -1)
+    sign = jnp.where(size >= threshold, jnp.sign(grad.reshape(size.shape)), 0)
+    return (sign / (jnp.sum(jnp.abs(sign), -1, keepdims=True) + 1e-10)).reshape(grad.shape)
+
+
 def random_start(key: jax.Array, x: jax.Array, eps: float | jax.Array, kind: str) -> jax.Array:
     """Uniform in the eps ball around x, then projected on the box.
 
@@ -102,12 +130,8 @@ def steepest(grad: jax.Array, x_adv: jax.Array, kind: str, key: jax.Array) -> ja
     if kind == "linf":
         return jnp.sign(grad)
     if kind == "l2":
-        # A subnormal gradient squares to 0: scale it before it is normalised.
-        largest = _column(norm(grad, "linf"))
-        scaled = grad / jnp.where(largest > 0, largest, 1)
         noise = jax.vmap(lambda k: jax.random.normal(k, grad.shape[1:], grad.dtype))(key)
-        scaled = jnp.where(largest > 0, scaled, noise)
-        return scaled / _column(norm(scaled, "l2"))
+        return normalized(jnp.where(_column(norm(grad, "linf")) > 0, grad, noise))
     stuck = ((x_adv <= 0) & (grad < 0)) | ((x_adv >= 1) & (grad > 0))
     size = jnp.where(stuck, 0, jnp.abs(grad)).reshape(grad.shape[0], -1)
     keep = max(1, round(_L1_KEEP * size.shape[-1]))

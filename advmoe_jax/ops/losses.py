@@ -15,15 +15,48 @@ def kl(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(log_p) * (log_p - jax.nn.log_softmax(q_logits)), -1)
 
 
+def others(logits: jax.Array, y: jax.Array) -> jax.Array:
+    """The logits with -inf in place of the label's, (B, K), (B,) -> (B, K)."""
+    return jnp.where(jnp.arange(logits.shape[-1])[None] == y[:, None], -jnp.inf, logits)
+
+
 def best_other(logits: jax.Array, y: jax.Array) -> jax.Array:
     """The largest logit of a class other than y, (B, K), (B,) -> (B,)."""
-    is_label = jnp.arange(logits.shape[-1])[None] == y[:, None]
-    return jnp.max(jnp.where(is_label, -jnp.inf, logits), -1)
+    return jnp.max(others(logits, y), -1)
 
 
 def margin(logits: jax.Array, y: jax.Array) -> jax.Array:
     """Best other logit minus the label's: positive when misclassified, (B, K), (B,) -> (B,)."""
     return best_other(logits, y) - jnp.take_along_axis(logits, y[:, None], -1)[:, 0]
+
+
+def dlr(logits: jax.Array, y: jax.Array) -> jax.Array:
+    """Difference of logits ratio, (B, K), (B,) -> (B,): the margin over z1 - z3 of the sorted logits.
+
+    It does not change when the logits are scaled or shifted. With two classes, where there is no z3, it is the margin.
+    Croce & Hein, ICML 2020, eq. 6.
+    """
+    if logits.shape[-1] < 3:
+        return margin(logits, y)
+    top = jax.lax.top_k(logits, 3)[0]
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def dlr_targeted(logits: jax.Array, y: jax.Array, target: jax.Array) -> jax.Array:
+    """(z_target - z_y) / (z1 - (z3 + z4) / 2) of the sorted logits, (B, K), (B,), (B,) -> (B,).
+
+    With three classes z4 is z3, with two the denominator is 1. Croce & Hein, ICML 2020, eq. 7.
+    """
+    difference = margin_to(logits, y, target)
+    if logits.shape[-1] < 3:
+        return difference
+    top = jax.lax.top_k(logits, min(4, logits.shape[-1]))[0]
+    return difference / (top[:, 0] - (top[:, 2] + top[:, -1]) / 2 + 1e-12)
+
+
+def margin_to(logits: jax.Array, y: jax.Array, target: jax.Array) -> jax.Array:
+    """A target's logit minus the label's, (B, K), (B,), (B,) -> (B,)."""
+    return (jnp.take_along_axis(logits, target[:, None], -1) - jnp.take_along_axis(logits, y[:, None], -1))[:, 0]
 
 
 def trades(clean: jax.Array, adv: jax.Array, y: jax.Array, beta: float) -> jax.Array:

@@ -182,7 +182,7 @@ def test_broken_beats_a_higher_loss():
     """An iterate that is broken is kept, although a later one that is not has a higher loss."""
     a = dict(x=jnp.zeros((4, 1, 1, 1)), loss=jnp.asarray([1., 1., 1., jnp.nan]), broken=jnp.asarray([1, 0, 0, 1], bool))
     b = dict(x=jnp.ones((4, 1, 1, 1)), loss=jnp.asarray([9., 0., 2., 5.]), broken=jnp.asarray([0, 1, 0, 0], bool))
-    worse = pgd._worse(a, b)
+    worse = driver.worse(a, b)
     np.testing.assert_array_equal(worse["x"].ravel(), [0, 1, 1, 0])
     np.testing.assert_array_equal(worse["loss"], [1, 0, 2, np.nan])
 

@@ -1,0 +1,257 @@
+"""Auto-PGD: PGD that chooses its step size (Croce & Hein, ICML 2020, algorithm 1; l1: Croce & Hein, ICML 2021).
+
+x images (B, H, W, C) in [0, 1], d = H * W * C, K classes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advmoe_jax.attacks import driver, objectives
+from advmoe_jax.core import rng, units
+from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.ops import balls
+
+_MOMENTUM = 0.75  # share of the step in an update, the rest goes to the last movement
+_L1_SHRINK, _L1_SMALLEST = 1.5, 10.0
+_L1_PHASES = ((3, 0.3), (2, 0.3), (1, 0.4))  # budgets in eps, and shares of the steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of APGD; the defaults are AutoAttack's.
+
+    Attributes:
+        norm: "linf" | "l2" | "l1".
+        eps: budget, a number or a fraction such as "8/255".
+        num_steps: steps in each restart.
+        restarts: random starts, for each target.
+        loss: "ce" | "dlr" | "margin", or an Objective.
+        targets: classes that are aimed at one after the other, by falling clean logit; 0 for none. With "dlr" they are
+            at most K - 1.
+        rho: share of steps that must increase the loss, or the step size is halved.
+        eot: 0 for a deterministic model; else the gradient is the mean of that many passes of
+            `logits_fn(x, keys)`, keys (B,).
+        largest_first: l1 only: 30 % of the steps at 3 eps and 30 % at 2 eps come first.
+        quirks: whether the first increase is counted against a loss of 0, as the reference code does.
+        early_stop: as in pgd.Config.
+        driver: see attacks.driver.
+    """
+
+    norm: str = "linf"
+    eps: str | float = "8/255"
+    num_steps: int = 100
+    restarts: int = 1
+    loss: str | objectives.Objective = "ce"
+    targets: int = 0
+    rho: float = 0.75
+    eot: int = 0
+    largest_first: bool = True
+    quirks: bool = False
+    early_stop: bool = False
+    driver: str = "auto"
+
+
+def label(config: Config) -> str:
+    """As tables name it: "apgd-ce", "apgd-t"."""
+    return "apgd-t" if config.targets else f"apgd-{config.loss}"
+
+
+def make(config: Config = Config()) -> Callable[..., jax.Array]:
+    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does.
+
+    x_adv is the last misclassified iterate, or without one the iterate of the highest loss. Images that are
+    misclassified when clean come back as they are.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+    one_of("norm", config.norm, balls.NORMS)
+    one_of("driver", config.driver, driver.DRIVERS)
+    for name, least in dict(num_steps=1, restarts=1, targets=0, eot=0).items():
+        units.whole(getattr(config, name), least, f"apgd's {name}")
+    if not 0 <= config.rho <= 1:
+        raise UserError(f"apgd has rho={config.rho}: expected 0 to 1")
+    if config.targets and config.loss not in objectives.TARGETED:
+        raise UserError(f"apgd has targets={config.targets} with loss={config.loss}: "
+                        f"expected one of {', '.join(objectives.TARGETED)}")
+    eps = units.eps(config.eps, config.norm)
+    objective = objectives.TARGETED[config.loss] if config.targets else objectives.get(config.loss)
+    phases = [(1, config.num_steps)]
+    if config.norm == "l1" and config.largest_first:
+        counts = [math.ceil(share * config.num_steps) for _, share in _L1_PHASES[:2]]
+        phases = [(factor, n) for (factor, _), n in zip(_L1_PHASES, [*counts, config.num_steps - sum(counts)])]
+
+    programs = [_APGD(config.norm, objective, steps, config.rho, config.eot, config.quirks, continued=len(phases) > 1,
+                      stops=config.early_stop and i == len(phases) - 1) for i, (_, steps) in enumerate(phases)]
+
+    def attack(logits_fn, key, x, y):
+        logits_fn = objectives.partial(logits_fn)
+        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
+        worst, targets = objectives.clean(logits_fn, rows, config.targets, config.eot > 0)
+
+        def one(inputs, number):
+            rows = inputs.rows | {"keys": rng.fold_in(inputs.rows["keys"], number)}
+            if config.targets:
+                rows["y"] = rows["y"], rows.pop("targets")[:, number // config.restarts]
+            for program, (factor, _) in zip(programs, phases):
+                found = driver.run(program, inputs._replace(rows=rows, scalars=dict(eps=factor * eps)),
+                                   program.num_steps + 1, config.driver)
+                rows["init"] = found.pop("best")
+            return found
+
+        inputs = driver.Inputs(logits_fn, rows | ({"targets": targets} if config.targets else {}), None)
+        num_rounds = config.restarts * max(targets.shape[-1], 1)
+        return jax.lax.stop_gradient(driver.rounds(one, inputs, worst, num_rounds, stops=True)["x"])
+
+    return attack
+
+
+def checkpoints(num_steps: int) -> list[tuple[int, int]]:
+    """(step, steps since the last one) after which the step size may change, for linf and l2."""
+    gap, least, less = (max(int(share * num_steps), 1) for share in (0.22, 0.06, 0.03))
+    found, step = [], gap
+    while step <= num_steps:
+        found.append((step, gap))
+        gap = max(gap - less, least)
+        step += gap
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _APGD:
+    """One run as a `driver.Program`; step i looks at iterate i, judges the step size, and moves."""
+
+    norm: str
+    objective: objectives.Objective
+    num_steps: int
+    rho: float
+    eot: int
+    quirks: bool
+    continued: bool
+    stops: bool
+
+    @property
+    def cost(self):
+        return (max(self.eot, 1),) * 2
+
+    def start(self, inputs: driver.Inputs) -> Any:
+        rows, eps = inputs.rows, inputs.scalars["eps"]
+        x = rows["x"]
+        if "init" in rows:
+            x_adv = balls.project(rows["init"], x, eps, self.norm)
+        else:
+            x_adv = _random_start(rows["keys"], x, eps, self.norm)
+        zero, no = jnp.zeros(x.shape[0], x.dtype), jnp.zeros(x.shape[0], bool)
+        carry = dict(
+            x=x_adv, previous=x_adv, best=x_adv, best_grad=jnp.zeros_like(x), best_loss=zero - jnp.inf,
+            broken_x=x, broken=no, step_size=zero + (eps if self.norm == "l1" else 2 * eps))
+        if self.norm == "l1":
+            moved = balls.moved(x_adv, x)
+            size = x[0].size
+            return carry | dict(kept=moved / size / 1.5 if self.continued else zero + 0.2,
+                                moved=moved if self.continued else zero + size)
+        return carry | dict(loss=zero, increases=zero, checked_loss=zero, reduced=~no)
+
+    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
+        now = dict(carry)
+        loss, grad, broken = self._look(inputs, now["x"], i)
+        now["broken_x"] = driver.select(broken, now["x"], now["broken_x"])
+        now["broken"] |= broken
+        better = loss > now["best_loss"]
+        now |= driver.select(better, dict(best=now["x"], best_grad=grad, best_loss=loss), {
+            name: now[name] for name in ("best", "best_grad", "best_loss")})
+        back = self._judge(inputs, now, loss, i)
+        now["x"], grad = driver.select(back, (now["best"], now["best_grad"]), (now["x"], grad))
+        moved = self._move(inputs, now, grad, i)
+        return now | dict(previous=now["x"], x=moved)
+
+    def done(self, carry: Any) -> jax.Array:
+        return carry["broken"]
+
+    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
+        return dict(x=driver.select(carry["broken"], carry["broken_x"], carry["best"]), loss=carry["best_loss"],
+                    broken=carry["broken"], best=carry["best"])
+
+    def _look(self, inputs, x, i):
+        """Loss (B,), its gradient, and whether the rows are misclassified."""
+        y = inputs.rows["y"]
+
+        def total(u, keys):
+            outputs = inputs.logits_fn(u) if keys is None else inputs.logits_fn(u, keys)
+            loss = self.objective.loss(outputs, y)
+            return jnp.sum(loss), (loss, self.objective.success(outputs, y))
+
+        look = jax.grad(total, has_aux=True)
+        if not self.eot:
+            grad, (loss, broken) = look(x, None)
+            return loss, jnp.nan_to_num(grad), broken
+        keys = rng.fold_in(inputs.rows["keys"], i + 1)
+        found = [look(x, rng.fold_in(keys, n)) for n in range(self.eot)]
+        grad, (loss, broken) = jax.tree.map(lambda *leaves: sum(leaves) / self.eot, *found)
+        return loss, jnp.nan_to_num(grad), broken > 0.5
+
+    def _judge(self, inputs, now, loss, i):
+        """Adapts the step size in place; gives the rows that go back to their best iterate."""
+        eps = inputs.scalars["eps"]
+        if self.norm == "l1":
+            every = max(int(0.04 * self.num_steps), 1)
+            due = (i > 0) & (i % every == 0)
+            x = inputs.rows["x"]
+            moved = balls.moved(now["best"], x)
+            sparser = moved < 0.95 * now["moved"]
+            size = jnp.where(sparser, eps, jnp.maximum(now["step_size"] / _L1_SHRINK, eps / _L1_SMALLEST))
+            now |= driver.select(
+                jnp.broadcast_to(due, loss.shape), dict(step_size=size, kept=moved / x[0].size / 1.5, moved=moved),
+                {name: now[name] for name in ("step_size", "kept", "moved")})
+            return due & sparser
+        gap, due = self._table()
+        gap, due = jnp.asarray(gap)[i], jnp.asarray(due)[i]
+        before = jnp.where(i == 1, 0, now["loss"]) if self.quirks else now["loss"]
+        now["increases"] += (loss > before) & (i > 0)
+        now["loss"] = loss
+        now["checked_loss"] = jnp.where(i == 0, loss, now["checked_loss"])
+        stalls = now["increases"] <= self.rho * gap
+        stays = ~now["reduced"] & (now["best_loss"] <= now["checked_loss"])
+        reduce = due & (stalls | stays)
+        now["step_size"] = jnp.where(reduce, now["step_size"] / 2, now["step_size"])
+        now["reduced"] = jnp.where(due, reduce, now["reduced"])
+        now["checked_loss"] = jnp.where(due, now["best_loss"], now["checked_loss"])
+        now["increases"] = jnp.where(due, 0, now["increases"])
+        return reduce
+
+    def _table(self):
+        gap, due = np.ones(self.num_steps + 1, np.float32), np.zeros(self.num_steps + 1, bool)
+        for step, since in checkpoints(self.num_steps):
+            gap[step], due[step] = since, True
+        return gap, due
+
+    def _move(self, inputs, now, grad, i):
+        x, eps = inputs.rows["x"], inputs.scalars["eps"]
+        size = now["step_size"][:, None, None, None]
+        if self.norm == "l1":
+            direction = balls.sparse_sign(grad, now["kept"])
+            return balls.project(now["x"] + size * direction, x, eps, "l1")
+        direction = jnp.sign(grad) if self.norm == "linf" else balls.normalized(grad)
+        z = balls.project(now["x"] + size * direction, x, eps, self.norm)
+        share = jnp.where(i == 0, 1, _MOMENTUM)
+        return balls.project(now["x"] + share * (z - now["x"]) + (1 - share) * (now["x"] - now["previous"]),
+                             x, eps, self.norm)
+
+
+def _random_start(keys, x, eps, norm):
+    """linf: uniform noise stretched to the ball's surface; l2: on the sphere; l1: projected Gaussian noise."""
+    if norm == "linf":
+        noise = jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:], x.dtype, -1, 1))(keys)
+        noise = noise / balls.norm(noise, "linf")[:, None, None, None]
+    else:
+        noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)
+        if norm == "l1":
+            return balls.project(x + noise, x, eps, "l1")
+        noise = balls.normalized(noise)
+    return balls.project(x + eps * noise, x, eps, norm)
