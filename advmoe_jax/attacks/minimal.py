@@ -1,0 +1,57 @@
+"""What attacks that look for the smallest perturbation share.
+
+x images (B, H, W, C) in [0, 1], d = H * W * C, K classes.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from advmoe_jax.attacks import driver
+from advmoe_jax.ops import balls, losses
+
+BEYOND = ("clean", "project", "keep")
+"""What comes back where the smallest perturbation is larger than eps: the clean image, the perturbation scaled to eps,
+or the image that was found, outside the budget, for studies of distances."""
+
+
+def none_yet(x: jax.Array) -> dict[str, jax.Array]:
+    """Nothing found: {"found": images, "distance": (B,) infinite}."""
+    return dict(found=x, distance=jnp.full(x.shape[0], jnp.inf, x.dtype))
+
+
+def nearer(known: dict[str, jax.Array], x: jax.Array, x_adv: jax.Array, broken: jax.Array, norm: str
+           ) -> dict[str, jax.Array]:
+    """`known` with the rows of x_adv that are misclassified and nearer to x."""
+    distance = balls.norm(x_adv - x, norm)
+    better = broken & (distance < known["distance"])
+    return driver.select(better, dict(found=x_adv, distance=distance),
+                         {name: known[name] for name in ("found", "distance")})
+
+
+def candidate(known: dict[str, Any], x: jax.Array, eps: jax.Array, norm: str, beyond: str) -> dict[str, jax.Array]:
+    """A driver's candidate of what was found; its loss is the negative distance."""
+    within = known["distance"] <= eps
+    x_adv = known["found"]
+    if beyond == "project":
+        shrink = jnp.minimum(1, eps / jnp.maximum(known["distance"], 1e-12))
+        x_adv = balls.project(x + shrink[:, None, None, None] * (x_adv - x), x, eps, norm)
+    elif beyond == "clean":
+        x_adv = driver.select(within, x_adv, x)
+    return dict(x=x_adv, loss=-known["distance"], broken=within)
+
+
+def differences(logits_fn: jax.tree_util.Partial, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """z_k - z_y of every class, -inf for k = y, and the gradients, by one forward and K backward passes.
+
+    Returns:
+        (B, K), (B, K, d).
+    """
+    logits, pull = jax.vjp(logits_fn, x)
+    size, classes = logits.shape
+    rows = jax.vmap(lambda k: pull(jax.nn.one_hot(jnp.full(size, k), classes, dtype=logits.dtype))[0])(
+        jnp.arange(classes))
+    rows = jnp.moveaxis(rows, 0, 1).reshape(size, classes, -1)
+    label = jnp.arange(size), y
+    return losses.others(logits, y) - logits[label][:, None], rows - rows[label][:, None]
