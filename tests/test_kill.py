@@ -9,7 +9,7 @@ from tiny import TIMEOUT, assert_same_bits, entries, flags, logged, metrics, pro
 
 LENGTH = dict(train__length="30 steps", train__eval_every="10 steps", train__save_every="5 steps",
               eval__attacks="fgsm pgd(num_steps=2)")
-METHODS = ("at_sdense", pytest.param("advmoe", marks=pytest.mark.slow))
+METHODS = ("advmoe", pytest.param("at_sdense", marks=pytest.mark.slow))
 DAMAGES = ("truncated arrays", *(pytest.param(name, marks=pytest.mark.slow) for name in (
     "no arrays", "truncated metadata", "no metadata", "empty folder")))
 

@@ -65,7 +65,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
         if not isinstance(value, int) or value < 1:
             raise UserError(f"pgd has {name}={value!r}: expected a whole number, 1 or more")
     eps = units.eps(config.eps, config.norm)
-    step_size = units.step_size(config.step_size, eps, config.num_steps)
+    step_size = units.step_size(config.step_size, eps, config.num_steps, config.norm)
     program = _PGD(config.norm, config.start, objectives.get(config.loss), config.keep == "best")
 
     def attack(logits_fn, key, x, y):
