@@ -31,7 +31,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--mode", default="train", choices=MODES, help="train unless given")
     parser.add_argument("--workdir", default="", help="where the run lives; runs/<config name> unless given")
     parser.add_argument("--checkpoint", default="", help="best, last or a step, for evaluate; both unless given")
-    parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="process 0 of a run of several")
+    parser.add_argument("--coordinator", default="", metavar="HOST:PORT",
+                        help="process 0 of a run of several; auto on a TPU pod")
     parser.add_argument("--num_processes", type=int, default=1, metavar="N", help="processes of the run")
     parser.add_argument("--process_id", type=int, default=0, metavar="I", help="which of them this is")
     flags, rest = parser.parse_known_args(argv)

@@ -30,6 +30,8 @@ def start(flags: argparse.Namespace, overrides: list[str]) -> None:
             raise UserError(f"no workdir matches {flags.workdir!r}: expected --workdir 'runs/*', for example")
         reports.write(folders)
         return
+    if flags.checkpoint and flags.mode != "evaluate":
+        raise UserError(f"--checkpoint is for --mode evaluate: expected no such flag with --mode {flags.mode}")
     if flags.checkpoint and not flags.checkpoint.isdigit():
         one_of("checkpoint", flags.checkpoint, ("best", "last"))
     config, workdir = _config(flags, overrides)
@@ -114,33 +116,39 @@ def _evaluate(experiment: Experiment, workdir: Path, specs: tuple[parse.Spec, ..
     xla.use_compilation_cache()
     indices = np.arange(len(experiment.test["label"]))[:config.eval.n or None]
     abstract = loop.abstract_state(system, experiment.mesh)
-    done = {entry["id"] for entry in results.read(workdir)} if keep else set()
+    done = {(entry["id"], entry["step"]) for entry in results.read(workdir)} if keep else set()
     saved = checkpoint.open_checkpoints(workdir, create=False)
-    measured = {}
+    by_step: dict[int, list[str]] = {}
     try:
         for name in which:
-            state, step = saved.restore(name, abstract)
+            by_step.setdefault(saved.step(name), []).append(name)
+        for step, names in by_step.items():
             common = {
-                "checkpoint": name, "step": step, "seed": config.eval.seed, "train_seed": config.seed,
+                "step": step, "seed": config.eval.seed, "train_seed": config.seed,
                 "config": config.name, "method": system.describe, "selected_on": config.train.select_on,
-                "data": config.data.name, "macs": macs.count(system.network), "dtype": "float32",
+                "data": config.data.name, "macs": macs.count(system.network), "precision": {
+                    "verdicts": "float32", "attacks": jax.config.jax_default_matmul_precision or "default"},
                 "backend": jax.default_backend(),
                 "versions": {"advmoe_jax": advmoe_jax.__version__, "jax": jax.__version__}}
-            due = tuple(spec for spec in specs if results.entry_id(common | spec.settings | {
-                "attack": spec.label, "settings": spec.settings, "n": len(indices)}) not in done)
+
+            def is_due(spec):
+                entry = {"attack": spec.label, "settings": spec.settings, "n": len(indices)} | common | spec.settings
+                return any((results.entry_id(entry | {"checkpoint": name}), step) not in done for name in names)
+
+            due = tuple(filter(is_due, specs))
             if not due:
                 continue
-            if step not in measured:
-                log.say(f"attacking the {name} checkpoint (step {step}) on {len(indices)} test images: "
-                        f"{', '.join(spec.label for spec in due)}")
-                found = evaluate.predictions(
-                    system, state, experiment.test, indices, due, mesh=experiment.mesh,
-                    batch_size=config.eval.batch_size, seed=config.eval.seed, views=system.views)
-                measured[step] = found, evaluate.summarize(found, due, system.views, system.network.num_experts)
-            found, records = measured[step]
+            state = saved.restore(names[0], abstract)
+            log.say(f"attacking the {' and '.join(names)} checkpoint (step {step}) on {len(indices)} test images: "
+                    f"{', '.join(spec.label for spec in due)}")
+            found = evaluate.predictions(
+                system, state, experiment.test, indices, due, mesh=experiment.mesh,
+                batch_size=config.eval.batch_size, seed=config.eval.seed, views=system.views)
+            records = evaluate.summarize(found, due, system.views, system.network.num_experts)
             if jax.process_index() == 0:
-                results.add(workdir, [common | record for record in records],
-                            [_examples(found, attacked, indices) for attacked in found["attacked"]])
+                examples = [_examples(found, attacked, indices) for attacked in found["attacked"]]
+                for name in names:
+                    results.add(workdir, [{"checkpoint": name} | common | record for record in records], examples)
     finally:
         saved.close()
 

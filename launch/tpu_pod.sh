@@ -29,11 +29,11 @@ case "${1:-}" in
     trap 'rm -f "$archive"' EXIT
     call git -C "$ROOT" archive --format=tar.gz --output "$archive" HEAD
     call gcloud compute tpus tpu-vm scp "$archive" "$NAME:advmoe_jax.tar.gz" --zone "$ZONE" --worker=all
-    on_all_workers 'mkdir -p advmoe_jax && tar -xzf advmoe_jax.tar.gz -C advmoe_jax && cd advmoe_jax && python3 -m venv .venv && .venv/bin/pip install --quiet "jax[tpu]" -e ".[quickstart]"'
+    on_all_workers 'mkdir -p advmoe_jax && tar -xzf advmoe_jax.tar.gz -C advmoe_jax && cd advmoe_jax && python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --python 3.11 .venv && ~/.local/bin/uv pip install --quiet "jax[tpu]" -e ".[quickstart]"'
     ;;
   run)
     shift
-    command="cd advmoe_jax && .venv/bin/python -m advmoe_jax.main $(printf '%q ' "$@")"
+    command="cd advmoe_jax && .venv/bin/python -m advmoe_jax.main --coordinator auto $(printf '%q ' "$@")"
     status=0
     on_all_workers "$command" || status=$?
     while [ "$status" -eq 75 ]; do  # preempted and saved: run me again

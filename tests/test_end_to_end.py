@@ -1,5 +1,6 @@
 """A tiny run of every method from the command line to the report, and every config file."""
 
+import configparser
 import functools
 import inspect
 import json
@@ -7,16 +8,20 @@ import re
 import runpy
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from tiny import REPO, entries, flags, listing, metrics, saved_steps
 
 from advmoe_jax import main
 from advmoe_jax.core import config as configs
+from advmoe_jax.core import find
+from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
+from advmoe_jax.models import network
 from advmoe_jax.report import results
-from advmoe_jax.train import evaluate
+from advmoe_jax.train import evaluate, loop
 
 ROUTED = ("advmoe", "at_moe")
 METHODS = ("advmoe", "natural", *(
@@ -77,7 +82,8 @@ def test_results(method, run):
     for entry in found:
         assert results.FIELDS <= entry.keys()
         assert (entry["n"], entry["norm"], entry["eps"], entry["eps_value"]) == (20, "linf", "0.1", 0.1)
-        assert entry["seed"] == entry["train_seed"] == 0 and entry["data"] == "digits" and entry["dtype"] == "float32"
+        assert entry["seed"] == entry["train_seed"] == 0 and entry["data"] == "digits"
+        assert entry["precision"] == {"verdicts": "float32", "attacks": "default"}
         assert {"advmoe_jax", "jax"} == entry["versions"].keys()
         if entry["attack"] == "pgd-2":
             assert entry["settings"]["num_steps"] == "2" and entry["settings"]["restarts"] == "1"
@@ -204,6 +210,24 @@ def test_config_file(path, monkeypatch):
             configs.load(f"{path}:advmo")
 
 
+@pytest.mark.parametrize("method", ("advmoe", "at_moe", "at_dense", "natural"))
+@pytest.mark.parametrize("path", CONFIG_FILES)
+def test_a_step_of_a_config_can_be_traced(path, method, monkeypatch):
+    """At a small size, and without running it."""
+    monkeypatch.chdir(REPO)
+    config = configs.load(f"{path}:{method}")
+    for text in ("model.depth=10", "model.width=4", "model.router_width=4", "data.batch_size=8"):
+        configs.override(config, text)
+    mesh = meshes.make()
+    net = network.make(config.model, (32, 32, 3), 10)
+    system = find.module("systems", config.system.name, defines="make").make(config, net, np.arange(64), mesh)
+    batch = {"image": jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8), "label": jax.ShapeDtypeStruct((8,), np.int32),
+             "index": jax.ShapeDtypeStruct((8,), np.int32)}
+    for update in system.stages[0].steps:
+        state, metrics = jax.eval_shape(update.run, loop.abstract_state(system, mesh), batch)
+        assert metrics["loss"].shape == ()
+
+
 @pytest.mark.parametrize("path", CONFIG_FILES)
 def test_config_file_says_what_it_is(path, monkeypatch):
     monkeypatch.chdir(REPO)
@@ -222,10 +246,35 @@ def test_a_lost_best_checkpoint_is_chosen_again(run, tmp_path):
     shutil.rmtree(workdir / "checkpoints" / "last" / "4")
     for step in saved_steps(workdir, "best"):
         shutil.rmtree(workdir / "checkpoints" / "best" / str(step))
-    path = workdir / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(
-        record | ({"ra": 1.0, "sa": 1.0} if record["split"] == "validation" and record["step"] <= 2 else {})) + "\n"
-        for record in records))
     assert main.main(flags(workdir, "natural")) == 0
     assert saved_steps(workdir, "best") == [4]
+
+
+def test_a_look_in_between_is_not_the_result(tmp_path):
+    """What was measured of an earlier step under the name of best or last is measured again."""
+    workdir = tmp_path / "w"
+    assert main.main(flags(workdir, "natural", train__length="2 steps")) == 0
+    before = {entry["checkpoint"]: entry["step"] for entry in entries(workdir)}
+    assert before == {"best": 2, "last": 2}
+    stored = json.loads((workdir / "config.json").read_text())
+    stored["train"]["length"] = "4 steps"
+    (workdir / "config.json").write_text(json.dumps(stored))
+    assert main.main(flags(workdir, "natural")) == 0
+    found = entries(workdir)
+    assert {entry["step"] for entry in found if entry["checkpoint"] == "last"} == {4}
+    assert {entry["step"] for entry in found if entry["checkpoint"] == "best"} == set(saved_steps(workdir, "best"))
+    assert len(found) == 4
+
+
+def test_config_names_are_unique():
+    """Two of one name would share a workdir."""
+    names = [path.stem for path in (REPO / "configs").rglob("*.py")]
+    assert len(names) == len(set(names))
+
+
+def test_extras_that_messages_name_exist():
+    declared = configparser.ConfigParser()
+    declared.read(REPO / "setup.cfg")
+    for path in [*(REPO / "advmoe_jax").rglob("*.py"), REPO / "README.md"]:
+        for extra in re.findall(r"advmoe_jax\[(\w+)\]", path.read_text()):
+            assert extra in declared["options.extras_require"], path

@@ -69,13 +69,17 @@ def attacks(text: str, **defaults: Any) -> tuple[Spec, ...]:
         if not match:
             raise UserError(f"attacks {text!r} cannot be read at {text[position:]!r}: "
                             "expected for example 'fgsm pgd(num_steps=20,eps=4/255)'")
-        settings = dict(defaults)
+        given = {}
         for option in filter(None, (match["options"] or "").split(",")):
             key, equals, value = option.partition("=")
             if not equals:
                 raise UserError(f"setting {option!r} of {match['name']} has no value: expected name=value")
-            settings[key.strip()] = _value(value.strip())
-        specs.append(attack(match["name"], **settings))
+            given[key.strip()] = _value(value.strip())
+        other_norm = given.get("norm", defaults.get("norm")) != defaults.get("norm")
+        if other_norm and "norm" in defaults and "eps" in defaults and "eps" not in given:
+            raise UserError(f"{match['name']} has norm={given['norm']} and no eps: expected one in that norm, since "
+                            f"{defaults['eps']} is for {defaults['norm']}")
+        specs.append(attack(match["name"], **defaults | given))
         position = match.end()
     if not specs:
         raise UserError("no attack is named: expected for example 'pgd'")

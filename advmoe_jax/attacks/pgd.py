@@ -68,7 +68,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     for name in ("num_steps", "restarts"):
         units.whole(getattr(config, name), 1, f"pgd's {name}")
     eps = units.eps(config.eps, config.norm)
-    step_size = units.step_size(config.step_size, eps, config.num_steps)
+    step_size = units.step_size(config.step_size, eps, config.num_steps, config.norm)
     program = _PGD(config.norm, config.start, objectives.get(config.loss), config.keep == "best", config.early_stop)
 
     def attack(logits_fn, key, x, y):

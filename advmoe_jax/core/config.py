@@ -189,6 +189,13 @@ def check(config: ConfigDict) -> None:
         if not low <= fields[name] <= high:
             raise UserError(f"{name} is {fields[name]}: expected {words}")
     units.eps(config.attack.eps, config.attack.norm, "attack.eps")
+    standard = default().attack
+    if config.attack.norm != standard.norm and config.attack.eps == standard.eps:
+        raise UserError(f"attack.norm is {config.attack.norm} and attack.eps still {standard.eps}, which is for "
+                        f"{standard.norm}: expected an eps in that norm, such as 0.5 for l2 or 12 for l1")
+    if config.eval.norm not in ("", config.attack.norm) and not config.eval.eps:
+        raise UserError(f"eval.norm is {config.eval.norm} and eval.eps is not set: expected an eps in that norm, since "
+                        f"attack.eps is for {config.attack.norm}")
     if config.eval.eps:
         units.eps(config.eval.eps, config.eval.norm or config.attack.norm, "eval.eps")
     one_of("train.select_on", config.train.select_on, ("validation", "test"))

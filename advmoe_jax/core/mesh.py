@@ -1,7 +1,6 @@
 """The cluster and the mesh: the one place that starts processes and lays out devices."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 import jax
@@ -13,38 +12,36 @@ from advmoe_jax.core.errors import Preempted, UserError
 
 AXIS = "data"
 _PATIENCE = 60  # seconds that a process which failed waits for the others
-_POD_VARIABLES = ("TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS", "SLURM_JOB_NUM_NODES")
 
 
 @contextlib.contextmanager
 def cluster(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> Iterator[None]:
     """Joins the other processes of a run, and leaves with them. Nothing may ask for devices before.
 
-    With `coordinator` the three arguments say all; without it a TPU pod or a SLURM job of several nodes is
-    recognised by its environment, and anything else runs alone.
-
     Args:
-        coordinator: "host:port" of process 0.
+        coordinator: "host:port" of process 0; "auto" on a TPU pod or under SLURM, which know it and the two numbers;
+            "" for a process that runs alone.
         num_processes: how many processes there are.
         process_id: which one this is.
     Raises:
         UserError: the arguments make no cluster, the others cannot be reached, or there is no device.
     """
-    if coordinator and not coordinator.rpartition(":")[2].isdigit():
-        raise UserError(f"--coordinator is {coordinator!r}: expected host:port")
-    if num_processes < 1 or (num_processes, process_id) != (1, 0) and not coordinator:
+    automatic = coordinator == "auto"
+    if coordinator and not automatic and not coordinator.rpartition(":")[2].isdigit():
+        raise UserError(f"--coordinator is {coordinator!r}: expected host:port, or auto on a TPU pod or under SLURM")
+    if num_processes < 1 or (num_processes, process_id) != (1, 0) and (automatic or not coordinator):
         raise UserError(f"--num_processes is {num_processes} and --process_id {process_id}: expected 1 or more "
                         "processes, and with several of them --coordinator host:port")
     if coordinator and not 0 <= process_id < num_processes:
         raise UserError(f"--process_id is {process_id}: expected 0 to {num_processes - 1} (--num_processes)")
     try:
         timeouts = dict(initialization_timeout=1800, shutdown_timeout_seconds=_PATIENCE)
-        if coordinator:
-            jax.distributed.initialize(coordinator, num_processes, process_id, **timeouts)
-        elif _on_pod():
+        if automatic:
             jax.distributed.initialize(**timeouts)
+        elif coordinator:
+            jax.distributed.initialize(coordinator, num_processes, process_id, **timeouts)
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter for a platform of JAX_PLATFORMS that is not installed
+    except (RuntimeError, ValueError, AssertionError) as error:  # jax asserts that what JAX_PLATFORMS asks for is there
         platforms = jax.config.jax_platforms or "any"
         reason = (str(error) or "it is not installed, or has no device").splitlines()[0]
         raise UserError(f"jax cannot start its backend (JAX_PLATFORMS: {platforms}): {reason}") from None
@@ -60,11 +57,6 @@ def cluster(coordinator: str = "", num_processes: int = 1, process_id: int = 0) 
         raise
     else:
         _leave()
-
-
-def _on_pod() -> bool:
-    return any("," in os.environ.get(name, "") or os.environ.get(name, "0").isdigit()
-               and int(os.environ.get(name, "0")) > 1 for name in _POD_VARIABLES)
 
 
 def _leave():
@@ -125,8 +117,3 @@ def fetch(tree):
 def fetch_replicated(tree):
     """Arrays that every device holds whole, as numpy."""
     return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), tree)
-
-
-def agree(value: np.ndarray) -> np.ndarray:
-    """Process 0's value, in every process."""
-    return value if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(value))

@@ -82,13 +82,16 @@ def whole(value: int, least: int, what: str) -> int:
     return value
 
 
-def step_size(value: str | float, eps_value: float, num_steps: int, what: str = "step_size") -> float:
-    """Reads an attack's step size in pixel units.
+def step_size(value: str | float, eps_value: float, num_steps: int, norm: str, what: str = "step_size") -> float:
+    """Reads an attack's step size in pixel units of [0, 1].
 
     Args:
         value: a number, a fraction, "0.625 eps" or "2.5 eps/steps".
         eps_value: the budget that "eps" stands for.
         num_steps: what "steps" stands for.
+        norm: of the attack.
+    Raises:
+        UserError: it cannot be read, is negative, or above 1 for linf (which is a step in 0-255 units).
     """
     text = str(value).strip()
     scale = 1.0
@@ -99,4 +102,7 @@ def step_size(value: str | float, eps_value: float, num_steps: int, what: str = 
     result = number(text, what) * scale
     if result < 0:
         raise UserError(f"{what} is {value!r}: expected 0 or more")
+    if norm == "linf" and result > 1 and scale == 1:
+        raise UserError(f"{what} is {value!r} for linf, but images are in [0, 1]: write '{result:g}/255' for "
+                        f"{result:g} grey levels")
     return result

@@ -47,7 +47,7 @@ def how_to_prepare(root: str, variant: str = "") -> str:
     """What to tell a person who wants to prepare this source."""
     folder = f" --data_dir={root}" if root else ""
     return ("tensorflow-datasets prepares it, once, with TensorFlow: "
-            "`pip install advmoe_jax[tf]`, "
+            "`pip install tensorflow`, "
             f"then `tfds build {variant or 'NAME'}{folder} --file_format=array_record`")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from advmoe_jax.ops import conv, routing
@@ -64,13 +65,16 @@ class RoutedConv(nn.Module):
     stride: int = 1
 
     def _init(self, key, shape, dtype=jnp.float32):
-        """Kaiming. "equal" repeats w filters over the stored channels: where the windows do not overlap all experts
-        start as one, so that a change of route, which an attack causes all the time in an untrained network, changes
-        nothing until the experts have grown apart."""
+        """Kaiming. "equal" gives every window the same w filters: all experts start as one, so that a change of route,
+        which an attack causes all the time in an untrained network, changes nothing until they have grown apart.
+        Where windows overlap, each channel has its filter of the last window that holds it, and experts start equal
+        but for the channels that they share with a later one."""
         if self.expert_init == "independent":
             return kaiming(key, shape, dtype)
-        filters = kaiming(key, (*shape[:3], self.width), dtype)
-        return filters[..., jnp.arange(shape[3]) % self.width]
+        place = np.arange(shape[3]) % self.width
+        for start in routing.offsets(self.num_experts, self.width, self.channels, self.experts):
+            place[start:start + self.width] = np.arange(self.width)
+        return kaiming(key, (*shape[:3], self.width), dtype)[..., place]
 
     @nn.compact
     def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:

@@ -38,10 +38,11 @@ class _Group:
         return [entry[kind] for entry in self.by_checkpoint[checkpoint].values()]
 
     @property
-    def pooled(self) -> tuple[int, int]:
-        """Robust images of the best checkpoints and all images, summed over seeds."""
-        best = self.by_checkpoint["best"].values()
-        return sum(round(e["ra"] * e["n"]) for e in best), sum(e["n"] for e in best)
+    def robust(self) -> tuple[float, int]:
+        """Robust images of the best checkpoints, mean over seeds, and all images: the seeds share them, so that more
+        seeds are not more images."""
+        best = list(self.by_checkpoint["best"].values())
+        return sum(e["ra"] * e["n"] for e in best) / max(len(best), 1), max((e["n"] for e in best), default=0)
 
 
 def compare(found: Sequence[Run]) -> list[Table]:
@@ -76,7 +77,7 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def _table(groups: list[_Group]) -> Table:
-    groups.sort(key=lambda g: g.pooled[0] / max(g.pooled[1], 1), reverse=True)
+    groups.sort(key=lambda g: g.robust[0] / max(g.robust[1], 1), reverse=True)
     names = _config_names(groups)
     rows = []
     for group, name in zip(groups, names):
@@ -105,13 +106,13 @@ def _config_names(groups: list[_Group]) -> list[str]:
 def _ties(groups: list[_Group], names: list[str]) -> str:
     """Which method has the best robust accuracy, and whose Wilson interval overlaps its own; "" for fewer than two."""
     methods = [group.method for group in groups]
-    measured = [(group.method if methods.count(group.method) == 1 else f"{group.method} ({name})", *group.pooled)
-                for group, name in zip(groups, names) if group.pooled[1]]
+    measured = [(group.method if methods.count(group.method) == 1 else f"{group.method} ({name})", *group.robust)
+                for group, name in zip(groups, names) if group.robust[1]]
     if len(measured) < 2:
         return ""
     (best, robust, n), *others = measured
-    low, high = wilson(robust, n)
-    ties = [name for name, *counts in others if wilson(*counts)[1] >= low]
+    low, high = wilson(round(robust), n)
+    ties = [name for name, other, count in others if wilson(round(other), count)[1] >= low]
     verdict = f"a tie with {', '.join(ties)}: the intervals overlap" if ties else "no other interval overlaps its own"
     return (f"Best RA: {best}, {tables.with_interval(robust / n, (low, high))} by the Wilson 95 % interval of the "
-            f"counts pooled over seeds; {verdict}.")
+            f"mean over seeds on {n} images; {verdict}.")

@@ -91,9 +91,13 @@ def attack_settings(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def circumstances(entries: Iterable[dict[str, Any]]) -> str:
-    """Precision, backend and versions: "float32 on cpu; advmoe_jax 0.1.0, jax 0.10.2"."""
-    return " and ".join(dict.fromkeys(
-        f"{e['dtype']} on {e['backend']}; {', '.join(f'{k} {v}' for k, v in e['versions'].items())}" for e in entries))
+    """Precision, backend and versions: "float32 (attacks: default) on cpu; advmoe_jax 0.1.0, jax 0.10.2"."""
+    def words(entry):
+        precision, versions = entry["precision"], entry["versions"]
+        return (f"{precision['verdicts']} (attacks: {precision['attacks']}) on {entry['backend']}; "
+                + ", ".join(f"{k} {v}" for k, v in versions.items()))
+
+    return " and ".join(dict.fromkeys(map(words, entries)))
 
 
 def warnings(entries: Iterable[dict[str, Any]]) -> tuple[str, ...]:

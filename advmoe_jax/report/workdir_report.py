@@ -23,7 +23,7 @@ def write(run: Run) -> None:
     """Writes report.md and its plots into the workdir, and prints the tables of results."""
     written = plots.write(run)
     if written is None:
-        print("no plots: matplotlib is not installed; pip install 'advmoe_jax[report]' brings it", file=sys.stderr)
+        print("no plots: matplotlib is not installed; pip install 'advmoe_jax[quickstart]' brings it", file=sys.stderr)
     accuracy = accuracy_tables(run)
     parts = [_head(run)]
     if accuracy:

@@ -25,6 +25,8 @@ from advmoe_jax.train.step import Objective as StepObjective
 from advmoe_jax.train.system import Stage, System
 
 LOSSES = ("natural", "madry", "trades", "mart")
+ORDERS = ("router_first", "backbone_first")
+ROUTER_LOSSES = ("trades", "label_mod")
 VIEWS = ("none", "ste_selected", "ste_full")
 
 
@@ -40,14 +42,16 @@ def training_attack(network: Network, cfg, loss: str) -> Callable[..., jax.Array
         cfg: `config.attack`.
         loss: "kl" against the clean logits (TRADES) or "ce" against the labels.
     """
-    route = routing.hard(cfg.router_grad if network.num_experts > 1 else "none")
+    routed = network.num_experts > 1
+    route = routing.hard(cfg.router_grad if routed else "none")
+    router_weight = cfg.router_weight if routed else 0
     base = NAMED[loss]
 
     def both(outputs, target):
         (logits, aux), (goal, scores) = outputs, target
         value = base.loss(logits, goal)
-        if cfg.router_weight > 0:
-            value += cfg.router_weight * jnp.mean(losses.kl(scores, aux["router_logits"]), -1)
+        if router_weight > 0:
+            value += router_weight * jnp.mean(losses.kl(scores, aux["router_logits"]), -1)
         return value
 
     objective = Objective(both, lambda outputs, target: base.success(outputs[0], target[0]))
@@ -58,7 +62,7 @@ def training_attack(network: Network, cfg, loss: str) -> Callable[..., jax.Array
     def run(variables, key, x, y, index):
         outputs_fn = network.outputs_fn(variables, route)
         target = (y, None)
-        if loss == "kl" or cfg.router_weight > 0:
+        if loss == "kl" or router_weight > 0:
             logits, aux = outputs_fn(x)
             target = (logits if loss == "kl" else y, aux.get("router_logits"))
         return attack(outputs_fn, rng.per_example(key, index), x, target)
@@ -101,7 +105,7 @@ def objective(network: Network, cfg, *, router_loss: bool = False) -> StepObject
         if attack is not None:
             x_adv = attack(jax.lax.stop_gradient(variables), key, x, y, batch["index"])
         clean = adv = None
-        if name != "madry":
+        if name != "madry" or labels_steer:
             *clean, batch_stats = network.apply_train({"params": params, "batch_stats": batch_stats}, x, route)
         if name != "natural":
             *adv, batch_stats = network.apply_train({"params": params, "batch_stats": batch_stats}, x_adv, route)
@@ -152,6 +156,8 @@ def build(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh, u
         updates: what an iteration does.
         describe: one line on the system.
     """
+    one_of("system.order", cfg.system.order, ORDERS)
+    one_of("system.router_loss", cfg.system.router_loss, ROUTER_LOSSES)
     per_epoch = pipeline.steps_per_epoch(len(indices), cfg.data.batch_size)
     length = units.steps(cfg.train.length, per_epoch, what="train.length")
     optimizers = {group: optim.make(cfg.optim[group], per_epoch, length) for group in network.groups}
@@ -163,6 +169,7 @@ def build(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh, u
     steps = tuple(
         step.make(u.name, objective(network, cfg, router_loss=u.router_loss), owns=u.owns, optimizers=optimizers,
                   state=abstract, seed=cfg.seed, mesh=mesh, data_cfg=cfg.data, stream=u.stream,
+                  crops=next(first.name for first in updates if first.stream == u.stream),
                   ends_iteration=u is updates[-1])
         for u in updates)
     views = VIEWS if network.num_experts > 1 else VIEWS[:1]

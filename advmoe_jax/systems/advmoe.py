@@ -8,13 +8,10 @@ descends the TRADES loss with phi fixed. Each level has its own batch, its own a
 import jax
 import numpy as np
 
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.models.network import Network
 from advmoe_jax.systems.adversarial import Update, build
 from advmoe_jax.train.system import System
-
-ORDERS = ("router_first", "backbone_first")
-ROUTER_LOSSES = ("trades", "label_mod")
 
 
 def make(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh) -> System:
@@ -33,8 +30,7 @@ def make(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh) ->
         raise UserError("system.loss=natural has no adversary for system.name=advmoe: expected trades, madry or mart")
     lower = Update("lower", ("router",), "data/lower", router_loss=True)
     upper = Update("upper", ("backbone",), "data/lower" if cfg.system.share_batch else "data/upper")
-    first_router = one_of("system.order", cfg.system.order, ORDERS) == "router_first"
-    one_of("system.router_loss", cfg.system.router_loss, ROUTER_LOSSES)
+    updates = (upper, lower) if cfg.system.order == "backbone_first" else (lower, upper)
     steers = cfg.system.router_loss == "label_mod"
-    return build(cfg, network, indices, mesh, (lower, upper) if first_router else (upper, lower),
+    return build(cfg, network, indices, mesh, updates,
                  "AdvMoE with label_mod: labels steer the routing" if steers else "AdvMoE")

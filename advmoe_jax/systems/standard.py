@@ -7,13 +7,21 @@ then train jointly, AT(MoE), the baseline of the AdvMoE paper.
 import jax
 import numpy as np
 
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.models.network import Network
 from advmoe_jax.systems.adversarial import Update, build
 from advmoe_jax.train.system import System
 
 
 def make(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh) -> System:
-    """Builds the system; `system.loss` says which training it is. Arguments as `systems.adversarial.build`."""
+    """Builds the system; `system.loss` says which training it is. Arguments as `systems.adversarial.build`.
+
+    Raises:
+        UserError: a field asks for what only AdvMoE does.
+    """
+    if cfg.system.router_loss == "label_mod":
+        raise UserError("system.router_loss=label_mod is a loss of the router's own update, which system.name=standard "
+                        "does not have: expected trades, or system.name=advmoe")
     kind = "MoE" if network.num_experts > 1 else "Dense" if cfg.model.model_scale == 1 else "S-Dense"
     name = f"natural {kind}" if cfg.system.loss == "natural" else f"AT({kind}) by {cfg.system.loss}"
     return build(cfg, network, indices, mesh, (Update("train", network.groups, "data"),), name)

@@ -66,25 +66,46 @@ class Checkpoints:
                     manager.delete(step)
         return state
 
-    def restore(self, which: str, abstract: State) -> tuple[State, int]:
-        """A state to evaluate, and its step.
+    def best_rates(self) -> tuple[float, float]:
+        """(RA, SA) with which the best checkpoint was saved; below every rate if there is none that can be read."""
+        try:
+            wanted = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            meta = self.best.restore(self.steps("best")[-1], args=wanted)["meta"]
+            return meta["ra"], meta["sa"]
+        except Exception:  # orbax raises whatever its storage raised
+            return -1.0, -1.0
+
+    def step(self, which: str) -> int:
+        """The step of a checkpoint.
 
         Args:
             which: "last", "best", or a step number.
+        Raises:
+            UserError: there is none.
+        """
+        if which.isdigit():
+            saved = sorted({*self.steps("last"), *self.steps("best")})
+            if int(which) not in saved:
+                raise UserError(f"no checkpoint of step {which}: "
+                                f"expected one of {saved or 'none saved yet'}, best or last")
+            return int(which)
+        steps = self.steps(one_of("checkpoint", which, ("best", "last")))
+        if not steps:
+            raise UserError(f"no {which} checkpoint in {getattr(self, which).directory}: train first")
+        return steps[-1]
+
+    def restore(self, which: str, abstract: State) -> State:
+        """A state to evaluate.
+
+        Args:
+            which: as for `step`.
             abstract: shapes, types and shardings of the state.
         Raises:
             UserError: there is none, it cannot be read, or it is of another architecture.
         """
-        if which.isdigit():
-            for manager in (self.last, self.best):
-                if int(which) in manager.all_steps():
-                    return _try_read(manager, int(which), abstract), int(which)
-            saved = sorted({*self.steps("last"), *self.steps("best")})
-            raise UserError(f"no checkpoint of step {which}: expected one of {saved or 'none saved yet'}, best or last")
-        steps = self.steps(one_of("checkpoint", which, ("best", "last")))
-        if not steps:
-            raise UserError(f"no {which} checkpoint in {getattr(self, which).directory}: train first")
-        return _try_read(getattr(self, which), steps[-1], abstract), steps[-1]
+        step = self.step(which)
+        manager = self.best if which == "best" or step not in self.last.all_steps() else self.last
+        return _try_read(manager, step, abstract)
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk."""
@@ -131,7 +152,7 @@ def _try_read(manager, step, abstract):
 
 def _check_storage(folder):
     """Reads every stored value: a restore that fails halfway leaves tasks that complain when they are collected."""
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}).result()
     for pending in [store.read(key) for key in store.list().result()]:
         pending.result()
 

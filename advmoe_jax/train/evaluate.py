@@ -26,13 +26,19 @@ from advmoe_jax.train.system import System
 
 @jax.jit
 def _predict(outputs_fn, x):
-    logits, aux = outputs_fn(x)
+    with jax.default_matmul_precision("float32"):  # an accelerator's own default is coarser
+        logits, aux = outputs_fn(x)
     return jnp.where(jnp.any(jnp.isnan(logits), -1), -1, jnp.argmax(logits, -1)), aux.get("expert_ids")
 
 
 @jax.jit
 def _to_float(images):
     return augment.to_float(images)
+
+
+@jax.jit
+def _logits(outputs_fn, x):
+    return outputs_fn(x)[0]
 
 
 def predictions(system: System, state: State, arrays: dict[str, np.ndarray], indices: np.ndarray,
@@ -69,9 +75,10 @@ def predictions(system: System, state: State, arrays: dict[str, np.ndarray], ind
         for i, spec in enumerate(specs):
             start = time.perf_counter()
             keys = rng.per_example(rng.key(seed, f"attack_eval/{spec.name}"), batch["index"])
+            goal = _logits(hard, x) if getattr(spec.config, "loss", "") == "kl" else y
             outcomes = []
             for view in views:
-                x_adv = spec.run(objectives.logits_fn(system.outputs_fn(state, view)), keys, x, y)
+                x_adv = spec.run(objectives.logits_fn(system.outputs_fn(state, view)), keys, x, goal)
                 size = _checked_size(x_adv, x, spec)
                 label, ids = meshes.fetch(_predict(hard, x_adv))
                 outcomes.append((label[mask], None if ids is None else ids[mask], size))

@@ -18,7 +18,7 @@ from advmoe_jax.train.state import State
 from advmoe_jax.train.system import Stage, System
 
 _SECONDS_BETWEEN_LINES = 15
-_COLLAPSED = 0.98  # share of the images that goes to one expert of a layer
+_COLLAPSED = 0.1  # entropy of the load, mean over iterations; of two experts one then gets over 98 % of the images
 
 
 def abstract_state(system: System, mesh: jax.sharding.Mesh) -> State:
@@ -59,8 +59,8 @@ def run(config: ConfigDict, workdir: Path, system: System, train: dict[str, np.n
                 log.say(f"continuing from the checkpoint of step {step}")
             total = sum(stage.length for stage in system.stages)
             batch_size = config.data.batch_size
-            best = meshes.agree(np.array(_best_so_far(config, metrics) if saved.steps("best") else (-1., -1.)))
-            window, pending = [], None
+            best = saved.best_rates()
+            window, pending, collapsed = [], None, {}
             window_start = line_at = time.perf_counter()
 
             def settle():
@@ -81,7 +81,7 @@ def run(config: ConfigDict, workdir: Path, system: System, train: dict[str, np.n
                     means = log.means(window)
                     means["images_per_second"] = len(window) * batch_size / (time.perf_counter() - window_start)
                     metrics.write(step, "train", means | {"epoch": step / per_epoch})
-                    _warn_of_collapse(means)
+                    collapsed = _warn_of_collapse(means, collapsed)
                     if "eval" in due or time.perf_counter() - line_at > _SECONDS_BETWEEN_LINES:
                         log.say(log.line(step, total, step / per_epoch, means, batch_size))
                         line_at = time.perf_counter()
@@ -123,7 +123,8 @@ def _stage_at(system: System, step: int, batch_size: int) -> tuple[Stage, int]:
 def _due(config: ConfigDict, step: int, per_epoch: int, total: int) -> tuple[str, ...]:
     """What is to be done before iteration `step`.
 
-    Each of them ends a window of the log, so that a resumed run writes the same lines.
+    Each of them ends a window of the log, so that a resumed run writes the same lines, but for the one window that
+    SIGTERM cuts in two: its line is of the iterations after the resumption.
     """
     def falls(name):
         every = units.steps(config.train[name], per_epoch, total, f"train.{name}")
@@ -135,12 +136,7 @@ def _due(config: ConfigDict, step: int, per_epoch: int, total: int) -> tuple[str
     return due or (("log",) if falls("log_every") else ())
 
 
-def _best_so_far(config: ConfigDict, metrics: log.Metrics) -> tuple[float, float]:
-    """(RA, SA) of the best checkpoint, as metrics.jsonl rounds them; below every rate if there is none."""
-    return max(((r["ra"], r["sa"]) for r in metrics.read() if r["split"] == config.train.select_on), default=(-1., -1.))
-
-
-def _select_best(config, system, state, step, select, mesh, metrics, saved, best) -> np.ndarray:
+def _select_best(config, system, state, step, select, mesh, metrics, saved, best) -> tuple[float, float]:
     """Measures the images that select, keeps the state if its (RA, SA) beats `best`, and returns the better one."""
     arrays, indices = select
     specs = parse.attacks(config.train.attack, norm=config.attack.norm, eps=config.attack.eps)
@@ -148,13 +144,12 @@ def _select_best(config, system, state, step, select, mesh, metrics, saved, best
                                  batch_size=config.eval.batch_size, seed=config.seed, views=system.views)
     sa, ra = float((found["clean"] == found["label"]).mean()), float(evaluate.survivors(found).mean())
     metrics.write(step, config.train.select_on, {"sa": sa, "ra": ra})
-    rates = np.round((ra, sa), 6)
-    better = tuple(rates) > tuple(best)
+    better = (ra, sa) > best
     if better:
-        saved.save("best", step, state, {"sa": sa, "ra": ra, "selected_on": config.train.select_on})
+        saved.save("best", step, state, {"sa": sa, "ra": ra})
     log.say(f"step {step} {config.train.select_on} SA {100 * sa:.2f} RA {100 * ra:.2f} "
             f"({', '.join(spec.label for spec in specs)}, {len(indices)} images){', best so far' if better else ''}")
-    return rates if better else best
+    return (ra, sa) if better else best
 
 
 def _check_finite(step: int, stage: Stage, values: dict[str, Any], saved: checkpoint.Checkpoints) -> None:
@@ -167,12 +162,18 @@ def _check_finite(step: int, stage: Stage, values: dict[str, Any], saved: checkp
                                  f"{good}. Try a lower learning rate, a warm-up or optim.*.clip_norm=1")
 
 
-def _warn_of_collapse(means: dict[str, Any]) -> None:
-    for name, load in means.items():
-        if name.endswith("/load"):
-            layers = np.flatnonzero(np.max(load, -1) > _COLLAPSED)
-            if len(layers):
-                log.warn(f"{name.split('/')[0]}: one expert gets over {_COLLAPSED:.0%} of the images in "
-                         f"{len(layers)} of {len(load)} layers ({', '.join(map(str, layers))}): lower "
-                         "optim.router.learning_rate, or set system.balance_loss=0.01")
-                return
+def _collapsed(means: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """{update: layers of which one expert gets nearly all images, in every iteration its own perhaps}."""
+    return {name.split("/")[0]: tuple(map(int, layers)) for name, entropy in means.items()
+            if name.endswith("/load_entropy") and len(layers := np.flatnonzero(entropy < _COLLAPSED))}
+
+
+def _warn_of_collapse(means: dict[str, Any], before: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Warns of layers that have collapsed since `before`; gives those that have now."""
+    collapsed = _collapsed(means)
+    for name, layers in collapsed.items():
+        if layers != before.get(name):
+            log.warn(f"{name}: one expert gets nearly all images in {len(layers)} of {len(means[f'{name}/load'])} "
+                     f"layers ({', '.join(map(str, layers))}): lower optim.router.learning_rate, or set "
+                     "system.balance_loss=0.01")
+    return collapsed

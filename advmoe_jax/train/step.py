@@ -18,13 +18,13 @@ Objective = Callable[..., tuple[jax.Array, tuple[dict[str, Any], dict[str, jax.A
 
 
 def make(name: str, objective: Objective, *, owns: Sequence[str], optimizers: dict[str, Any], state: State,
-         seed: int, mesh: jax.sharding.Mesh, data_cfg, stream: str, ends_iteration: bool) -> Step:
+         seed: int, mesh: jax.sharding.Mesh, data_cfg, stream: str, crops: str, ends_iteration: bool) -> Step:
     """A step that descends `objective` in the parameters of the groups it owns.
 
     Parameters, optimizer states and running statistics of other groups pass through untouched.
 
     Args:
-        name: of the step; also its random stream.
+        name: of the step; also the random stream of its attack.
         objective: what to minimise.
         owns: parameter groups.
         optimizers: {group: optax transformation}.
@@ -33,6 +33,7 @@ def make(name: str, objective: Objective, *, owns: Sequence[str], optimizers: di
         mesh: of all devices.
         data_cfg: fields pad and flip.
         stream: of its batches.
+        crops: random stream of their crops and flips; steps that share a batch share it.
         ends_iteration: whether `state.step` goes up.
     """
     owned_params = {group: state.params[group] for group in owns}
@@ -40,12 +41,13 @@ def make(name: str, objective: Objective, *, owns: Sequence[str], optimizers: di
     tensors = ("loss", *(f"gradient {n}" for n in grad_names), *(f"parameter {n}" for n in grad_names))
 
     def run(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
-        key = rng.key(seed, name, state.step)
-        images = augment.pad_crop_flip(rng.stream(key, "augment"), batch["image"], data_cfg.pad, data_cfg.flip)
+        crop = rng.stream(rng.key(seed, crops, state.step), "augment")
+        images = augment.pad_crop_flip(crop, batch["image"], data_cfg.pad, data_cfg.flip)
         batch = {**batch, "image": augment.to_float(images)}
 
         def loss_of(owned):
-            return objective({**state.params, **owned}, state.batch_stats, batch, rng.stream(key, "attack"))
+            return objective({**state.params, **owned}, state.batch_stats, batch,
+                             rng.stream(rng.key(seed, name, state.step), "attack"))
 
         owned = {group: state.params[group] for group in owns}
         (loss, (stats, metrics)), grads = jax.value_and_grad(loss_of, has_aux=True)(owned)

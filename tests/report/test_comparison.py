@@ -39,7 +39,7 @@ def test_a_tie_and_a_difference(tmp_path):
     table, = compare(folders)
     assert [row[1] for row in table.rows] == ["dense", "small", "weak"]
     said = table.notes[-1]
-    low, high = comparison.wilson(88 + 92, 400)
+    low, high = comparison.wilson(90, 200)
     assert f"Best RA: AT(Dense) by trades, 45.00 [{100 * low:.2f}, {100 * high:.2f}]" in said
     assert "a tie with AdvMoE:" in said and "natural" not in said
 
@@ -49,11 +49,11 @@ def test_no_tie(tmp_path):
     assert "Best RA: AdvMoE, " in table.notes[-1] and "no other interval overlaps" in table.notes[-1]
 
 
-def test_more_seeds_turn_a_tie_into_a_difference(tmp_path):
+def test_more_seeds_are_not_more_images(tmp_path):
     few = compare([*seeds(tmp_path / "few", [0.40]), *seeds(tmp_path / "few", [0.47], name="dense", routed=False)])
     many = compare([*seeds(tmp_path / "many", [0.40] * 5),
                     *seeds(tmp_path / "many", [0.47] * 5, name="dense", routed=False)])
-    assert "a tie with" in few[0].notes[-1] and "no other" in many[0].notes[-1]
+    assert "a tie with" in few[0].notes[-1] and "a tie with" in many[0].notes[-1]
 
 
 def test_other_settings_are_other_rows(tmp_path):

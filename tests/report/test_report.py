@@ -38,7 +38,8 @@ def test_routed_run(tmp_path, capsys):
     assert cells(text, "139.30") == [["139.30", "1.00", "140.30", "280.00"]]
     assert cells(text, "0") == [["0", "25.00 / 75.00", "0.81", "12.50"]] * 2
     assert cells(text, "1")[0] == ["1", "100.00 / 0.00", "0.00", "0.00"]
-    for said in ("# AdvMoE\n", "pgd-20, linf eps 8/255, 200 test images of digits", "restarts 1", "float32 on cpu",
+    for said in ("# AdvMoE\n", "pgd-20, linf eps 8/255, 200 test images of digits", "restarts 1",
+                 "float32 (attacks: default) on cpu",
                  "advmoe_jax 0.1.0, jax 0.9", "Config small", "training seed 0",
                  "misclassified when clean count as broken",
                  "worst case per example over the gradients attacked through"):
@@ -83,7 +84,7 @@ def test_without_matplotlib(tmp_path, monkeypatch, capsys):
     text = report(workdir(tmp_path, [entry()], lines=metrics()))
     assert "## Training" not in text and not list(tmp_path.glob("*.png"))
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "advmoe_jax[report]" in said
+    assert said.count("\n") == 1 and "advmoe_jax[quickstart]" in said
 
 
 @pytest.mark.parametrize("content", [

@@ -279,6 +279,21 @@ def test_order_and_streams_of_advmoe():
     assert shared[0].stream == shared[1].stream
 
 
+def test_a_shared_batch_has_the_same_crops(monkeypatch):
+    """And the attacks of both levels their own noise."""
+    made = []
+    make = train_step.make
+    monkeypatch.setattr(train_step, "make", lambda name, *args, **more: made.append((name, more["crops"])) or make(
+        name, *args, **more))
+    for order in ("router_first", "backbone_first"):
+        made.clear()
+        _system.__wrapped__(("advmoe", f"system.order={order}", "system.share_batch=true"))
+        assert {name for name, _ in made} == {"lower", "upper"} and len({crops for _, crops in made}) == 1
+    made.clear()
+    _system.__wrapped__(("advmoe",))
+    assert made == [("lower", "lower"), ("upper", "upper")]
+
+
 def test_the_batch_of_a_step_is_a_function_of_seed_stream_and_step():
     lower, upper = _steps("advmoe")
 
@@ -333,7 +348,7 @@ def _toy(loss):
     mesh = meshes.make()
     step = train_step.make(
         "toy", objective, owns=("backbone",), optimizers={"backbone": optimizer}, state=state, seed=0, mesh=mesh,
-        data_cfg=types.SimpleNamespace(pad=0, flip=False), stream="data", ends_iteration=True)
+        data_cfg=types.SimpleNamespace(pad=0, flip=False), stream="data", crops="toy", ends_iteration=True)
     return step, state, meshes.put_batch(mesh, np.arange(4), _arrays())
 
 

@@ -4,7 +4,7 @@ Zhang et al., ICCV 2023, section 5: 100 epochs, batch 128, SGD with learning rat
 cosine schedule, PGD-2 at 8/255. Differences to configs/cifar10_r18.py: the router's learning rate without warm-up and
 clipping, independent experts, and training attacks through the router by the released code's gradient.
 
-Command:  python -m advmoe_jax.main --config configs/paper/cifar10_r18.py
+Command:  python -m advmoe_jax.main --config configs/paper/advmoe_cifar10_r18.py
 Hardware: one accelerator.
 Time:     not measured yet.
 Expected: not run yet; users of the released code report that a router learning rate of 0.1 collapses the routing. The

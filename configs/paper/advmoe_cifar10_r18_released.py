@@ -4,7 +4,7 @@ One ResNet-20 on the image chooses for all layers; experts are disjoint; the rou
 N, so that labels steer the routing; both updates take the same batch, the backbone's first; the training attack also
 attacks the router; one learning rate, stepped by epoch; the best epoch is chosen on test images.
 
-Command:  python -m advmoe_jax.main --config configs/paper/cifar10_r18_released.py
+Command:  python -m advmoe_jax.main --config configs/paper/advmoe_cifar10_r18_released.py
 Hardware: one accelerator.
 Time:     not measured yet.
 Expected: not run yet; its users report NaN scores and one dead expert.
@@ -20,12 +20,13 @@ def get_config(method="advmoe"):
     config.model.experts = "disjoint"
     config.model.expert_init = "independent"
     config.model.router_grad = "ste_selected"
-    config.system.router_loss = "label_mod"
-    config.system.order = "backbone_first"
-    config.system.share_batch = True
+    if method == "advmoe":
+        config.system.router_loss = "label_mod"
+        config.system.order = "backbone_first"
+        config.system.share_batch = True
+        config.attack.router_weight = 1.0
     config.attack.step_size = "5/255"
     config.attack.router_grad = "ste_selected"
-    config.attack.router_weight = 1.0
     config.optim.backbone.schedule = "cosine_epoch"
     config.optim.router.schedule = "cosine_epoch"
     config.optim.router.learning_rate = 0.1
