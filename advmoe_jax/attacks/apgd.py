@@ -20,6 +20,7 @@ from advmoe_jax.ops import balls
 _MOMENTUM = 0.75  # share of the step in an update, the rest goes to the last movement
 _L1_SHRINK, _L1_SMALLEST = 1.5, 10.0
 _L1_PHASES = ((3, 0.3), (2, 0.3), (1, 0.4))  # budgets in eps, and shares of the steps
+NORMS = balls.NORMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     Raises:
         UserError: a setting is out of range.
     """
-    one_of("norm", config.norm, balls.NORMS)
+    one_of("norm", config.norm, NORMS)
     one_of("driver", config.driver, driver.DRIVERS)
     for name, least in dict(num_steps=1, restarts=1, targets=0, eot=0).items():
         units.whole(getattr(config, name), least, f"apgd's {name}")

@@ -216,12 +216,15 @@ def rounds(one: Callable[[Inputs, int], dict[str, jax.Array]], inputs: Inputs, w
         inputs: of all rows.
         worst: what is known before the first round.
         num_rounds: how many.
-        stops: whether, outside a traced program, rows that are broken are left out of further rounds.
+        stops: whether a row that is broken keeps its candidate; outside a traced program it is left out.
     """
     size = _size(inputs.rows)
     for number in range(num_rounds):
-        if not stops or is_traced((inputs, worst)):
+        if not stops:
             worst = worse(worst, one(inputs, number))
+            continue
+        if is_traced((inputs, worst)):
+            worst = select(worst["broken"], worst, worse(worst, one(inputs, number)))
             continue
         going = np.flatnonzero(~meshes.fetch(worst["broken"]))
         if len(going) == 0:

@@ -18,6 +18,7 @@ from advmoe_jax.ops import balls, hyperplanes
 _MOST_TOWARDS_CLEAN = 0.1  # alpha_max
 _BEYOND_THE_PLANE = 1.05  # eta
 _BACK = 0.9  # beta
+NORMS = balls.NORMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     Raises:
         UserError: a setting is out of range.
     """
-    one_of("norm", config.norm, balls.NORMS)
+    one_of("norm", config.norm, NORMS)
     one_of("driver", config.driver, driver.DRIVERS)
     one_of("fab's beyond", config.beyond, minimal.BEYOND)
     for name, least in dict(num_steps=1, restarts=1, targets=0).items():

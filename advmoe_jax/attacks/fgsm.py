@@ -6,6 +6,9 @@ from collections.abc import Callable
 import jax
 
 from advmoe_jax.attacks import objectives, pgd
+from advmoe_jax.ops import balls
+
+NORMS = balls.NORMS
 
 
 @dataclasses.dataclass(frozen=True)

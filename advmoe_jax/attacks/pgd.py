@@ -17,6 +17,7 @@ from advmoe_jax.ops import balls
 
 STARTS = ("uniform", "gaussian", "none")
 _TRADES_NOISE = 0.001
+NORMS = balls.NORMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +60,12 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     Raises:
         UserError: a setting is out of range.
     """
-    one_of("norm", config.norm, balls.NORMS)
+    one_of("norm", config.norm, NORMS)
     one_of("start", config.start, STARTS)
     one_of("keep", config.keep, ("best", "last"))
     one_of("driver", config.driver, driver.DRIVERS)
     if config.early_stop and config.keep == "last":
-        raise UserError("pgd has early_stop=True and keep='last': expected keep='best', since it stops at what it keeps")
+        raise UserError("pgd has early_stop=True and keep='last': expected keep='best', which it may stop at")
     for name in ("num_steps", "restarts"):
         units.whole(getattr(config, name), 1, f"pgd's {name}")
     eps = units.eps(config.eps, config.norm)

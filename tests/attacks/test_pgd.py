@@ -254,9 +254,9 @@ def test_step_sizes(step_size, num_steps, expected):
 
 def test_the_same_settings_are_the_same_program():
     """Equal and equally hashed: compiled programs are found again."""
-    programs = [pgd._PGD("l2", "uniform", objectives.get("ce"), True) for _ in range(2)]
+    programs = [pgd._PGD("l2", "uniform", objectives.get("ce"), True, False) for _ in range(2)]
     assert programs[0] == programs[1] and hash(programs[0]) == hash(programs[1])
-    assert programs[0] != pgd._PGD("l2", "uniform", objectives.get("margin"), True)
+    assert programs[0] != pgd._PGD("l2", "uniform", objectives.get("margin"), True, False)
 
 
 def test_host_driver_leaves_its_inputs_alone():
@@ -298,7 +298,7 @@ def test_text_with_a_fraction_and_words():
     ("pgd(num_steps", ["cannot be read", "pgd(num_steps"]),
     ("pgd)", ["cannot be read"]),
     ("pgd(num_steps)", ["num_steps", "no value", "name=value"]),
-    ("pgd(num_steps=0)", ["num_steps=0", "1 or more"]),
+    ("pgd(num_steps=0)", ["num_steps is 0", "1 or more"]),
     ("pgd(eps=8)", ["8/255"]),
     ("pgd(num_steps=)", ["num_steps"]),
     ("pgd(num_steps=many)", ["num_steps", "many"]),
