@@ -10,7 +10,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import advmoe_jax
-from advmoe_jax.attacks import parse
+from advmoe_jax.attacks import parse, suites, verdicts
+from advmoe_jax.attacks.suites import Suite
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import xla
@@ -18,6 +19,7 @@ from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.report import macs, reports, results
 from advmoe_jax.systems.assemble import Experiment, assemble
 from advmoe_jax.train import checkpoint, evaluate, log, loop, preemption
+from advmoe_jax.train import state as states
 
 
 def start(flags: argparse.Namespace, overrides: list[str]) -> None:
@@ -36,12 +38,12 @@ def start(flags: argparse.Namespace, overrides: list[str]) -> None:
         one_of("checkpoint", flags.checkpoint, ("best", "last"))
     config, workdir = _config(flags, overrides)
     with preemption.stops(), meshes.cluster(flags.coordinator, flags.num_processes, flags.process_id):
-        attacks = _attacks(config)
+        chosen = _suites(config)
         experiment = assemble(config)
         if flags.mode == "train":
             _train(experiment, workdir)
         which = (flags.checkpoint,) if flags.checkpoint else ("best", "last")
-        _evaluate(experiment, workdir, attacks, which, keep=flags.mode == "train")
+        _evaluate(experiment, workdir, chosen, which, keep=flags.mode == "train")
         if jax.process_index() == 0:
             reports.write([workdir])
 
@@ -75,11 +77,15 @@ def _config(flags: argparse.Namespace, overrides: list[str]) -> tuple[ConfigDict
     return config, workdir
 
 
-def _attacks(config: ConfigDict) -> tuple[parse.Spec, ...]:
-    """The attacks of `config.eval`; what they leave open is as in training. Those of `config.train` are checked too."""
+def _suites(config: ConfigDict) -> tuple[Suite, ...]:
+    """What `config.eval` asks for, the rest being as in training. The attack of `config.train` is checked too."""
     parse.attacks(config.train.attack, norm=config.attack.norm, eps=config.attack.eps)
-    return parse.attacks(config.eval.attacks, norm=config.eval.norm or config.attack.norm,
-                         eps=config.eval.eps or config.attack.eps)
+    norm, budgets = config.eval.norm or config.attack.norm, config.eval.eps or config.attack.eps
+    chosen = []
+    for eps in map(str.strip, budgets.split(",")):
+        chosen += ([suites.together(config.eval.suite, norm, eps)] if config.eval.suite
+                   else suites.alone(config.eval.attacks, norm, eps))
+    return tuple(chosen)
 
 
 def _train(experiment: Experiment, workdir: Path) -> None:
@@ -101,14 +107,14 @@ def _train(experiment: Experiment, workdir: Path) -> None:
     loop.run(config, workdir, experiment.system, experiment.train, experiment.select, experiment.mesh)
 
 
-def _evaluate(experiment: Experiment, workdir: Path, specs: tuple[parse.Spec, ...], which: tuple[str, ...],
+def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], which: tuple[str, ...],
               keep: bool) -> None:
     """Attacks checkpoints on the test images and writes what came out.
 
     Args:
         experiment: what was trained.
         workdir: holds the checkpoints; gets results.json.
-        specs: the attacks.
+        suites: the attacks.
         which: checkpoints, "best", "last" or a step.
         keep: whether measurements that are there already stay.
     """
@@ -128,32 +134,26 @@ def _evaluate(experiment: Experiment, workdir: Path, specs: tuple[parse.Spec, ..
                 "config": config.name, "method": system.describe, "selected_on": config.train.select_on,
                 "data": config.data.name, "macs": macs.count(system.network), "precision": {
                     "verdicts": "float32", "attacks": jax.config.jax_default_matmul_precision or "default"},
-                "backend": jax.default_backend(),
+                "backend": jax.default_backend(), "n": len(indices),
                 "versions": {"advmoe_jax": advmoe_jax.__version__, "jax": jax.__version__}}
-
-            def is_due(spec):
-                entry = {"attack": spec.label, "settings": spec.settings, "n": len(indices)} | common | spec.settings
-                return any((results.entry_id(entry | {"checkpoint": name}), step) not in done for name in names)
-
-            due = tuple(filter(is_due, specs))
-            if not due:
-                continue
-            state = saved.restore(names[0], abstract)
-            log.say(f"attacking the {' and '.join(names)} checkpoint (step {step}) on {len(indices)} test images: "
-                    f"{', '.join(spec.label for spec in due)}")
-            found = evaluate.predictions(
-                system, state, experiment.test, indices, due, mesh=experiment.mesh,
-                batch_size=config.eval.batch_size, seed=config.eval.seed, views=system.views)
-            records = evaluate.summarize(found, due, system.views, system.network.num_experts)
-            if jax.process_index() == 0:
-                examples = [_examples(found, attacked, indices) for attacked in found["attacked"]]
-                for name in names:
-                    results.add(workdir, [{"checkpoint": name} | common | record for record in records], examples)
+            for suite in suites:
+                ids = [results.entry_id(common | {"checkpoint": name, "attack": suite.name, "norm": suite.norm,
+                                                  "eps": suite.eps, "settings": suite.settings}) for name in names]
+                if all((entry, step) in done for entry in ids):
+                    continue
+                state = saved.restore(names[0], abstract)
+                log.say(f"attacking the {' and '.join(names)} checkpoint (step {step}) on {len(indices)} test images: "
+                        f"{suite.name}")
+                kept = results.FileLog(workdir / "eval" / ids[0], {"step": step, "weights": states.fingerprint(state)},
+                                       writes=jax.process_index() == 0)
+                found = evaluate.run(
+                    system, state, experiment.test, indices, suite, mesh=experiment.mesh,
+                    batch_size=config.eval.batch_size, seed=config.eval.seed, log=kept)
+                record = common | evaluate.summarize(found, suite, system.network.num_experts)
+                if jax.process_index() == 0:
+                    adversarial = verdicts.adversarial(found, kept)
+                    for name in names:
+                        results.add(workdir, {"checkpoint": name} | record, found, adversarial)
+                    kept.finish()
     finally:
         saved.close()
-
-
-def _examples(found, attacked, indices):
-    return {"index": indices, "label": found["label"], "clean_prediction": found["clean"],
-            "clean_experts": found["clean_ids"], "adversarial_prediction": attacked["label"],
-            "adversarial_experts": attacked["ids"]}

@@ -121,7 +121,7 @@ def test_the_same_command_again_changes_nothing(method, run, monkeypatch):
     workdir = run(method)
     before = listing(workdir)
     monkeypatch.setattr(pipeline, "batch_indices", never)
-    monkeypatch.setattr(evaluate, "predictions", never)
+    monkeypatch.setattr(evaluate, "run", never)
     assert main.main(flags(workdir, method)) == 0
     after = listing(workdir)
     assert after.keys() == before.keys()

@@ -84,6 +84,7 @@ class Ledger:
 
 
 _ledger: contextvars.ContextVar[Ledger | None] = contextvars.ContextVar("ledger", default=None)
+_real: contextvars.ContextVar[int | None] = contextvars.ContextVar("real", default=None)
 
 
 @contextlib.contextmanager
@@ -97,10 +98,20 @@ def counted() -> Iterator[Ledger]:
         _ledger.reset(token)
 
 
+@contextlib.contextmanager
+def real_rows(count: int) -> Iterator[None]:
+    """Says that the rows from `count` on are fillers while it is open: they are neither counted nor waited for."""
+    token = _real.set(count)
+    try:
+        yield
+    finally:
+        _real.reset(token)
+
+
 def count(cost: tuple[int, int], rows: int) -> None:
     """Counts one pass that no program makes, such as the clean one."""
     if ledger := _ledger.get():
-        ledger.add(cost, 1, rows, rows)
+        ledger.add(cost, 1, min(rows, _real.get() or rows), rows)
 
 
 @functools.partial(jax.jit, static_argnames=("program",))
@@ -176,11 +187,12 @@ def _run_in_chunks(program, inputs, num_steps, on_host):
     carry = whole = _start(program, inputs)
     size = batch = _size(inputs.rows)
     where = np.arange(size)  # the row of `whole` that each row of `carry` is, or `size` for a filler
+    real = min(size, _real.get() or size)
     rows, i = inputs.rows, 0
     while i < num_steps:
         end = min(i + _CHUNK, num_steps) if program.stops else num_steps
         if ledger := _ledger.get():
-            ledger.add(program.cost, end - i, int((where < size).sum()), batch)
+            ledger.add(program.cost, end - i, int((where < real).sum()), batch)
         now = inputs._replace(rows=rows)
         if on_host:
             for step in range(i, end):
@@ -190,7 +202,7 @@ def _run_in_chunks(program, inputs, num_steps, on_host):
         i = end
         if not program.stops or i == num_steps:
             continue
-        going = np.flatnonzero(~meshes.fetch(_done(program, carry)) & (where < size))
+        going = np.flatnonzero(~meshes.fetch(_done(program, carry)) & (where < real))
         if len(going) == 0:
             break
         if (smaller := bucket(len(going), size, _devices(rows))) < batch:
@@ -226,14 +238,15 @@ def rounds(one: Callable[[Inputs, int], dict[str, jax.Array]], inputs: Inputs, w
         if is_traced((inputs, worst)):
             worst = select(worst["broken"], worst, worse(worst, one(inputs, number)))
             continue
-        going = np.flatnonzero(~meshes.fetch(worst["broken"]))
+        going = np.flatnonzero(~meshes.fetch(worst["broken"])[:_real.get()])
         if len(going) == 0:
             break
         if (batch := bucket(len(going), size, _devices(inputs.rows))) == size:
             worst = _worse(worst, one(inputs, number))
             continue
         take = filled(going, batch)
-        found = one(inputs._replace(rows=gather(inputs.rows, take)), number)
+        with real_rows(len(going)):
+            found = one(inputs._replace(rows=gather(inputs.rows, take)), number)
         where = np.where(np.arange(batch) < len(going), take, size)
         worst = scatter(worst, _worse(gather(worst, take), found), where)
     return worst

@@ -20,6 +20,11 @@ class Config:
     loss: str | objectives.Objective = "ce"
 
 
+def label(config: Config) -> str:
+    """As tables name it: "fgsm"."""
+    return "fgsm"
+
+
 def make(config: Config = Config()) -> Callable[..., jax.Array]:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`: one step of PGD from the clean image, kept as it is."""
     return pgd.make(pgd.Config(config.norm, config.eps, num_steps=1, step_size="1 eps", start="none",

@@ -22,17 +22,13 @@ class Spec:
         name: of its module.
         config: its settings.
         run: attack(logits_fn, key, x, y) -> x_adv.
+        label: as tables name it: "pgd-50", "apgd-t".
     """
 
     name: str
     config: Any
     run: Callable[..., jax.Array]
-
-    @property
-    def label(self) -> str:
-        """As tables name it: "pgd-50", "fgsm"."""
-        steps = getattr(self.config, "num_steps", None)
-        return self.name if steps is None else f"{self.name}-{steps}"
+    label: str
 
     @property
     def settings(self) -> dict[str, str]:
@@ -52,7 +48,7 @@ def attack(name: str, **settings: Any) -> Spec:
         if setting not in fields:
             raise unknown_name(f"setting of {name}", setting, fields)
     config = module.Config(**settings)
-    return Spec(name, config, module.make(config))
+    return Spec(name, config, module.make(config), module.label(config))
 
 
 def attacks(text: str, **defaults: Any) -> tuple[Spec, ...]:

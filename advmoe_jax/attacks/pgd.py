@@ -50,6 +50,11 @@ class Config:
     driver: str = "auto"
 
 
+def label(config: Config) -> str:
+    """As tables name it: "pgd-50"."""
+    return f"pgd-{config.num_steps}"
+
+
 def make(config: Config = Config()) -> Callable[..., jax.Array]:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`.
 

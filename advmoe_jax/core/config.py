@@ -85,8 +85,9 @@ def default() -> ConfigDict:
             select_on="validation",  # validation | test (as papers do; optimistic)
             attack="pgd(num_steps=10)", num_examples=1000),  # what selects the best checkpoint
         eval=dict(
-            attacks="pgd",  # separated by spaces, with options: "fgsm pgd(num_steps=20,norm=l2,eps=0.5)"
-            norm="", eps="",  # empty: those of training
+            attacks="pgd",  # each alone, with options: "fgsm pgd(num_steps=20,norm=l2,eps=0.5)"
+            suite="",  # in their place: a name in attacks/suites.py, or attacks that count as one worst case
+            norm="", eps="",  # empty: those of training; several eps: "2/255,4/255,8/255"
             n=0,  # test images; 0 for all
             batch_size=250, seed=0),
     )).lock()
@@ -197,7 +198,8 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"eval.norm is {config.eval.norm} and eval.eps is not set: expected an eps in that norm, since "
                         f"attack.eps is for {config.attack.norm}")
     if config.eval.eps:
-        units.eps(config.eval.eps, config.eval.norm or config.attack.norm, "eval.eps")
+        for eps in config.eval.eps.split(","):
+            units.eps(eps, config.eval.norm or config.attack.norm, "eval.eps")
     one_of("train.select_on", config.train.select_on, ("validation", "test"))
     for name in ("length", "eval_every", "save_every", "log_every"):
         amount, unit = units.length(config.train[name], f"train.{name}")

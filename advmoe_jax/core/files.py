@@ -44,6 +44,19 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_bytes(path, content.getvalue())
 
 
+def append_json_line(path: Path, record: dict[str, Any]) -> None:
+    """Adds a line to a JSON Lines file; a last line that was cut off is replaced."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        file.seek(0)
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSON Lines file; a last line that was cut off is left out."""
     if not Path(path).exists():

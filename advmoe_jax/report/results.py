@@ -1,13 +1,18 @@
 """results.json: the index of everything that was measured in a workdir, and the details beside it."""
 
+import csv
+import io
 import json
 import re
+import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from advmoe_jax.attacks.verdicts import Found
 from advmoe_jax.core import files
 from advmoe_jax.core.errors import UserError
 
@@ -47,20 +52,110 @@ def read(workdir: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def add(workdir: Path, records: list[dict[str, Any]], examples: list[dict[str, np.ndarray]]) -> None:
-    """Adds measurements; one of the same id is replaced.
+class FileLog:
+    """A verdicts.Log in a folder: log.jsonl, and parts/ with the arrays of each of its lines.
+
+    Args:
+        folder: eval/<id> of a workdir.
+        about: what is evaluated, such as the step and a hash of the weights.
+        writes: whether this process writes, one of a cluster does.
+    Raises:
+        UserError: the folder holds an unfinished evaluation of something else.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any], writes: bool = True):
+        self.folder, self._writes = Path(folder), writes
+        stored, finished = self.folder / "about.json", (self.folder / "summary.json").exists()
+        if not finished and stored.exists() and json.loads(stored.read_text()) != about:
+            raise UserError(f"{self.folder} holds an unfinished evaluation of another model: expected "
+                            f"{', '.join(f'{k} {v}' for k, v in about.items())}; delete the folder to start it anew")
+        self._records = [] if finished else files.read_json_lines(self.folder / "log.jsonl")
+        if writes:
+            if finished:
+                shutil.rmtree(self.folder)
+            files.write_json(stored, about)
+
+    def read(self) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+        """All that was added, oldest first."""
+        for number, record in enumerate(self._records):
+            with np.load(self._part(number)) as arrays:
+                yield record, dict(arrays)
+
+    def add(self, record: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        """Keeps a record and its arrays: the line follows when the arrays are there."""
+        if self._writes:
+            files.write_npz(self._part(len(self._records)), arrays)
+            files.append_json_line(self.folder / "log.jsonl", record)
+        self._records.append(record)
+
+    def finish(self) -> None:
+        """Deletes the parts."""
+        shutil.rmtree(self.folder / "parts", ignore_errors=True)
+
+    def _part(self, number):
+        return self.folder / "parts" / f"{number:05d}.npz"
+
+
+def examples(found: Found) -> dict[str, np.ndarray]:
+    """What happened to each image: arrays with one row an image, or one row an attempt and a column an image.
+
+    `broken_by` is the number of the first attempt that broke the image, -1 where none did and -2 where it was
+    misclassified when clean.
+    """
+    called = {"label": "prediction", "ids": "experts"}
+    arrays = {"index": found.index, "label": found.label, "broken_by": broken_by(found),
+              **{f"clean_{called.get(name, name)}": values for name, values in found.clean.items()}}
+    names = [name for name in (found.attempts[0].after if found.attempts else ())
+             if all(name in attempt.after for attempt in found.attempts)]
+    return arrays | {f"adversarial_{called.get(name, name)}": np.stack([
+        attempt.after[name] for attempt in found.attempts]) for name in names}
+
+
+def broken_by(found: Found) -> np.ndarray:
+    """(m,) see `examples`."""
+    first = np.where(found.correct, -1, -2)
+    for number, attempt in reversed(list(enumerate(found.attempts))):
+        first[found.correct & ~found.survivors([attempt])] = number
+    return first
+
+
+def table(found: Found) -> str:
+    """`examples` as CSV, one line an image, with what the attempt that broke it did, or the last one that tried."""
+    names = ("index", "label", "clean_prediction", "clean_margin", "broken_by", "view", "adversarial_prediction",
+             "adversarial_margin", "linf", "l2", "l1", "l0", "experts_clean", "experts_adversarial")
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    for row, number in enumerate(broken_by(found)):
+        tried = [n for n, attempt in enumerate(found.attempts) if attempt.attacked[row]]
+        attempt = found.attempts[number if number >= 0 else tried[-1]] if tried else None
+        after = {name: values[row] for name, values in (attempt.after if attempt else found.clean).items()}
+        writer.writerow((
+            found.index[row], found.label[row], found.clean["label"][row], f"{found.clean['margin'][row]:.6g}",
+            {-1: "", -2: "clean"}.get(int(number), attempt and attempt.spec.label), attempt.view if attempt else "",
+            after["label"], f"{after['margin']:.6g}",
+            *(f"{after.get(norm, 0):.6g}" for norm in ("linf", "l2", "l1", "l0")),
+            *(" ".join(map(str, ids[row])) if ids is not None else "" for ids in (
+                found.clean.get("ids"), attempt.after.get("ids") if attempt else found.clean.get("ids")))))
+    return out.getvalue()
+
+
+def add(workdir: Path, record: dict[str, Any], found: Found, adversarial: dict[str, np.ndarray]) -> None:
+    """Adds a measurement; one of the same id is replaced.
 
     Args:
         workdir: holds results.json and eval/<id>/.
-        records: one a measurement.
-        examples: for each, arrays with one row an image, kept as examples.npz.
+        record: what was measured.
+        found: for examples.npz and examples.csv.
+        adversarial: {"index", "x_adv"} of the images that were broken, for adversarial.npz.
     """
     entries = {entry["id"]: entry for entry in read(workdir)}
-    for record, arrays in zip(records, examples):
-        record = {"id": entry_id(record)} | record
-        folder = Path(workdir) / "eval" / record["id"]
-        files.write_npz(folder / "examples.npz", arrays)
-        files.write_json(folder / "summary.json", record)
-        entries.pop(record["id"], None)
-        entries[record["id"]] = record
+    record = {"id": entry_id(record)} | record
+    folder = Path(workdir) / "eval" / record["id"]
+    files.write_npz(folder / "examples.npz", examples(found))
+    files.write_npz(folder / "adversarial.npz", adversarial)
+    files.write_text(folder / "examples.csv", table(found))
+    files.write_json(folder / "summary.json", record)
+    entries.pop(record["id"], None)
+    entries[record["id"]] = record
     files.write_json(Path(workdir) / "results.json", {"schema": SCHEMA, "entries": list(entries.values())})

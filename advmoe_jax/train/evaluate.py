@@ -1,164 +1,96 @@
 """Standard and robust accuracy of a trained model.
 
-A robust example is classified correctly when clean and under every gradient that was attacked through. A routed
-model is attacked through several (its views); its robust accuracy is the worst case per example, and the accuracy
-under each is shown beside it. B batch, L routed choices, E experts, V views.
+A robust example is classified correctly when clean and after every attack. A routed model is attacked through several
+gradients (its views); its robust accuracy is the worst case per example. m images, L routed choices, E experts.
 """
 
-import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import objectives
-from advmoe_jax.attacks.parse import Spec
+from advmoe_jax.attacks import verdicts
+from advmoe_jax.attacks.suites import Suite
+from advmoe_jax.attacks.verdicts import Found
 from advmoe_jax.core import mesh as meshes
-from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import UserError
-from advmoe_jax.data import pipeline
-from advmoe_jax.ops import augment, balls, routing
+from advmoe_jax.core import units
+from advmoe_jax.ops import augment, routing
 from advmoe_jax.ops.statistics import wilson
 from advmoe_jax.train.state import State
 from advmoe_jax.train.system import System
 
-
-@jax.jit
-def _predict(outputs_fn, x):
-    with jax.default_matmul_precision("float32"):  # an accelerator's own default is coarser
-        logits, aux = outputs_fn(x)
-    return jnp.where(jnp.any(jnp.isnan(logits), -1), -1, jnp.argmax(logits, -1)), aux.get("expert_ids")
+_to_float = jax.jit(augment.to_float)
 
 
-@jax.jit
-def _to_float(images):
-    return augment.to_float(images)
-
-
-@jax.jit
-def _logits(outputs_fn, x):
-    return outputs_fn(x)[0]
-
-
-def predictions(system: System, state: State, arrays: dict[str, np.ndarray], indices: np.ndarray,
-                specs: tuple[Spec, ...], *, mesh, batch_size: int, seed: int, views: tuple[str, ...]
-                ) -> dict[str, Any]:
-    """What the model says about every image, clean and attacked.
-
-    Attack keys are folded from the index of the image, so that nothing depends on the batch size. The last batch
-    is padded and the padding dropped afterwards.
+def run(system: System, state: State, arrays: dict[str, np.ndarray], indices: np.ndarray, suite: Suite, *, mesh,
+        batch_size: int, seed: int, log: verdicts.Log | None = None) -> Found:
+    """Attacks a model with a suite, through every view of the system.
 
     Args:
         system: gives the model.
         state: its weights.
         arrays: {"image": (n, H, W, C) uint8, "label": (n,)}.
         indices: (m,) images to evaluate.
-        specs: attacks.
+        suite: the attacks.
         mesh: of all devices.
         batch_size: at most; rounded up to a multiple of the devices.
         seed: of the attacks.
-        views: gradients to attack through.
-    Returns:
-        "label", "clean" (m,), "clean_ids" (m, L) or None, and per attack, in order, in "attacked": "label" and
-        "ids" of shapes (V, m), (V, m, L), the largest norm of a perturbation, and seconds.
+        log: see verdicts.run.
     """
-    batch_size = -(-min(batch_size, len(indices)) // mesh.size) * mesh.size
-    hard = system.outputs_fn(state, "none")
-    rows: list[dict[str, Any]] = []
-    seconds = [0.0] * len(specs)
-    for index, mask in pipeline.padded_batches(indices, batch_size):
-        batch = meshes.put_batch(mesh, index, arrays)
-        x, y = _to_float(batch["image"]), batch["label"]
-        clean, clean_ids = meshes.fetch(_predict(hard, x))
-        row = {"clean": clean[mask], "ids": None if clean_ids is None else clean_ids[mask], "attacked": []}
-        for i, spec in enumerate(specs):
-            start = time.perf_counter()
-            keys = rng.per_example(rng.key(seed, f"attack_eval/{spec.name}"), batch["index"])
-            goal = _logits(hard, x) if getattr(spec.config, "loss", "") == "kl" else y
-            outcomes = []
-            for view in views:
-                x_adv = spec.run(objectives.logits_fn(system.outputs_fn(state, view)), keys, x, goal)
-                size = _checked_size(x_adv, x, spec)
-                label, ids = meshes.fetch(_predict(hard, x_adv))
-                outcomes.append((label[mask], None if ids is None else ids[mask], size))
-            row["attacked"].append(outcomes)
-            seconds[i] += time.perf_counter() - start
-        rows.append(row)
-    return {
-        "label": arrays["label"][indices], "clean": np.concatenate([r["clean"] for r in rows]),
-        "clean_ids": _join([r["ids"] for r in rows]),
-        "attacked": [{
-            "label": np.stack([np.concatenate([r["attacked"][i][v][0] for r in rows]) for v in range(len(views))]),
-            "ids": _stack([_join([r["attacked"][i][v][1] for r in rows]) for v in range(len(views))]),
-            "largest_norm": max(r["attacked"][i][v][2] for r in rows for v in range(len(views))),
-            "seconds": seconds[i]} for i in range(len(specs))]}
+    def source(rows):
+        batch = meshes.put_batch(mesh, rows, arrays)
+        return batch | {"image": _to_float(batch["image"])}
+
+    return verdicts.run(
+        {view: system.outputs_fn(state, view) for view in system.views}, source, indices, arrays["label"][indices],
+        suite.specs, key=jax.random.key(seed), batch_size=-(-min(batch_size, len(indices)) // mesh.size) * mesh.size,
+        survivors_only=suite.survivors_only, log=log)
 
 
-def _join(parts):
-    return None if parts[0] is None else np.concatenate(parts)
-
-
-def _stack(parts):
-    return None if parts[0] is None else np.stack(parts)
-
-
-@jax.jit
-def _extent(x_adv, x):
-    delta = x_adv - x
-    # On several devices min and max lose a NaN.
-    return (jnp.all(jnp.isfinite(x_adv)), jnp.min(x_adv), jnp.max(x_adv),
-            {kind: jnp.max(balls.norm(delta, kind)) for kind in balls.NORMS})
-
-
-def _checked_size(x_adv, x, spec) -> float:
-    """The largest perturbation of a batch; an attack that left its budget or the box is a bug, not a result."""
-    finite, low, high, sizes = meshes.fetch(_extent(x_adv, x))
-    eps = units.eps(spec.config.eps, spec.config.norm)
-    size = float(sizes[spec.config.norm])
-    if not (finite and size <= eps * (1 + 1e-4) + 1e-6 and low >= 0 and high <= 1):
-        raise UserError(f"{spec.label} left its budget: {spec.config.norm} norm {size:.6g} for eps {eps:.6g}, "
-                        f"pixels {low:.6g} to {high:.6g} for 0 to 1; its result is discarded")
-    return size
-
-
-def survivors(found: dict[str, Any]) -> np.ndarray:
-    """Which of the images (m,) are classified correctly when clean, and under every attack and view."""
-    robust = found["clean"] == found["label"]
-    for attacked in found["attacked"]:
-        robust &= (attacked["label"] == found["label"]).all(0)
-    return robust
-
-
-def summarize(found: dict[str, Any], specs: tuple[Spec, ...], views: tuple[str, ...], num_experts: int
-              ) -> list[dict[str, Any]]:
-    """One record per attack: rates as fractions in [0, 1] with Wilson 95 % intervals.
+def summarize(found: Found, suite: Suite, num_experts: int) -> dict[str, Any]:
+    """The record of a run: rates as fractions in [0, 1] with Wilson 95 % intervals.
 
     Args:
-        found: from `predictions`.
-        specs, views: as given to it.
+        found: from `run`.
+        suite: as given to it.
         num_experts: E.
     """
-    correct = found["clean"] == found["label"]
-    n = len(correct)
-    records = []
-    for spec, attacked in zip(specs, found["attacked"]):
-        survives = correct & (attacked["label"] == found["label"])
-        robust = survives.all(0)
-        record = {
-            "attack": spec.label, "norm": spec.config.norm, "eps": str(spec.config.eps),
-            "eps_value": units.eps(spec.config.eps, spec.config.norm),
-            "settings": spec.settings, "n": n,
-            "sa": float(correct.mean()), "sa_interval": wilson(correct.sum(), n),
-            "ra": float(robust.mean()), "ra_interval": wilson(robust.sum(), n),
-            "ra_by_view": {view: float(s.mean()) for view, s in zip(views, survives)},
-            "largest_norm": attacked["largest_norm"], "seconds": round(attacked["seconds"], 2)}
-        if num_experts > 1:
-            counts = np.asarray(routing.load(jnp.asarray(found["clean_ids"]), num_experts))
-            worst = int(survives.mean(1).argmin())
-            record |= {
-                "load": (counts / n).tolist(),
-                "load_entropy": np.asarray(routing.load_entropy(counts)).tolist(),
-                "flip_rate": (attacked["ids"][worst] != found["clean_ids"]).mean(0).tolist()}
-        records.append(record)
-    return records
+    n, robust = len(found.index), found.survivors()
+    attempts, stands = [], found.correct
+    for attempt in found.attempts:
+        survives = found.survivors([attempt])
+        stands = stands & survives
+        attempts.append({
+            "attack": attempt.spec.label, "view": attempt.view, "settings": attempt.spec.settings,
+            "attacked": int(attempt.attacked.sum()), "broken": int((attempt.attacked & ~survives).sum()),
+            "ra_after": float(stands.mean()), "seconds": round(attempt.seconds, 2), **attempt.passes})
+    record = {
+        "attack": suite.name, "norm": suite.norm, "eps": suite.eps,
+        "eps_value": units.eps(suite.eps, suite.norm) if suite.norm and suite.eps else 0.0, "settings": suite.settings,
+        "n": n, "sa": float(found.correct.mean()), "sa_interval": wilson(found.correct.sum(), n),
+        "ra": float(robust.mean()), "ra_interval": wilson(robust.sum(), n),
+        "ra_by_view": {} if suite.survivors_only else {
+            attempt.view: float(found.survivors([attempt]).mean()) for attempt in found.attempts},
+        "attempts": attempts, "largest_norm": _largest_norm(found.attempts),
+        "seconds": round(sum(attempt.seconds for attempt in found.attempts), 2)}
+    if num_experts > 1:
+        counts = np.asarray(routing.load(jnp.asarray(found.clean["ids"]), num_experts))
+        record |= {
+            "load": (counts / n).tolist(), "load_entropy": np.asarray(routing.load_entropy(counts)).tolist(),
+            "flip_rate": _flip_rate(found).tolist()}
+    return record
+
+
+def _largest_norm(attempts: Sequence[verdicts.Attempt]) -> float:
+    return max((float(np.max(attempt.after[attempt.spec.config.norm], initial=0)) for attempt in attempts
+                if getattr(attempt.spec.config, "norm", "") in attempt.after), default=0.0)
+
+
+def _flip_rate(found: Found) -> np.ndarray:
+    """(L,) share of the attacked images whose expert changes under the attempt that breaks most of its images."""
+    worst = min(found.attempts, key=lambda attempt: found.survivors([attempt])[attempt.attacked].mean(
+        ) if attempt.attacked.any() else 1.0)
+    flips = worst.after["ids"] != found.clean["ids"]
+    return flips[worst.attacked].mean(0) if worst.attacked.any() else np.zeros(flips.shape[-1])

@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from advmoe_jax.attacks import parse
+from advmoe_jax.attacks.suites import Suite
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, units
 from advmoe_jax.core.errors import NonFiniteError, Preempted
@@ -140,9 +141,9 @@ def _select_best(config, system, state, step, select, mesh, metrics, saved, best
     """Measures the images that select, keeps the state if its (RA, SA) beats `best`, and returns the better one."""
     arrays, indices = select
     specs = parse.attacks(config.train.attack, norm=config.attack.norm, eps=config.attack.eps)
-    found = evaluate.predictions(system, state, arrays, indices, specs, mesh=mesh,
-                                 batch_size=config.eval.batch_size, seed=config.seed, views=system.views)
-    sa, ra = float((found["clean"] == found["label"]).mean()), float(evaluate.survivors(found).mean())
+    found = evaluate.run(system, state, arrays, indices, Suite("selection", specs, survivors_only=True), mesh=mesh,
+                         batch_size=config.eval.batch_size, seed=config.seed)
+    sa, ra = float(found.correct.mean()), float(found.survivors().mean())
     metrics.write(step, config.train.select_on, {"sa": sa, "ra": ra})
     better = (ra, sa) > best
     if better:

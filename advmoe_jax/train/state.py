@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @functools.partial(
@@ -34,6 +36,14 @@ class State:
     def replace(self, **changes: Any) -> "State":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def fingerprint(state: State) -> str:
+    """A hash of the parameters and statistics, eight hexadecimal digits."""
+    found = 0
+    for leaf in jax.tree.leaves(state.variables):
+        found = zlib.crc32(np.asarray(leaf.addressable_data(0)).tobytes(), found)
+    return f"{found:08x}"
 
 
 def fresh(variables: dict[str, Any], optimizers: dict[str, Any]) -> State:

@@ -1,14 +1,13 @@
 """Evaluation on hand-made systems: what is counted, and that nothing depends on the batches."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advmoe_jax.attacks import parse
+from advmoe_jax.attacks import parse, suites, verdicts
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops.statistics import wilson
@@ -35,9 +34,9 @@ def _outputs(apply, state, view):
     return jax.tree_util.Partial(apply, state, jnp.float32(gain))
 
 
-def _system(routed):
-    return System(init=None, stages=(), outputs_fn=functools.partial(_outputs, _linear if routed else _nothing),
-                  views=(), network=types.SimpleNamespace(num_experts=2 if routed else 1), describe="")
+def _system(apply, views):
+    return System(init=None, stages=(), outputs_fn=functools.partial(_outputs, apply), views=views, network=None,
+                  describe="")
 
 
 @functools.cache
@@ -50,13 +49,18 @@ def _case():
     return weights, {"image": images, "label": label}
 
 
-def _found(specs, *, batch_size=16, views=("none",), routed=True, indices=None, seed=0):
+def _run(suite, *, batch_size=16, views=("none",), apply=_linear, indices=None, seed=0, log=None):
     weights, arrays = _case()
-    specs = parse.attacks(specs) if isinstance(specs, str) else specs
     indices = np.arange(COUNT) if indices is None else indices
-    found = evaluate.predictions(_system(routed), weights, arrays, indices, specs, mesh=meshes.make(),
-                                 batch_size=batch_size, seed=seed, views=views)
-    return found, evaluate.summarize(found, specs, views, 2 if routed else 1)
+    return evaluate.run(_system(apply, views), weights, arrays, indices, suite, mesh=meshes.make(),
+                        batch_size=batch_size, seed=seed, log=log)
+
+
+def _found(text, **more):
+    """What a single attack finds, and its record."""
+    [suite] = suites.alone(text, "linf", "0.05")
+    found = _run(suite, **more)
+    return found, evaluate.summarize(found, suite, 1 if more.get("apply") is _nothing else 2)
 
 
 VIEWS = ("none", "ste_selected", "ste_full")
@@ -69,82 +73,147 @@ def three_views():
 
 
 def test_every_image_is_counted_once(three_views):
-    found, [record] = three_views
+    found, record = three_views
     assert COUNT % 16 and record["n"] == COUNT
-    assert found["clean"].shape == found["label"].shape == (COUNT,)
-    assert found["clean_ids"].shape == (COUNT, 2)
-    assert found["attacked"][0]["label"].shape == (3, COUNT) and found["attacked"][0]["ids"].shape == (3, COUNT, 2)
+    assert found.clean["label"].shape == found.label.shape == (COUNT,) and found.clean["ids"].shape == (COUNT, 2)
+    assert [attempt.view for attempt in found.attempts] == list(VIEWS)
     weights, arrays = _case()
-    np.testing.assert_array_equal(found["clean"], (arrays["image"].reshape(COUNT, -1) / 255 @ weights).argmax(-1))
-    np.testing.assert_array_equal(found["label"], arrays["label"])
+    np.testing.assert_array_equal(found.clean["label"],
+                                  (arrays["image"].reshape(COUNT, -1) / 255 @ weights).argmax(-1))
+    np.testing.assert_array_equal(found.label, arrays["label"])
     assert record["sa"] == pytest.approx(1 - np.mean(np.arange(COUNT) % 7 == 0))
+    for attempt in found.attempts:
+        np.testing.assert_array_equal(attempt.attacked, found.correct)
+        for name in found.clean:
+            np.testing.assert_array_equal(attempt.after[name][~attempt.attacked], found.clean[name][~found.correct])
 
 
 @pytest.mark.parametrize("batch_size", [1, 60])
 def test_nothing_depends_on_the_batch_size(three_views, batch_size):
-    found, _ = _found(PGD, batch_size=batch_size, views=("none",))
-    for name in ("clean", "clean_ids"):
-        np.testing.assert_array_equal(found[name], three_views[0][name])
+    found, _ = _found(PGD, batch_size=batch_size)
     for name in ("label", "ids"):
-        np.testing.assert_array_equal(found["attacked"][0][name][0], three_views[0]["attacked"][0][name][0])
+        np.testing.assert_array_equal(found.clean[name], three_views[0].clean[name])
+        np.testing.assert_array_equal(found.attempts[0].after[name], three_views[0].attempts[0].after[name])
 
 
 def test_a_part_of_the_images_has_the_same_outcomes(three_views):
     """Keys are folded from the index in the data set, not from the position."""
     indices = np.array([40, 3, 17, 22, 9])
     found, _ = _found(PGD, indices=indices)
-    np.testing.assert_array_equal(found["attacked"][0]["label"][0], three_views[0]["attacked"][0]["label"][0][indices])
+    np.testing.assert_array_equal(found.attempts[0].after["label"], three_views[0].attempts[0].after["label"][indices])
 
 
 def test_robust_is_who_is_right_when_clean_and_under_every_view(three_views):
-    found, [record] = three_views
-    survives = (found["clean"] == found["label"]) & (found["attacked"][0]["label"] == found["label"])
+    found, record = three_views
+    survives = np.stack([found.correct & (attempt.after["label"] == found.label) for attempt in found.attempts])
     assert record["ra"] == pytest.approx(survives.all(0).mean())
     assert record["ra_by_view"] == pytest.approx(dict(zip(VIEWS, survives.mean(1))))
     assert record["ra"] <= min(record["ra_by_view"].values()) <= max(record["ra_by_view"].values()) <= record["sa"]
     assert 0 < record["ra_by_view"]["none"] < record["ra_by_view"]["ste_selected"], "a dead gradient is a weaker attack"
 
 
+def test_together_only_survivors_are_attacked_and_the_worst_case_is_the_same(three_views):
+    suite = suites.together(PGD, "linf", "0.05")
+    found = _run(suite, views=VIEWS)
+    record = evaluate.summarize(found, suite, 2)
+    assert (record["attack"], record["ra"], record["ra_by_view"]) == ("pgd-5", three_views[1]["ra"], {})
+    np.testing.assert_array_equal(found.survivors(), three_views[0].survivors())
+    attacked = [attempt["attacked"] for attempt in record["attempts"]]
+    assert attacked[0] == found.correct.sum() > attacked[1] >= attacked[2]
+    assert [a["attacked"] - a["broken"] for a in record["attempts"]][:2] == attacked[1:]
+    assert [a["ra_after"] for a in record["attempts"]][-1] == record["ra"]
+
+
 def test_an_image_that_is_wrong_when_clean_is_not_robust():
-    """Even where the attack happens to push it back to its label."""
-    found, [record] = _found("fgsm(eps=0.9)", views=("ste_full",))
-    assert record["sa"] < 1 and record["ra"] <= record["sa"]
-    mended = (found["clean"] != found["label"]) & (found["attacked"][0]["label"][0] == found["label"])
-    assert np.any(mended), "the wrong gradient makes images right"
+    """It is not attacked either: an attack might push it back to its label."""
+    found, record = _found("fgsm(eps=0.9)", views=("ste_full",))
+    assert 0 < record["sa"] < 1 and record["ra"] <= record["sa"]
+    assert not np.any(found.survivors()[~found.correct]) and not np.any(found.attempts[0].attacked[~found.correct])
 
 
-def test_eps_0_is_the_clean_accuracy():
-    found, records = _found("fgsm(eps=0) pgd(eps=0,num_steps=5) fgsm(eps=0,norm=l2) fgsm(eps=0,norm=l1)")
-    for attacked, record in zip(found["attacked"], records):
-        np.testing.assert_array_equal(attacked["label"][0], found["clean"])
-        assert record["ra"] == record["sa"] and record["largest_norm"] == 0
-        assert record["ra_interval"] == record["sa_interval"] == wilson(round(record["sa"] * COUNT), COUNT)
-        assert record["flip_rate"] == [0, 0]
+@pytest.mark.parametrize("text", [
+    "fgsm(eps=0)", "pgd(eps=0,num_steps=5)", "fgsm(eps=0,norm=l2)", "fgsm(eps=0,norm=l1)"])
+def test_eps_0_is_the_clean_accuracy(text):
+    found, record = _found(text)
+    np.testing.assert_array_equal(found.attempts[0].after["label"], found.clean["label"])
+    assert record["ra"] == record["sa"] and record["largest_norm"] == 0
+    assert record["ra_interval"] == record["sa_interval"] == wilson(round(record["sa"] * COUNT), COUNT)
+    assert record["flip_rate"] == [0, 0]
+
+
+def test_a_stopped_run_goes_on_from_its_log(three_views):
+    """Killed after any batch, it ends with the same, and attacks nothing twice."""
+    suite = suites.together(f"{PGD} fgsm", "linf", "0.05")
+    whole = verdicts.Memory()
+    expected = _run(suite, views=VIEWS, log=whole)
+    assert len(whole) > 6
+    for kept in (1, len(whole) // 2, len(whole) - 1, len(whole)):
+        log = verdicts.Memory(whole[:kept])
+        found = _run(suite, views=VIEWS, log=log)
+        np.testing.assert_array_equal(found.survivors(), expected.survivors())
+        assert len(log) == len(whole)
+        for (record, arrays), (again, same) in zip(whole, log):
+            assert {**record, "seconds": 0} == {**again, "seconds": 0}
+            np.testing.assert_array_equal(arrays["x_adv"], same["x_adv"])
+    assert _run(suite, views=VIEWS).survivors().tolist() == expected.survivors().tolist()
+
+
+def test_adversarial_images_are_those_of_the_first_attempt_that_broke_them():
+    suite = suites.together(f"fgsm {PGD}", "linf", "0.05")
+    log = verdicts.Memory()
+    found = _run(suite, log=log)
+    kept = verdicts.adversarial(found, log)
+    broken = found.correct & ~found.survivors()
+    np.testing.assert_array_equal(kept["index"], np.flatnonzero(broken))
+    weights, arrays = _case()
+    predicted = (kept["x_adv"].reshape(len(kept["index"]), -1) @ weights).argmax(-1)
+    assert np.all(predicted != arrays["label"][broken])
+    x = arrays["image"][broken] / np.float32(255)
+    assert np.all(np.abs(kept["x_adv"] - x) <= 0.05 + 1e-6) and len(kept["index"]) > 3
+
+
+def test_a_batch_that_does_not_fit_is_halved():
+    sizes = []
+
+    def greedy(logits_fn, key, x, y):
+        sizes.append(x.shape[0])
+        if x.shape[0] > 8:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return jnp.clip(x + 0.01, 0, 1)
+
+    config = parse.attack("fgsm", eps=0.05).config
+    found = _run(suites.Suite("greedy", (parse.Spec("greedy", config, greedy, "greedy"),), True), batch_size=32)
+    assert sizes[:3] == [32, 16, 8] and max(sizes[3:]) <= 8
+    assert len(found.survivors()) == COUNT
 
 
 def test_expert_load(three_views):
-    found, [record] = three_views
+    found, record = three_views
     load = np.array(record["load"])
     assert load.shape == (2, 2) and np.allclose(load.sum(-1), 1)
     high = np.mean(_case()[1]["image"].reshape(COUNT, -1) / 255, 1) > 0.5
     np.testing.assert_allclose(load, [[1 - high.mean(), high.mean()], [1, 0]], atol=1e-6)
     assert 0 < record["load_entropy"][0] <= 1 and record["load_entropy"][1] == pytest.approx(0, abs=1e-6)
-    worst = np.mean((found["clean"] == found["label"]) & (found["attacked"][0]["label"] == found["label"]), 1).argmin()
-    flips = (found["attacked"][0]["ids"][worst] != found["clean_ids"]).mean(0)
+    worst = min(found.attempts, key=lambda attempt: found.survivors([attempt]).mean())
+    flips = (worst.after["ids"] != found.clean["ids"])[found.correct].mean(0)
     np.testing.assert_allclose(record["flip_rate"], flips)
 
 
 def test_a_dense_network_has_no_load():
-    found, [record] = _found("fgsm(eps=0.05)", routed=False)
-    assert found["clean_ids"] is None and found["attacked"][0]["ids"] is None
+    found, record = _found("fgsm(eps=0.05)", apply=_nothing)
+    assert "ids" not in found.clean and "ids" not in found.attempts[0].after
     assert not {"load", "load_entropy", "flip_rate"} & record.keys()
 
 
 def test_record_says_what_was_measured(three_views):
-    _, [record] = three_views
+    _, record = three_views
     assert (record["attack"], record["norm"], record["eps"], record["eps_value"]) == ("pgd-5", "linf", "0.05", 0.05)
     assert record["settings"]["num_steps"] == "5"
     assert 0 < record["largest_norm"] <= 0.05 * (1 + 1e-4)
+    correct = round(record["sa"] * COUNT)
+    for attempt in record["attempts"]:  # an iterate is looked at before each of the 5 steps and after the last
+        assert attempt["attacked"] == correct and attempt["forward"] == attempt["backward"] == 6 * correct
+        assert attempt["executed_forward"] == 6 * 16 * -(-correct // 16)
 
 
 def _nan(weights, view_gain, x):
@@ -153,15 +222,10 @@ def _nan(weights, view_gain, x):
 
 
 def test_nan_logits_are_wrong():
-    weights, arrays = _case()
-    system = System(None, (), functools.partial(_outputs, _nan), (), types.SimpleNamespace(num_experts=2), "")
-    specs = parse.attacks("fgsm(eps=0)")
-    found = evaluate.predictions(system, weights, arrays, np.arange(COUNT), specs, mesh=meshes.make(), batch_size=16,
-                                 seed=0, views=("none",))
-    high = np.mean(arrays["image"].reshape(COUNT, -1) / 255, 1) > 0.5
+    found, record = _found("fgsm(eps=0)", apply=_nan)
+    high = np.mean(_case()[1]["image"].reshape(COUNT, -1) / 255, 1) > 0.5
     assert 0.2 < high.mean() < 0.8
-    np.testing.assert_array_equal(found["clean"] == -1, high)
-    [record] = evaluate.summarize(found, specs, ("none",), 2)
+    np.testing.assert_array_equal(found.clean["label"] == -1, high)
     assert record["sa"] == pytest.approx(np.mean((np.arange(COUNT) % 7 != 0) & ~high))
 
 
@@ -173,9 +237,10 @@ def test_nan_logits_are_wrong():
     pytest.param("linf", lambda x: x * jnp.nan, id="nan"),
     pytest.param("linf", lambda x: x.at[3].mul(jnp.nan), id="one nan")])
 def test_an_attack_that_leaves_its_budget_is_refused(norm, leave):
-    spec = parse.Spec("cheat", parse.attack("fgsm", norm=norm, eps=0.1).config, lambda fn, key, x, y: leave(x))
+    config = parse.attack("fgsm", norm=norm, eps=0.1).config
+    spec = parse.Spec("cheat", config, lambda fn, key, x, y: leave(x), "cheat")
     with pytest.raises(UserError, match="cheat left its budget.*discarded"):
-        _found((spec,))
+        _run(suites.Suite("cheat", (spec,), True))
 
 
 @pytest.mark.parametrize("successes, n, low, high", [

@@ -16,6 +16,7 @@ import optax
 import pytest
 from tiny import listing
 
+from advmoe_jax.attacks import verdicts
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, tree
@@ -167,7 +168,7 @@ def test_killed_in_the_middle_of_a_metrics_line(experiment, whole, tmp_path):
 def test_a_finished_run_returns_at_once(experiment, whole, monkeypatch):
     workdir, found = whole
     _at_step(monkeypatch, TOTAL, "data/lower", _kill)
-    monkeypatch.setattr(loop.evaluate, "predictions", lambda *_, **__: _kill())
+    monkeypatch.setattr(loop.evaluate, "run", lambda *_, **__: _kill())
     _train(experiment, workdir)
     _assert_same(_outcome(experiment, workdir), found)
 
@@ -301,12 +302,13 @@ def _plan(patch, rates):
     rates = iter(rates)
     index = np.arange(20)
 
-    def predictions(*_, **__):
+    def found(*_, **__):
         survivors, sa = next(rates)
-        return {"label": np.zeros(20, int), "clean": (index >= 20 * sa).astype(int), "attacked": [
-            {"label": ((index < first) | (index >= end)).astype(int)[None]} for first, end in survivors]}
+        attempts = [verdicts.Attempt(None, "none", index >= 0, {
+            "label": ((index < first) | (index >= end)).astype(int)}, 0., {}) for first, end in survivors]
+        return verdicts.Found(index, np.zeros(20, int), {"label": (index >= 20 * sa).astype(int)}, tuple(attempts))
 
-    patch.setattr(loop.evaluate, "predictions", predictions)
+    patch.setattr(loop.evaluate, "run", found)
 
 
 @pytest.mark.parametrize("rates, best", [

@@ -1,0 +1,250 @@
+"""Who survives: runs attacks one after the other and judges what they return.
+
+The verdict on an image is always that of the model as users have it, in float32, on the very image that the attack
+returned. m images, B of them in a batch.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advmoe_jax.attacks import driver, objectives
+from advmoe_jax.attacks.parse import Spec
+from advmoe_jax.core import mesh as meshes
+from advmoe_jax.core import rng, units
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.ops import balls, losses
+
+Arrays = dict[str, np.ndarray]
+_SLACK = (1 + 1e-4, 1e-6)  # of eps, for the rounding of a norm
+
+
+class Source(Protocol):
+    """Images and labels by their indices."""
+
+    def __call__(self, rows: np.ndarray) -> dict[str, jax.Array]:
+        """{"image": (B, H, W, C) floats in [0, 1], "label": (B,), "index": (B,)} on the devices."""
+
+
+class Log(Protocol):
+    """Where what was found is kept, batch by batch, so that a run that was stopped goes on from there."""
+
+    def read(self) -> Iterable[tuple[dict[str, Any], Arrays]]:
+        """All that was added, oldest first."""
+
+    def add(self, record: dict[str, Any], arrays: Arrays) -> None:
+        """Keeps a record and arrays with one row an image, whole or not at all."""
+
+
+class Memory(list):
+    """A Log that is gone with the process."""
+
+    def read(self):
+        return iter(self)
+
+    def add(self, record, arrays):
+        self.append((record, arrays))
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """An attack through one gradient, and what came of it.
+
+    Attributes:
+        spec: the attack.
+        view: the gradient it went through.
+        attacked: (m,) bool, the images it got.
+        after: {"label", "margin", "linf", "l2", "l1", "l0"} (m,) and, of routed models, "ids" (m, L): predictions on
+            what it returned and sizes of the perturbations; as on clean images where it got none.
+        seconds: it took.
+        passes: through the model, as driver.Ledger counts them.
+    """
+
+    spec: Spec
+    view: str
+    attacked: np.ndarray
+    after: Arrays
+    seconds: float
+    passes: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a run of attacks found.
+
+    Attributes:
+        index, label: (m,) of the images.
+        clean: predictions on them, as Attempt.after.
+        attempts: in order.
+    """
+
+    index: np.ndarray
+    label: np.ndarray
+    clean: Arrays
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def correct(self) -> np.ndarray:
+        """(m,) bool, classified correctly when clean."""
+        return self.clean["label"] == self.label
+
+    def survivors(self, attempts: Sequence[Attempt] | None = None) -> np.ndarray:
+        """(m,) bool, classified correctly when clean and after every attempt."""
+        stands = self.correct
+        for attempt in self.attempts if attempts is None else attempts:
+            stands = stands & (attempt.after["label"] == self.label)
+        return stands
+
+
+def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.ndarray, label: np.ndarray,
+        specs: Sequence[Spec], *, key: jax.Array, batch_size: int, survivors_only: bool, log: Log | None = None
+        ) -> Found:
+    """Runs every attack through every view.
+
+    Attack keys are folded from the index of the image, so that nothing depends on the batch. Images that are
+    misclassified when clean are not attacked; nor, if `survivors_only`, those that an earlier attempt broke. A batch
+    that the devices have no memory for is tried again at half the size.
+
+    Args:
+        views: {name: x -> (logits, aux)}, all with the same values; the first one gives the verdicts.
+        source: of the images.
+        index, label: (m,) of the images.
+        specs: attacks.
+        key: of the attacks.
+        batch_size: images at a time; a multiple of the devices.
+        survivors_only: whether only the worst case counts, or each attack alone too.
+        log: what an earlier run found is taken from there, what this one finds is added.
+    Raises:
+        UserError: an attack returned images outside its budget; they count for nothing.
+    """
+    log = Memory() if log is None else log
+    judge = next(iter(views.values()))
+    clean = _join([_judged(judge, batch, batch["image"], None, mask) for batch, mask in _batches(
+        source, index, batch_size)])
+    found = Found(index, label, clean, ())
+    logged: dict[int, list] = {}
+    for record, arrays in log.read():
+        logged.setdefault(record["attempt"], []).append((record, arrays))
+    for number, (spec, view) in enumerate((spec, view) for spec in specs for view in views):
+        stands = found.survivors() if survivors_only else found.correct
+        parts = list(logged.get(number, ()))
+        todo = stands & ~np.isin(index, [i for _, arrays in parts for i in arrays["index"]])
+        for part in _attack(spec, number, view, views[view], judge, source, index[todo], key, batch_size):
+            log.add(*part)
+            parts.append(part)
+        found = dataclasses.replace(found, attempts=(*found.attempts, _attempt(spec, view, found, stands, parts)))
+    return found
+
+
+def _attack(spec, number, view, outputs_fn, judge, source, index, key, batch_size):
+    """Yields a record and arrays for each batch."""
+    logits_fn = objectives.logits_fn(outputs_fn)
+    root = jax.random.fold_in(rng.stream(key, f"attack_eval/{spec.name}"), 0)
+    first = 0
+    while first < len(index):
+        rows = index[first:first + batch_size]
+        start = time.perf_counter()
+        try:
+            with driver.counted() as passes, driver.real_rows(len(rows)):
+                [(batch, mask)] = _batches(source, rows, batch_size)
+                x, y = batch["image"], batch["label"]
+                goal = _logits(judge, x) if getattr(spec.config, "loss", "") == "kl" else y
+                x_adv = spec.run(logits_fn, rng.per_example(root, batch["index"]), x, goal)
+                judged = _judged(judge, batch, x_adv, spec, mask)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or batch_size == 1:
+                raise
+            batch_size = -(-batch_size // 2)
+            continue
+        broken = judged["label"] != meshes.fetch(y)[mask]
+        yield ({"attempt": number, "attack": spec.label, "view": view, "images": len(rows), "broken": int(broken.sum()),
+                "seconds": round(time.perf_counter() - start, 3), "passes": dataclasses.asdict(passes)},
+               {"index": rows, **judged, "x_adv": meshes.fetch(x_adv)[mask]})
+        first += len(rows)
+
+
+def _attempt(spec, view, found, stands, parts) -> Attempt:
+    after = {name: np.array(values) for name, values in found.clean.items()}
+    for name in parts[0][1].keys() - after.keys() - {"index", "x_adv"} if parts else ():
+        after[name] = np.zeros(len(found.index), parts[0][1][name].dtype)
+    place = {int(i): n for n, i in enumerate(found.index)}
+    for _, arrays in parts:
+        rows = [place[int(i)] for i in arrays["index"]]
+        for name in after:
+            after[name][rows] = arrays[name]
+    passes = {name: sum(record["passes"][name] for record, _ in parts)
+              for name in map(lambda field: field.name, dataclasses.fields(driver.Ledger))}
+    return Attempt(spec, view, stands, after, sum(record["seconds"] for record, _ in parts), passes)
+
+
+def adversarial(found: Found, log: Log) -> Arrays:
+    """{"index": (k,), "x_adv": (k, H, W, C)} of the images that were broken, by the first attempt that did."""
+    kept: dict[int, np.ndarray] = {}
+    correct = set(found.index[found.correct].tolist())
+    label = dict(zip(found.index.tolist(), found.label.tolist()))
+    for _, arrays in sorted(log.read(), key=lambda part: part[0]["attempt"]):
+        for row, index in enumerate(arrays["index"].tolist()):
+            if index in correct and arrays["label"][row] != label[index]:
+                kept.setdefault(index, arrays["x_adv"][row])
+    index = np.array(sorted(kept), np.int64)
+    return {"index": index, "x_adv": np.stack([kept[i] for i in index.tolist()]) if kept else np.zeros(0, np.float32)}
+
+
+def _batches(source, index, batch_size):
+    """Batches and masks of what is no filler; the last one has one of a few sizes."""
+    for first in range(0, len(index), batch_size):
+        rows = index[first:first + batch_size]
+        size = driver.bucket(len(rows), batch_size, jax.device_count())
+        yield source(driver.filled(rows, size)), np.arange(size) < len(rows)
+
+
+@jax.jit
+def _predict(outputs_fn, x, y):
+    with jax.default_matmul_precision("float32"):  # an accelerator's own default is coarser
+        logits, aux = outputs_fn(x)
+    found = dict(label=jnp.where(jnp.any(jnp.isnan(logits), -1), -1, jnp.argmax(logits, -1)),
+                 margin=-losses.margin(logits, y))
+    return found | ({"ids": aux["expert_ids"]} if "expert_ids" in aux else {})
+
+
+@jax.jit
+def _logits(outputs_fn, x):
+    return outputs_fn(x)[0]
+
+
+@jax.jit
+def _extent(x_adv, x):
+    delta = x_adv - x
+    # On several devices min and max lose a NaN.
+    return (jnp.all(jnp.isfinite(x_adv)), jnp.min(x_adv), jnp.max(x_adv),
+            {kind: balls.norm(delta, kind) for kind in balls.NORMS} | {"l0": jnp.sum(jnp.any(delta != 0, -1), (1, 2))})
+
+
+def _judged(judge, batch, x_adv, spec, mask) -> Arrays:
+    """Predictions on x_adv, and sizes of the perturbation if there is an attack; one that left its budget or the box
+    is a bug, not a result."""
+    found = meshes.fetch(_predict(judge, x_adv, batch["label"]))
+    if spec is not None:
+        finite, low, high, sizes = meshes.fetch(_extent(x_adv, batch["image"]))
+        _check_budget(spec, finite, low, high, sizes)
+        found |= sizes
+    return {name: values[mask] for name, values in found.items()}
+
+
+def _check_budget(spec, finite, low, high, sizes):
+    norm = getattr(spec.config, "norm", "")
+    eps = units.eps(spec.config.eps, norm) if norm else float("inf")
+    size = float(np.max(sizes[norm])) if norm else 0.0
+    kept = getattr(spec.config, "beyond", "") == "keep"
+    if not (finite and low >= 0 and high <= 1 and (kept or size <= eps * _SLACK[0] + _SLACK[1])):
+        raise UserError(f"{spec.label} left its budget: {norm or 'no'} norm {size:.6g} for eps {eps:.6g}, pixels "
+                        f"{low:.6g} to {high:.6g} for 0 to 1; its result is discarded")
+
+
+def _join(parts: list[Arrays]) -> Arrays:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
