@@ -153,7 +153,7 @@ def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], 
                 if jax.process_index() == 0:
                     adversarial = verdicts.adversarial(found, kept)
                     for name in names:
-                        results.add(workdir, {"checkpoint": name} | record, found, adversarial)
+                        results.keep(workdir, {"checkpoint": name} | record, found, adversarial)
                     kept.finish()
     finally:
         saved.close()

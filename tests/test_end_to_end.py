@@ -55,7 +55,8 @@ def test_files(method, run):
     for entry in json.loads((workdir / "results.json").read_text())["entries"]:
         folder = workdir / "eval" / entry["id"]
         assert json.loads((folder / "summary.json").read_text()) == entry
-        assert {"summary.json", "examples.npz"} == {path.name for path in folder.iterdir()}
+        assert {path.name for path in folder.iterdir()} - {"about.json", "log.jsonl"} == {
+            "summary.json", "examples.npz", "examples.csv", "adversarial.npz"}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -171,6 +172,34 @@ def test_eps_of_zero_gives_the_standard_accuracy(run):
     assert main.main(["--mode", "evaluate", "--workdir", str(workdir), "--config.eval.eps=0"]) == 0
     added = [entry for entry in entries(workdir) if entry["id"] not in known]
     assert len(added) == 4 and all(entry["ra"] == entry["sa"] and entry["eps_value"] == 0 for entry in added)
+
+
+def test_a_suite_is_one_worst_case(run):
+    """Every attack of it gets what stands so far, through every view; a curve over eps falls."""
+    workdir = run("advmoe")
+    known = {entry["id"] for entry in entries(workdir)}
+    assert main.main(["--mode", "evaluate", "--workdir", str(workdir), "--checkpoint", "last",
+                      "--config.eval.suite=fgsm apgd(num_steps=3) square(num_queries=20)",
+                      "--config.eval.eps=0,0.05,0.1"]) == 0
+    added = [entry for entry in entries(workdir) if entry["id"] not in known]
+    assert [entry["eps"] for entry in added] == ["0", "0.05", "0.1"]
+    assert all(entry["attack"] == "fgsm+apgd-ce-3+square-20" and entry["ra_by_view"] == {} for entry in added)
+    assert added[0]["ra"] == added[0]["sa"] and added[0]["sa"] >= added[1]["ra"] >= added[2]["ra"]
+    for entry in added:
+        attempts = entry["attempts"]
+        assert [attempt["attack"] for attempt in attempts] == [
+            name for name in ("fgsm", "apgd-ce-3", "square-20") for _ in range(3)]
+        left = round(entry["sa"] * 20)
+        for attempt in attempts:
+            assert attempt["attacked"] == left
+            left -= attempt["broken"]
+        assert left == round(entry["ra"] * 20) and attempts[-1]["ra_after"] == entry["ra"]
+        folder = workdir / "eval" / entry["id"]
+        with np.load(folder / "examples.npz") as examples, np.load(folder / "adversarial.npz") as adversarial:
+            broken = examples["index"][examples["broken_by"] >= 0]
+            assert adversarial["index"].tolist() == broken.tolist()
+        lines = (folder / "examples.csv").read_text().splitlines()
+        assert len(lines) == 21 and len({line.count(",") for line in lines}) == 1
 
 
 def test_report_of_several_runs(run, capsys):

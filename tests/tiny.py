@@ -44,9 +44,12 @@ def metrics(workdir):
 
 
 def entries(workdir):
-    """What results.json holds, without the seconds."""
+    """What results.json holds, without the seconds and the passes that the batch size made necessary."""
+    def plain(record):
+        return {k: v for k, v in record.items() if k != "seconds" and not k.startswith("executed_")}
+
     stored = json.loads((pathlib.Path(workdir) / "results.json").read_text())["entries"]
-    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in stored]
+    return [plain(entry) | {"attempts": [plain(attempt) for attempt in entry["attempts"]]} for entry in stored]
 
 
 def saved_steps(workdir, which="last"):

@@ -59,8 +59,9 @@ class Config:
 
 
 def label(config: Config) -> str:
-    """As tables name it: "apgd-ce", "apgd-t"."""
-    return "apgd-t" if config.targets else f"apgd-{config.loss}"
+    """As tables name it: "apgd-ce", "apgd-t", with another number of steps than 100 "apgd-ce-20"."""
+    name = "apgd-t" if config.targets else f"apgd-{config.loss}"
+    return name if config.num_steps == 100 else f"{name}-{config.num_steps}"
 
 
 def make(config: Config = Config()) -> Callable[..., jax.Array]:

@@ -48,8 +48,9 @@ class Config:
 
 
 def label(config: Config) -> str:
-    """As tables name it: "fab", "fab-t"."""
-    return "fab-t" if config.targets else "fab"
+    """As tables name it: "fab", "fab-t", with another number of steps than 100 "fab-t-20"."""
+    name = "fab-t" if config.targets else "fab"
+    return name if config.num_steps == 100 else f"{name}-{config.num_steps}"
 
 
 def make(config: Config = Config()) -> Callable[..., jax.Array]:

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,22 +140,28 @@ def table(found: Found) -> str:
     return out.getvalue()
 
 
-def add(workdir: Path, record: dict[str, Any], found: Found, adversarial: dict[str, np.ndarray]) -> None:
-    """Adds a measurement; one of the same id is replaced.
+def add(workdir: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Adds measurements to the index; one of the same id is replaced."""
+    entries = {entry["id"]: entry for entry in read(workdir)}
+    for record in records:
+        record = {"id": entry_id(record)} | record
+        entries.pop(record["id"], None)
+        entries[record["id"]] = record
+    files.write_json(Path(workdir) / "results.json", {"schema": SCHEMA, "entries": list(entries.values())})
+
+
+def keep(workdir: Path, record: dict[str, Any], found: Found, adversarial: dict[str, np.ndarray]) -> None:
+    """Writes the details of a measurement to eval/<id>/, and adds it to the index.
 
     Args:
-        workdir: holds results.json and eval/<id>/.
+        workdir: holds results.json and eval/.
         record: what was measured.
         found: for examples.npz and examples.csv.
         adversarial: {"index", "x_adv"} of the images that were broken, for adversarial.npz.
     """
-    entries = {entry["id"]: entry for entry in read(workdir)}
-    record = {"id": entry_id(record)} | record
-    folder = Path(workdir) / "eval" / record["id"]
+    folder = Path(workdir) / "eval" / entry_id(record)
     files.write_npz(folder / "examples.npz", examples(found))
     files.write_npz(folder / "adversarial.npz", adversarial)
     files.write_text(folder / "examples.csv", table(found))
-    files.write_json(folder / "summary.json", record)
-    entries.pop(record["id"], None)
-    entries[record["id"]] = record
-    files.write_json(Path(workdir) / "results.json", {"schema": SCHEMA, "entries": list(entries.values())})
+    files.write_json(folder / "summary.json", {"id": entry_id(record)} | record)
+    add(workdir, [record])

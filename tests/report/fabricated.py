@@ -46,7 +46,7 @@ def workdir(folder, entries, *, name="small", seed=0, lines=(), **fields):
     config.update_from_flattened_dict(fields)
     configs.write(config, folder / "config.json")
     if entries:
-        results.add(folder, list(entries), [{}] * len(entries))
+        results.add(folder, entries)
     if lines:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
     return folder
