@@ -3,12 +3,12 @@
   python -m advmoe_jax.main --config configs/digits_r18.py             train, attack, report
   python -m advmoe_jax.main --config configs/digits_r18.py:at_dense    what it is compared to: at_dense,
                                                                        at_sdense, at_moe, natural
-  python -m advmoe_jax.main --mode evaluate --workdir runs/digits_r18 --config.eval.attacks="fgsm pgd(num_steps=20)"
+  python -m advmoe_jax.main --mode evaluate --workdir runs/digits_r18 --config.eval.suite=standard      AutoAttack
   python -m advmoe_jax.main --mode report --workdir "runs/digits_*"    one table of several runs
 
 Any field of the config can be set: --config.model.width=32 --config.attack.eps=8/255. The same command continues a
-run that was stopped. Exit codes: 0; 2 bad input; 4 non-finite training; 75 stopped by SIGTERM, run me again; 130
-Ctrl-C.
+run that was stopped. Exit codes: 0; 2 bad input; 3 unreliable evaluation, with --strict; 4 non-finite training; 75
+stopped by SIGTERM, run me again; 130 Ctrl-C.
 """
 
 import argparse
@@ -31,6 +31,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--mode", default="train", choices=MODES, help="train unless given")
     parser.add_argument("--workdir", default="", help="where the run lives; runs/<config name> unless given")
     parser.add_argument("--checkpoint", default="", help="best, last or a step, for evaluate; both unless given")
+    parser.add_argument("--strict", action="store_true", help="exit code 3 if an evaluation cannot be trusted")
     parser.add_argument("--coordinator", default="", metavar="HOST:PORT",
                         help="process 0 of a run of several; auto on a TPU pod")
     parser.add_argument("--num_processes", type=int, default=1, metavar="N", help="processes of the run")

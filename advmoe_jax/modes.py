@@ -15,7 +15,7 @@ from advmoe_jax.attacks.suites import Suite
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import xla
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import UnreliableError, UserError, one_of
 from advmoe_jax.report import macs, reports, results
 from advmoe_jax.systems.assemble import Experiment, assemble
 from advmoe_jax.train import checkpoint, evaluate, log, loop, preemption
@@ -43,9 +43,11 @@ def start(flags: argparse.Namespace, overrides: list[str]) -> None:
         if flags.mode == "train":
             _train(experiment, workdir)
         which = (flags.checkpoint,) if flags.checkpoint else ("best", "last")
-        _evaluate(experiment, workdir, chosen, which, keep=flags.mode == "train")
+        reliable = _evaluate(experiment, workdir, chosen, which, keep=flags.mode == "train")
         if jax.process_index() == 0:
             reports.write([workdir])
+        if flags.strict and not reliable:
+            raise UnreliableError("the evaluation is unreliable: its report says why")
 
 
 def _config(flags: argparse.Namespace, overrides: list[str]) -> tuple[ConfigDict, Path]:
@@ -108,7 +110,7 @@ def _train(experiment: Experiment, workdir: Path) -> None:
 
 
 def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], which: tuple[str, ...],
-              keep: bool) -> None:
+              keep: bool) -> bool:
     """Attacks checkpoints on the test images and writes what came out.
 
     Args:
@@ -117,12 +119,15 @@ def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], 
         suites: the attacks.
         which: checkpoints, "best", "last" or a step.
         keep: whether measurements that are there already stay.
+    Returns:
+        Whether the results can be trusted.
     """
     config, system = experiment.config, experiment.system
     xla.use_compilation_cache()
     indices = np.arange(len(experiment.test["label"]))[:config.eval.n or None]
     abstract = loop.abstract_state(system, experiment.mesh)
-    done = {(entry["id"], entry["step"]) for entry in results.read(workdir)} if keep else set()
+    done = {(e["id"], e["step"]): e["unreliable"] for e in results.read(workdir)} if keep else {}
+    reliable = True
     saved = checkpoint.open_checkpoints(workdir, create=False)
     by_step: dict[int, list[str]] = {}
     try:
@@ -140,6 +145,7 @@ def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], 
                 ids = [results.entry_id(common | {"checkpoint": name, "attack": suite.name, "norm": suite.norm,
                                                   "eps": suite.eps, "settings": suite.settings}) for name in names]
                 if all((entry, step) in done for entry in ids):
+                    reliable &= not done[ids[0], step]
                     continue
                 state = saved.restore(names[0], abstract)
                 log.say(f"attacking the {' and '.join(names)} checkpoint (step {step}) on {len(indices)} test images: "
@@ -149,7 +155,13 @@ def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], 
                 found = evaluate.run(
                     system, state, experiment.test, indices, suite, mesh=experiment.mesh,
                     batch_size=config.eval.batch_size, seed=config.eval.seed, log=kept)
-                record = common | evaluate.summarize(found, suite, system.network.num_experts)
+                noticed = evaluate.suspicions(system, state, experiment.test, indices, mesh=experiment.mesh,
+                                              seed=config.eval.seed)
+                record = common | evaluate.summarize(found, suite, system.network.num_experts, noticed)
+                reliable &= not record["unreliable"]
+                for flag in record["flags"]:
+                    (log.alarm if flag["unreliable"] else log.warn)(
+                        f"{'evaluation UNRELIABLE' if flag['unreliable'] else 'note'}: {flag['reason']}")
                 if jax.process_index() == 0:
                     adversarial = verdicts.adversarial(found, kept)
                     for name in names:
@@ -157,3 +169,4 @@ def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], 
                     kept.finish()
     finally:
         saved.close()
+    return reliable

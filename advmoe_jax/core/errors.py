@@ -18,6 +18,12 @@ class UserError(Exception):
     exit_code = EXIT_BAD_INPUT
 
 
+class UnreliableError(UserError):
+    """An evaluation gave signs that it cannot be trusted; its results are written."""
+
+    exit_code = EXIT_UNRELIABLE
+
+
 class NonFiniteError(UserError):
     """Training met a NaN or an infinity."""
 

@@ -105,6 +105,8 @@ def warnings(entries: Iterable[dict[str, Any]]) -> tuple[str, ...]:
     entries = tuple(entries)
     on_test = dict.fromkeys(e["method"] for e in entries if e["selected_on"] == "test" and e["checkpoint"] == "best")
     steered = any("label_mod" in e["method"] for e in entries)
+    reasons = dict.fromkeys(flag["reason"] for e in entries for flag in e["flags"] if flag["unreliable"])
     return tuple(filter(None, (
+        *(f"UNRELIABLE: {reason}." for reason in reasons),
         on_test and f"Optimistic: the best checkpoint was chosen on test images ({', '.join(on_test)}).",
         steered and "Trained with label_mod: labels steer the routing.")))

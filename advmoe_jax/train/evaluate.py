@@ -4,6 +4,7 @@ A robust example is classified correctly when clean and after every attack. A ro
 gradients (its views); its robust accuracy is the worst case per example. m images, L routed choices, E experts.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,17 +12,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import verdicts
+from advmoe_jax.attacks import flags, objectives, verdicts
+from advmoe_jax.attacks.flags import Flag
 from advmoe_jax.attacks.suites import Suite
 from advmoe_jax.attacks.verdicts import Found
 from advmoe_jax.core import mesh as meshes
-from advmoe_jax.core import units
+from advmoe_jax.core import rng, units
 from advmoe_jax.ops import augment, routing
 from advmoe_jax.ops.statistics import wilson
 from advmoe_jax.train.state import State
 from advmoe_jax.train.system import System
 
 _to_float = jax.jit(augment.to_float)
+
+
+def _source(arrays, mesh):
+    def rows(index):
+        batch = meshes.put_batch(mesh, index, arrays)
+        return batch | {"image": _to_float(batch["image"])}
+
+    return rows
+
+
+def suspicions(system: System, state: State, arrays: dict[str, np.ndarray], indices: np.ndarray, *, mesh, seed: int
+               ) -> tuple[Flag, ...]:
+    """Signs that attacks on this model cannot be trusted, on the first of the images. Arguments as `run`."""
+    count = max(min(len(indices), flags.MOST_IMAGES) // mesh.size, 1) * mesh.size
+    batch = _source(arrays, mesh)(np.resize(indices, count))
+    logits_fn = objectives.logits_fn(system.outputs_fn(state, system.views[0]))
+    return flags.of_model(logits_fn, batch["image"], batch["label"], rng.key(seed, "flags"))
 
 
 def run(system: System, state: State, arrays: dict[str, np.ndarray], indices: np.ndarray, suite: Suite, *, mesh,
@@ -39,24 +58,23 @@ def run(system: System, state: State, arrays: dict[str, np.ndarray], indices: np
         seed: of the attacks.
         log: see verdicts.run.
     """
-    def source(rows):
-        batch = meshes.put_batch(mesh, rows, arrays)
-        return batch | {"image": _to_float(batch["image"])}
-
+    views = {view: system.outputs_fn(state, view) for view in system.views}
     return verdicts.run(
-        {view: system.outputs_fn(state, view) for view in system.views}, source, indices, arrays["label"][indices],
+        views, _source(arrays, mesh), indices, arrays["label"][indices],
         suite.specs, key=jax.random.key(seed), batch_size=-(-min(batch_size, len(indices)) // mesh.size) * mesh.size,
         survivors_only=suite.survivors_only, log=log)
 
 
-def summarize(found: Found, suite: Suite, num_experts: int) -> dict[str, Any]:
+def summarize(found: Found, suite: Suite, num_experts: int, noticed: tuple[Flag, ...] = ()) -> dict[str, Any]:
     """The record of a run: rates as fractions in [0, 1] with Wilson 95 % intervals.
 
     Args:
         found: from `run`.
         suite: as given to it.
         num_experts: E.
+        noticed: from `suspicions`.
     """
+    noticed += flags.of_attempts(found)
     n, robust = len(found.index), found.survivors()
     attempts, stands = [], found.correct
     for attempt in found.attempts:
@@ -73,7 +91,9 @@ def summarize(found: Found, suite: Suite, num_experts: int) -> dict[str, Any]:
         "ra": float(robust.mean()), "ra_interval": wilson(robust.sum(), n),
         "ra_by_view": {} if suite.survivors_only else {
             attempt.view: float(found.survivors([attempt]).mean()) for attempt in found.attempts},
-        "attempts": attempts, "largest_norm": _largest_norm(found.attempts),
+        "unreliable": any(flag.unreliable for flag in noticed),
+        "flags": [dataclasses.asdict(flag) for flag in noticed], "attempts": attempts,
+        "largest_norm": _largest_norm(found.attempts),
         "seconds": round(sum(attempt.seconds for attempt in found.attempts), 2)}
     if num_experts > 1:
         counts = np.asarray(routing.load(jnp.asarray(found.clean["ids"]), num_experts))

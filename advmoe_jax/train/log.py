@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import rich.console
+import rich.text
 
 from advmoe_jax.core import files
 
@@ -22,6 +24,12 @@ def warn(text: str) -> None:
     """Prints a warning to stderr, once in a cluster."""
     if jax.process_index() == 0:
         print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def alarm(text: str) -> None:
+    """Prints a line to stderr, in red in a terminal, once in a cluster."""
+    if jax.process_index() == 0:
+        rich.console.Console(stderr=True, soft_wrap=True, highlight=False).print(rich.text.Text(text, "bold red"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ def entry(checkpoint="best", *, sa=0.8, ra=0.4, n=200, attack="pgd(num_steps=20)
         "attack": spec.label, "norm": spec.config.norm, "eps": eps, "eps_value": 8 / 255,
         "settings": {k: str(v) for k, v in sorted(vars(spec.config).items())}, "n": n,
         "sa": sa, "sa_interval": wilson(round(sa * n), n), "ra": ra, "ra_interval": wilson(round(ra * n), n),
+        "attempts": [], "flags": [], "unreliable": False,
         "ra_by_view": dict(VIEWS) if routed else {"none": ra}} | (ROUTING if routed else {}) | fields
 
 

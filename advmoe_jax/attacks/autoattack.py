@@ -1,0 +1,120 @@
+"""AutoAttack on arrays: `run(logits_fn, x, y, eps, norm)`, for any model that is a function of images.
+
+Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks", ICML
+2020. B images, K classes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advmoe_jax.attacks import flags, objectives, suites, verdicts
+from advmoe_jax.attacks.flags import Flag
+from advmoe_jax.core import units
+from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.ops import balls
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What AutoAttack found.
+
+    Attributes:
+        x_adv: (B, H, W, C) adversarial images; the clean ones where none was found or needed.
+        robust: (B,) bool, classified correctly when clean and under every attack.
+        standard_accuracy, robust_accuracy: fractions in [0, 1].
+        found: every attempt, with predictions, margins and norms.
+        flags: signs that the result cannot be trusted; `unreliable` says whether one of them is serious.
+    """
+
+    x_adv: np.ndarray
+    robust: np.ndarray
+    standard_accuracy: float
+    robust_accuracy: float
+    found: verdicts.Found
+    flags: tuple[Flag, ...]
+
+    @property
+    def unreliable(self) -> bool:
+        """Whether the robust accuracy cannot be trusted."""
+        return any(flag.unreliable for flag in self.flags)
+
+
+def run(logits_fn: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax.Array, eps: str | float, norm: str = "linf",
+        key: jax.Array | None = None, suite: str = "standard", batch_size: int = 250) -> np.ndarray:
+    """Adversarial images (B, H, W, C); arguments as `run_report`."""
+    return run_report(logits_fn, x, y, eps, norm, key, suite, batch_size).x_adv
+
+
+def run_report(logits_fn: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax.Array, eps: str | float,
+               norm: str = "linf", key: jax.Array | None = None, suite: str = "standard", batch_size: int = 250
+               ) -> Report:
+    """Runs a suite on images; each attack gets what the ones before it left.
+
+    Args:
+        logits_fn: (B, H, W, C) images in [0, 1] -> (B, K) logits; normalisation is part of it. Best a
+            `jax.tree_util.Partial(apply, variables)`: the weights of a plain closure are constants of every program.
+        x: (B, H, W, C) floats in [0, 1].
+        y: (B,) whole numbers, the labels.
+        eps: budget in units of [0, 1], a number or a fraction such as "8/255".
+        norm: "linf" | "l2" | "l1".
+        key: of all randomness; jax.random.key(0) unless given.
+        suite: a name in attacks.suites, or a list of attacks.
+        batch_size: images at a time.
+    Raises:
+        UserError: images outside [0, 1] or not finite, labels or logits of another shape or range, or eps given in
+            0-255 units.
+    """
+    one_of("norm", norm, balls.NORMS)
+    units.eps(eps, norm)
+    chosen = suites.together(suite, norm, eps)
+    logits_fn, key = objectives.partial(logits_fn), jax.random.key(0) if key is None else key
+    x, y = _checked(logits_fn, x, y)
+    batch_size = min(units.whole(batch_size, 1, "batch_size"), len(x))
+
+    def source(rows):
+        return {"image": jnp.asarray(x[rows]), "label": jnp.asarray(y[rows]), "index": jnp.asarray(rows, jnp.int32)}
+
+    outputs_fn = jax.tree_util.Partial(_without_aux, logits_fn)
+    log = verdicts.Memory()
+    found = verdicts.run({"none": outputs_fn}, source, np.arange(len(x)), y, chosen.specs, key=key,
+                         batch_size=batch_size, survivors_only=True, log=log)
+    broken = verdicts.adversarial(found, log)
+    x_adv = x.copy()
+    if len(broken["index"]):
+        x_adv[broken["index"]] = broken["x_adv"]
+    head = jnp.asarray(x[:flags.MOST_IMAGES]), jnp.asarray(y[:flags.MOST_IMAGES])
+    robust = found.survivors()
+    return Report(x_adv, robust, float(found.correct.mean()), float(robust.mean()), found,
+                  flags.of_model(logits_fn, *head, key) + flags.of_attempts(found))
+
+
+def _without_aux(logits_fn, x):
+    return logits_fn(x), {}
+
+
+def _checked(logits_fn, x, y) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels as arrays, after one look at everything that is usually wrong with them."""
+    x, y = np.asarray(x), np.asarray(y)
+    if x.ndim != 4 or x.shape[0] == 0:
+        raise UserError(f"x has shape {x.shape}: expected (B, H, W, C), B at least 1")
+    if not np.issubdtype(x.dtype, np.floating):
+        raise UserError(f"x is of type {x.dtype}: expected floats in [0, 1]")
+    if not np.all(np.isfinite(x)):
+        raise UserError("x has values that are NaN or infinite: expected floats in [0, 1]")
+    if x.min() < -1e-6 or x.max() > 1 + 1e-6:
+        raise UserError(f"x has values from {x.min():.6g} to {x.max():.6g}: expected [0, 1]; normalisation belongs "
+                        "into logits_fn")
+    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
+        raise UserError(f"y is of type {y.dtype} and shape {y.shape}: expected whole numbers of shape {x.shape[:1]}")
+    logits = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct(x.shape, jnp.float32))
+    shape = getattr(logits, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != len(x) or shape[1] < 2:
+        raise UserError(f"logits_fn gives {shape or type(logits).__name__} for {len(x)} images: expected ({len(x)}, K) "
+                        "logits, K at least 2")
+    if y.min() < 0 or y.max() >= shape[1]:
+        raise UserError(f"y has labels from {y.min()} to {y.max()}: expected 0 to {shape[1] - 1}")
+    return np.clip(x.astype(np.float32), 0, 1), y.astype(np.int32)

@@ -1,0 +1,193 @@
+"""Signs that a robustness evaluation cannot be trusted.
+
+Sources: AutoAttack's checks (Croce & Hein, ICML 2020); Carlini et al., "On evaluating adversarial robustness", 2019;
+Tramer et al., "On adaptive attacks to adversarial example defenses", NeurIPS 2020; Pintor et al., "Indicators of
+attack failure", NeurIPS 2022. B images, K classes.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advmoe_jax.attacks import objectives, pgd
+from advmoe_jax.attacks.verdicts import Found
+from advmoe_jax.core import mesh as meshes
+from advmoe_jax.core import rng
+from advmoe_jax.ops import losses
+
+MOST_IMAGES = 64
+_APART = 1e-4  # of logits scaled to norm 1
+_DIRECTIONS = 32
+_STEP = 1e-2  # l2 length of a finite difference
+_BLACK_BOX = ("square", "rays")
+_RANDOM = ("random_bits", "threefry2x32", "random_wrap", "random_seed", "rng_bit_generator", "rng_uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """What was noticed.
+
+    Attributes:
+        name: of the check.
+        reason: what was measured, and what was expected.
+        unreliable: whether robust accuracies cannot be trusted because of it; else it is worth knowing.
+    """
+
+    name: str
+    reason: str
+    unreliable: bool = True
+
+
+def of_model(logits_fn: jax.tree_util.Partial, x: jax.Array, y: jax.Array, key: jax.Array) -> tuple[Flag, ...]:
+    """Checks a model before it is attacked.
+
+    Args:
+        logits_fn: x -> (B, K).
+        x, y: images in [0, 1] and labels, of which the first MOST_IMAGES are looked at.
+        key: for the random directions.
+    """
+    logits_fn, x, y = objectives.partial(logits_fn), x[:MOST_IMAGES], y[:MOST_IMAGES]
+    logits = meshes.fetch(_call(logits_fn, x))
+    if not np.all(np.isfinite(logits)):
+        share = np.mean(~np.isfinite(logits).all(-1))
+        return (Flag("not_finite", f"{share:.0%} of the clean images have a NaN or infinite logit: expected none"),)
+    found = [_randomised(logits_fn, x, logits), _probabilities(logits), _batch(logits_fn, x, logits),
+             _zero_gradient(logits_fn, x, y, logits), _gradient(logits_fn, x, y, key),
+             _unbounded(logits_fn, x, y, key, logits), _few_classes(logits), _dynamic(logits_fn, x)]
+    return tuple(filter(None, found))
+
+
+def of_attempts(found: Found) -> tuple[Flag, ...]:
+    """Checks what attacks found: black-box attacks, which see less, must not break what the others left."""
+    n, stands, wins = len(found.index), found.correct, 0
+    seen_gradients = False
+    for attempt in found.attempts:
+        survives = found.survivors([attempt])
+        if attempt.spec.name not in _BLACK_BOX:
+            seen_gradients = True
+        elif seen_gradients:
+            wins += int((stands & ~survives).sum())
+        stands = stands & survives
+    if wins >= 2 and wins / n > 0.002:
+        return (Flag("black_box_wins", f"black-box attacks broke {wins} of {n} images that every gradient attack had "
+                                       "left: expected at most 0.2 %, the gradients may be masked"),)
+    return ()
+
+
+_call = jax.jit(lambda logits_fn, x: logits_fn(x))
+
+
+def _scaled(logits):
+    return logits / np.maximum(np.linalg.norm(logits, axis=-1, keepdims=True), 1e-12)
+
+
+def _randomised(logits_fn, x, logits):
+    apart = max(np.abs(_scaled(meshes.fetch(_call(logits_fn, x))) - _scaled(logits)).max() for _ in range(4))
+    if apart > _APART:
+        return Flag("randomised", f"the same images give other logits each time (by {apart:.2g} of their norm): "
+                                  "expected a deterministic model, or suite=rand")
+    return None
+
+
+def _probabilities(logits):
+    if logits.min() > -1e-5 and logits.max() < 1 + 1e-5 and np.allclose(logits.sum(-1), 1, atol=1e-5):
+        return Flag("probabilities", "the outputs are probabilities: expected logits, whose gradients do not vanish")
+    return None
+
+
+def _batch(logits_fn, x, logits):
+    """The logits of an image must not depend on the images beside it."""
+    others = jnp.concatenate([x[len(x) // 2:], 1 - x[:len(x) // 2]])
+    halved = meshes.fetch(_call(logits_fn, others))[:len(x) - len(x) // 2]
+    turned = meshes.fetch(_call(logits_fn, x[::-1]))[::-1]
+    apart = max(np.abs(_scaled(turned) - _scaled(logits)).max(),
+                np.abs(_scaled(halved) - _scaled(logits[len(x) // 2:])).max())
+    if apart > _APART:
+        return Flag("batch_dependent", f"the logits of an image depend on the others in its batch (by {apart:.2g} of "
+                                       "their norm): expected evaluation mode, with running statistics")
+    return None
+
+
+@jax.jit
+def _gradients(logits_fn, x, y):
+    """CE's and DLR's gradients, (2, B, d)."""
+    def of(loss):
+        return jax.grad(lambda u: jnp.sum(loss(logits_fn(u), y)))(x).reshape(x.shape[0], -1)
+
+    return jnp.stack([of(losses.cross_entropy), of(losses.dlr)])
+
+
+def _zero_gradient(logits_fn, x, y, logits):
+    zero = np.all(meshes.fetch(_gradients(logits_fn, x, y)) == 0, -1)
+    correct = logits.argmax(-1) == meshes.fetch(y)
+    shares = zero[:, correct].mean(-1) if correct.any() else np.zeros(2)
+    if shares.max() > 0.01:
+        name = ("cross-entropy", "DLR")[int(shares.argmax())]
+        return Flag("zero_gradient", f"the gradient of the {name} is exactly zero for {shares.max():.0%} of the "
+                                     "correct images: expected at most 1 %, gradient attacks cannot move")
+    return None
+
+
+@jax.jit
+def _slopes(logits_fn, x, y, key):
+    """Slopes of the margin along random directions, by the gradient and by differences, (directions, B) each."""
+    x = jnp.clip(x, _STEP, 1 - _STEP)
+
+    def margin(u):
+        return losses.margin(logits_fn(u), y)
+
+    grad = jax.grad(lambda u: jnp.sum(margin(u)))(x)
+
+    def along(k):
+        v = jax.random.normal(k, x.shape, x.dtype)
+        v = v / jnp.sqrt(jnp.sum(v**2, (1, 2, 3), keepdims=True))
+        return jnp.sum(grad * v, (1, 2, 3)), (margin(x + _STEP * v) - margin(x - _STEP * v)) / (2 * _STEP)
+
+    return jax.lax.map(along, jax.random.split(key, _DIRECTIONS))
+
+
+def _gradient(logits_fn, x, y, key):
+    by_gradient, by_difference = meshes.fetch(_slopes(logits_fn, x, y, rng.stream(key, "directions")))
+    agree = float(np.median(np.mean(np.sign(by_gradient) == np.sign(by_difference), 0)))
+    if agree < 0.75:
+        return Flag("wrong_gradient", f"the gradient has the sign of finite differences in {agree:.0%} of random "
+                                      "directions: expected over 75 %, something in the model hides its slope")
+    return None
+
+
+def _unbounded(logits_fn, x, y, key, logits):
+    """An attack that may change everything must break everything."""
+    attack = pgd.make(pgd.Config(norm="linf", eps=1.0, num_steps=40, step_size=0.1, loss="margin", early_stop=True))
+    correct = logits.argmax(-1) == meshes.fetch(y)
+    x_adv = attack(logits_fn, rng.stream(key, "unbounded"), x, y)
+    left = float(np.mean(correct & (meshes.fetch(_call(logits_fn, x_adv)).argmax(-1) == meshes.fetch(y))))
+    if left > 0.1:
+        return Flag("unbounded_attack_fails", f"{left:.0%} of the images stand an attack without a budget (linf eps "
+                                              "1): expected none, the attacks do not work on this model")
+    return None
+
+
+def _few_classes(logits):
+    if logits.shape[-1] < 4:
+        return Flag("few_classes", f"{logits.shape[-1]} classes: the DLR losses fall back to forms without the fourth "
+                                   "logit, and targeted attacks have fewer targets", unreliable=False)
+    return None
+
+
+def _dynamic(logits_fn, x):
+    """Looks for randomness and callbacks in the traced program."""
+    names = {str(name) for name in _primitives(jax.make_jaxpr(logits_fn)(x).jaxpr)}
+    used = sorted(names & set(_RANDOM)) + sorted(name for name in names if "callback" in name)
+    if used:
+        return Flag("dynamic", f"the model uses {', '.join(used)}: expected a pure function of the image, or "
+                               "suite=rand for a random one", unreliable=False)
+    return None
+
+
+def _primitives(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation.primitive
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from _primitives(inner)

@@ -1,0 +1,88 @@
+"""Each sign of an unreliable evaluation, on a model with that fault and on one without any."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advmoe_jax.attacks import flags, parse, verdicts
+
+COUNT, SHAPE, CLASSES = 24, (6, 6, 1), 5
+
+
+@functools.cache
+def _case():
+    """A small network trained a little, so that its margins are not of noise."""
+    numbers = np.random.default_rng(0)
+    weights = [jnp.asarray(w, jnp.float32) for w in (
+        numbers.standard_normal((36, 16)) / 4, numbers.standard_normal((16, CLASSES)))]
+    x = jnp.asarray(numbers.uniform(0.1, 0.9, (COUNT, *SHAPE)), jnp.float32)
+    return weights, x, jnp.argmax(_net(weights, x), -1)
+
+
+def _net(weights, x):
+    return jnp.tanh((x.reshape(x.shape[0], -1) - 0.5) @ weights[0]) @ weights[1]
+
+
+def _flags(apply):
+    weights, x, y = _case()
+    found = flags.of_model(jax.tree_util.Partial(apply, weights), x, y, jax.random.key(0))
+    assert all("\n" not in flag.reason and "expected" in flag.reason or not flag.unreliable for flag in found)
+    return {flag.name for flag in found}
+
+
+def _random(weights, x):
+    noise = jax.pure_callback(lambda: np.random.standard_normal((1,)).astype(np.float32),
+                              jax.ShapeDtypeStruct((1,), jnp.float32))
+    return _net(weights, x) + noise[0] * jnp.arange(CLASSES)[None]
+
+
+def _in_train_mode(weights, x):
+    """Normalises by the statistics of the batch."""
+    z = _net(weights, x)
+    return (z - z.mean(0, keepdims=True)) / (z.std(0, keepdims=True) + 1e-5)
+
+
+def _with_pseudo_random(weights, x):
+    return _net(weights, x) + 0 * jax.random.normal(jax.random.key(0), (1, CLASSES))
+
+
+def test_an_honest_model_has_none():
+    assert _flags(_net) == set()
+
+
+@pytest.mark.parametrize("fault, name", [
+    (lambda w, x: jax.nn.softmax(_net(w, x)), "probabilities"),
+    (lambda w, x: _net(w, jax.lax.stop_gradient(x)), "zero_gradient"),
+    (lambda w, x: 1e4 * _net(w, x), "zero_gradient"),
+    (lambda w, x: _net(w, jnp.round(x * 7) / 7), "zero_gradient"),
+    (lambda w, x: _net(w, 2 * jax.lax.stop_gradient(x) - x), "wrong_gradient"),
+    (_in_train_mode, "batch_dependent"), (_random, "randomised"), (_with_pseudo_random, "dynamic"),
+    (lambda w, x: _net(w, jax.lax.stop_gradient(x)), "unbounded_attack_fails"),
+    (lambda w, x: _net(w, x)[:, :3], "few_classes"),
+    (lambda w, x: jnp.where(x.mean((1, 2, 3))[:, None] > 0.5, jnp.nan, _net(w, x)), "not_finite")])
+def test_a_fault_is_flagged(fault, name):
+    assert name in _flags(fault)
+
+
+def _found(broken_by):
+    """Attempts of a gradient attack and Square on 100 images that broke the given numbers."""
+    label = np.zeros(100, int)
+    stands, attempts = 100, []
+    for name, broken in broken_by:
+        after = label.copy()
+        after[stands - broken:stands] = 1
+        attempts.append(verdicts.Attempt(parse.attack(name), "none", label == 0, {"label": after}, 0., {}))
+        stands -= broken
+    return verdicts.Found(np.arange(100), label, {"label": label}, tuple(attempts))
+
+
+@pytest.mark.parametrize("broken_by, flagged", [
+    ([("apgd", 40), ("square", 2)], True), ([("apgd", 40), ("square", 1)], False),
+    ([("apgd", 40), ("square", 0)], False),
+    ([("square", 30), ("apgd", 5)], False), ([("apgd", 40), ("fab", 9), ("square", 1)], False),
+    ([("square", 30)], False)])
+def test_black_box_attacks_must_not_win(broken_by, flagged):
+    assert bool(flags.of_attempts(_found(broken_by))) == flagged
