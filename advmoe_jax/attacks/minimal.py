@@ -42,6 +42,14 @@ def candidate(known: dict[str, Any], x: jax.Array, eps: jax.Array, norm: str, be
     return dict(x=x_adv, loss=-known["distance"], broken=within)
 
 
+def attack(program: driver.Program, inputs: driver.Inputs, worst: dict[str, jax.Array], num_steps: int,
+           driver_name: str) -> jax.Array:
+    """Runs a program on the images that are not broken in `worst`; the others keep what they have there."""
+    found = driver.rounds(lambda inputs, _: driver.run(program, inputs, num_steps, driver_name), inputs, worst, 1,
+                          stops=True)
+    return jax.lax.stop_gradient(found["x"])
+
+
 def differences(logits_fn: jax.tree_util.Partial, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """z_k - z_y of every class, -inf for k = y, and the gradients, by one forward and K backward passes.
 

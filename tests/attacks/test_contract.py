@@ -20,6 +20,8 @@ NAMES = find.names("attacks", "make")
 EPS = {"linf": 0.1, "l2": 0.6, "l1": 3.0}
 BATCH, CLASSES, SHAPE = 12, 3, (6, 6, 1)
 SMALL = dict(num_steps=8, num_queries=60)  # so that a device loop is not unrolled
+OWN = {"cw_l2": dict(c=1.0, binary_search_steps=2, learning_rate=0.05), "ddn": dict(start_eps=0.2),
+       "rays": dict(num_queries=300)}  # of attacks that would not break anything else
 
 CASES = [(name, norm) for name in NAMES for norm in find.module("attacks", name, defines="make").NORMS or ("",)]
 each = pytest.mark.parametrize("name, norm", CASES)
@@ -47,7 +49,7 @@ def _spec(name, norm, eps=None, **more):
     config = find.module("attacks", name, defines="make").Config
     fields = {field.name for field in dataclasses.fields(config)}
     budget = dict(norm=norm, eps=EPS[norm] if eps is None else eps) if norm else {}
-    return parse.attack(name, **{k: v for k, v in (SMALL | more | budget).items() if k in fields})
+    return parse.attack(name, **{k: v for k, v in (SMALL | OWN.get(name, {}) | more | budget).items() if k in fields})
 
 
 def _keys(index):
