@@ -1,0 +1,160 @@
+"""Carlini & Wagner's l2 attack: Adam on the distance and a hinge, in a space without box (IEEE S&P 2017, section VI).
+
+x images (B, H, W, C) in [0, 1] are (tanh(w) + 1) / 2.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from advmoe_jax.attacks import driver, minimal, objectives
+from advmoe_jax.core import rng, units
+from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.ops import losses
+
+_INSIDE = 0.999999  # atanh is infinite on the border of the box
+_PROGRESS = 0.9999  # a tenth of the steps must bring the loss below this share of it
+_CHECKS = 10
+_ADAM = optax.scale_by_adam()
+NORMS = ("l2",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of C&W; the defaults are the paper's.
+
+    With c=1, num_steps=50 and binary_search_steps=1 it is the attack that papers run with torchattacks.
+
+    Attributes:
+        norm: "l2".
+        eps: budget, a number or a fraction.
+        num_steps: Adam steps for each c.
+        binary_search_steps: values of c that are tried, each image having its own.
+        c: weight of the hinge in the first search step, more than 0; times 10 until the attack succeeds, then halfway
+            between the largest that failed and the smallest that succeeded.
+        confidence: logit margin that an adversarial image must have, 0 or more.
+        learning_rate: of Adam, in w, more than 0.
+        beyond: see attacks.minimal.
+        early_stop: as in fab.Config.
+        driver: see attacks.driver.
+    """
+
+    norm: str = "l2"
+    eps: str | float = 0.5
+    num_steps: int = 1000
+    binary_search_steps: int = 9
+    c: float = 1e-3
+    confidence: float = 0.0
+    learning_rate: float = 0.01
+    beyond: str = "clean"
+    early_stop: bool = False
+    driver: str = "auto"
+
+
+def label(config: Config) -> str:
+    """As tables name it: "cw-l2-9x1000", "cw-l2-50"."""
+    searched = f"{config.binary_search_steps}x" if config.binary_search_steps > 1 else ""
+    return f"cw-l2-{searched}{config.num_steps}"
+
+
+def make(config: Config = Config()) -> Callable[..., jax.Array]:
+    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does; it draws nothing.
+
+    Images that are misclassified when clean come back as they are.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+    one_of("norm", config.norm, NORMS)
+    one_of("driver", config.driver, driver.DRIVERS)
+    one_of("cw_l2's beyond", config.beyond, minimal.BEYOND)
+    for name in ("num_steps", "binary_search_steps"):
+        units.whole(getattr(config, name), 1, f"cw_l2's {name}")
+    numbers = {name: units.number(getattr(config, name), f"cw_l2's {name}")
+               for name in ("c", "learning_rate", "confidence")}
+    for name in ("c", "learning_rate"):
+        if numbers[name] <= 0:
+            raise UserError(f"cw_l2 has {name}={getattr(config, name)}: expected more than 0")
+    if numbers["confidence"] < 0:
+        raise UserError(f"cw_l2 has confidence={config.confidence}: expected 0 or more")
+    numbers["eps"] = units.eps(config.eps, config.norm)
+    program = _CW(config.num_steps, config.binary_search_steps, config.beyond, config.early_stop)
+    looks = config.binary_search_steps * (config.num_steps + 1)
+
+    def attack(logits_fn, key, x, y):
+        logits_fn = objectives.partial(logits_fn)
+        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
+        worst, _ = objectives.clean(logits_fn, rows, 0)
+        inputs = driver.Inputs(logits_fn, rows, {name: jnp.asarray(n, x.dtype) for name, n in numbers.items()})
+        return minimal.attack(program, inputs, worst, looks, config.driver)
+
+    return attack
+
+
+@dataclasses.dataclass(frozen=True)
+class _CW:
+    """The attack as a `driver.Program`; a step looks at an iterate and moves it.
+
+    Each image counts its own steps: it goes on to its next c as soon as it is through with one.
+    """
+
+    num_steps: int
+    searches: int
+    beyond: str
+    early_stop: bool
+    stops = True
+    cost = (1, 1)
+
+    def start(self, inputs: driver.Inputs) -> Any:
+        x = inputs.rows["x"]
+        zero, no = jnp.zeros(x.shape[0], x.dtype), jnp.zeros(x.shape[0], bool)
+        return dict(**self._fresh(x), **minimal.none_yet(x), c=zero + inputs.scalars["c"], low=zero,
+                    high=zero + jnp.inf, search=zero.astype(jnp.int32), through=no)
+
+    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
+        x, y, scalars = inputs.rows["x"], inputs.rows["y"], inputs.scalars
+
+        def total(w):
+            u = (jnp.tanh(w) + 1) / 2
+            logits = inputs.logits_fn(u)
+            hinge = jnp.maximum(scalars["confidence"] - losses.margin(logits, y), 0)
+            loss = jnp.sum((u - x)**2, (1, 2, 3)) + carry["c"] * hinge
+            favoured = logits + scalars["confidence"] * jax.nn.one_hot(y, logits.shape[-1], dtype=logits.dtype)
+            return jnp.sum(loss), (loss, u, objectives.misclassified(favoured, y))
+
+        grad, (loss, u, broken) = jax.grad(total, has_aux=True)(carry["w"])
+        found = minimal.nearer(carry, x, u, broken, "l2")
+        checked = carry["taken"] % math.ceil(self.num_steps / _CHECKS) == 0
+        stuck = checked & ~(loss <= _PROGRESS * carry["checked_loss"])
+        updates, adam = jax.vmap(_ADAM.update)(jnp.nan_to_num(grad), carry["adam"])
+        moved = {name: carry[name] for name in ("c", "low", "high", "search")} | dict(
+            w=carry["w"] - scalars["learning_rate"] * updates, adam=adam, taken=carry["taken"] + 1,
+            checked_loss=jnp.where(checked, loss, carry["checked_loss"]), succeeded=carry["succeeded"] | broken)
+        now = driver.select(stuck | (carry["taken"] == self.num_steps), self._next_c(x, moved), moved)
+        through = now["search"] == self.searches
+        if self.early_stop:
+            through |= found["distance"] <= scalars["eps"]
+        return driver.select(carry["through"], carry, dict(**now, **found, through=through))
+
+    def done(self, carry: Any) -> jax.Array:
+        return carry["through"]
+
+    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
+        return minimal.candidate(carry, inputs.rows["x"], inputs.scalars["eps"], "l2", self.beyond)
+
+    def _fresh(self, x):
+        """What each search step starts from."""
+        w = jnp.arctanh((2 * x - 1) * _INSIDE)
+        return dict(w=w, adam=jax.vmap(_ADAM.init)(w), taken=jnp.zeros(x.shape[0], jnp.int32),
+                    checked_loss=jnp.full(x.shape[0], jnp.inf, x.dtype), succeeded=jnp.zeros(x.shape[0], bool))
+
+    def _next_c(self, x, now):
+        low = jnp.where(now["succeeded"], now["low"], now["c"])
+        high = jnp.where(now["succeeded"], now["c"], now["high"])
+        c = jnp.where(jnp.isinf(high), 10 * now["c"], (low + high) / 2)
+        return dict(**self._fresh(x), c=c, low=low, high=high, search=now["search"] + 1)
