@@ -1,0 +1,120 @@
+"""Multi steepest descent in the union of a linf, an l2 and an l1 ball (Maini et al., ICML 2020, algorithm 1).
+
+x images (B, H, W, C) in [0, 1]; budgets and step sizes in the same units. For the accuracy under the union of the three
+balls take the worst case of an attack in each; MSD is what a model is trained with.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from advmoe_jax.attacks import driver, objectives
+from advmoe_jax.core import rng, units
+from advmoe_jax.core.errors import one_of
+from advmoe_jax.ops import balls, losses
+
+_FEWEST, _MOST = 5, 20  # coordinates of an l1 step
+NORMS = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of MSD; the defaults are the authors' for CIFAR-10.
+
+    Attributes:
+        eps_linf, eps_l2, eps_l1: budgets, numbers or fractions; an image needs to keep one of them.
+        step_linf, step_l2: step sizes, as pgd.Config's.
+        step_l1: how far each of 20 coordinates moves in an l1 step; fewer move further, so that the l1 size stays.
+        num_steps: gradient steps, each with three more forward passes.
+        early_stop: as in pgd.Config.
+        driver: see attacks.driver.
+    """
+
+    eps_linf: str | float = 0.03
+    eps_l2: str | float = 0.5
+    eps_l1: str | float = 12
+    step_linf: str | float = 0.003
+    step_l2: str | float = 0.05
+    step_l1: str | float = 0.05
+    num_steps: int = 50
+    early_stop: bool = False
+    driver: str = "auto"
+
+
+def label(config: Config) -> str:
+    """As tables name it: "msd-50"."""
+    return f"msd-{config.num_steps}"
+
+
+def make(config: Config = Config()) -> Callable[..., jax.Array]:
+    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+    one_of("driver", config.driver, driver.DRIVERS)
+    units.whole(config.num_steps, 1, "msd's num_steps")
+    eps, sizes = {}, {}
+    for norm in balls.NORMS:
+        eps[norm] = units.eps(getattr(config, f"eps_{norm}"), norm, f"eps_{norm}")
+        step = f"step_{norm}"
+        sizes[norm] = units.step_size(getattr(config, step), eps[norm], config.num_steps, norm, step)
+    program = _MSD(config.early_stop)
+
+    def attack(logits_fn, key, x, y):
+        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
+        scalars = jax.tree.map(lambda n: jnp.asarray(n, x.dtype), dict(eps=eps, sizes=sizes))
+        inputs = driver.Inputs(objectives.partial(logits_fn), rows, scalars)
+        return jax.lax.stop_gradient(driver.run(program, inputs, config.num_steps, config.driver)["x"])
+
+    return attack
+
+
+@dataclasses.dataclass(frozen=True)
+class _MSD:
+    """The attack as a `driver.Program`."""
+
+    stops: bool
+    cost = (4, 1)
+
+    def start(self, inputs: driver.Inputs) -> Any:
+        x = inputs.rows["x"]
+        return x, driver.none_yet(x)
+
+    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
+        u, best = carry
+        x, y = inputs.rows["x"], inputs.rows["y"]
+        eps, sizes = inputs.scalars["eps"], inputs.scalars["sizes"]
+        keys = rng.fold_in(inputs.rows["keys"], i)
+        grad = jnp.nan_to_num(jax.grad(lambda v: jnp.sum(losses.cross_entropy(inputs.logits_fn(v), y)))(u))
+        ways = {norm: sizes[norm] * balls.steepest(grad, u, norm, keys) for norm in ("linf", "l2")}
+        ways["l1"] = _l1_step(grad, u, sizes["l1"], keys)
+        now = driver.none_yet(u)
+        for norm, way in ways.items():
+            moved = balls.project(u + way, x, eps[norm], norm)
+            logits = inputs.logits_fn(moved)
+            one = dict(x=moved, loss=losses.cross_entropy(logits, y), broken=objectives.misclassified(logits, y))
+            now = driver.select(one["loss"] > now["loss"], one, now)
+            best = driver.worse(best, one)
+        return now["x"], best
+
+    def done(self, carry: Any) -> jax.Array:
+        return carry[1]["broken"]
+
+    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
+        return carry[1]
+
+
+def _l1_step(grad, u, size, keys):
+    """Moves the 5 to 20 coordinates of largest gradient that have room for it, each by 20 `size` over their number."""
+    count = jax.vmap(lambda k: jax.random.randint(k, (), _FEWEST, _MOST + 1))(keys)[:, None]
+    flat, place = grad.reshape(grad.shape[0], -1), u.reshape(u.shape[0], -1)
+    far = size * _MOST / count
+    stuck = ((flat < 0) & (place <= far)) | ((flat > 0) & (place >= 1 - far))
+    largest, where = jax.lax.top_k(jnp.where(stuck, 0, jnp.abs(flat)), min(_MOST, flat.shape[-1]))
+    moves = (jnp.arange(largest.shape[-1])[None] < count) & (largest > 0)
+    step = jnp.where(moves, far * jnp.sign(jnp.take_along_axis(flat, where, -1)), 0)
+    return jnp.zeros_like(flat).at[jnp.arange(len(flat))[:, None], where].set(step).reshape(grad.shape)
