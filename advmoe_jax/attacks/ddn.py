@@ -26,7 +26,7 @@ class Config:
     Attributes:
         norm: "l2".
         eps: budget, a number or a fraction.
-        num_steps: gradient steps; no perturbation gets below start_eps (1 - gamma)^num_steps.
+        num_steps: gradient steps; the norm, before the box, stays above start_eps (1 - gamma)^num_steps.
         start_eps: norm of the first perturbation, more than 0.
         gamma: share by which the norm shrinks on a misclassified iterate and grows on another, 0 to 1.
         levels: grey levels that the images are rounded to, 256 as the authors do; 0 for no rounding.
