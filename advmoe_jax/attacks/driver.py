@@ -122,7 +122,7 @@ def _start(program, inputs):
 
 @functools.partial(jax.jit, static_argnames=("program",), donate_argnames=("carry",))
 def _step(program, inputs, carry, i):
-    return program.step(inputs, carry, i)
+    return _advance(program, inputs, carry, i)
 
 
 @functools.partial(jax.jit, static_argnames=("program",), donate_argnames=("carry",))
@@ -140,12 +140,18 @@ def _finish(program, inputs, carry):
     return program.finish(inputs, carry)
 
 
+def _advance(program, inputs, carry, i):
+    """A step that leaves rows alone that are done, so that it does not matter when they are left out."""
+    moved = program.step(inputs, carry, i)
+    return select(program.done(carry), carry, moved) if program.stops else moved
+
+
 def _loop(program, inputs, carry, first, end):
     def goes_on(state):
         i, carry = state
         return (i < end) & ~jnp.all(program.done(carry)) if program.stops else i < end
 
-    return jax.lax.while_loop(goes_on, lambda s: (s[0] + 1, program.step(inputs, s[1], s[0])),
+    return jax.lax.while_loop(goes_on, lambda s: (s[0] + 1, _advance(program, inputs, s[1], s[0])),
                               (jnp.asarray(first, jnp.int32), carry))[1]
 
 
@@ -177,7 +183,7 @@ def run(program: Program, inputs: Inputs, num_steps: int, driver: str = "auto") 
             carry = _loop(program, inputs, carry, 0, num_steps)
         else:
             for i in range(num_steps):
-                carry = program.step(inputs, carry, i)
+                carry = _advance(program, inputs, carry, i)
         return program.finish(inputs, carry)
     return _finish(program, inputs, _run_in_chunks(program, inputs, num_steps, on_host=driver == "host"))
 

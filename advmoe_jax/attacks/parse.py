@@ -23,12 +23,14 @@ class Spec:
         config: its settings.
         run: attack(logits_fn, key, x, y) -> x_adv.
         label: as tables name it: "pgd-50", "apgd-t".
+        routed: whether it attacks `(x, route) -> (logits, aux)` of a routed model.
     """
 
     name: str
     config: Any
     run: Callable[..., jax.Array]
     label: str
+    routed: bool = False
 
     @property
     def settings(self) -> dict[str, str]:
@@ -48,7 +50,7 @@ def attack(name: str, **settings: Any) -> Spec:
         if setting not in fields:
             raise unknown_name(f"setting of {name}", setting, fields)
     config = module.Config(**settings)
-    return Spec(name, config, module.make(config), module.label(config))
+    return Spec(name, config, module.make(config), module.label(config), getattr(module, "ROUTED", False))
 
 
 def attacks(text: str, **defaults: Any) -> tuple[Spec, ...]:
@@ -75,7 +77,9 @@ def attacks(text: str, **defaults: Any) -> tuple[Spec, ...]:
         if other_norm and "norm" in defaults and "eps" in defaults and "eps" not in given:
             raise UserError(f"{match['name']} has norm={given['norm']} and no eps: expected one in that norm, since "
                             f"{defaults['eps']} is for {defaults['norm']}")
-        specs.append(attack(match["name"], **defaults | given))
+        module = find.module("attacks", match["name"], defines="make")
+        known = {field.name for field in dataclasses.fields(module.Config)}
+        specs.append(attack(match["name"], **{k: v for k, v in defaults.items() if k in known} | given))
         position = match.end()
     if not specs:
         raise UserError("no attack is named: expected for example 'pgd'")

@@ -75,7 +75,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
         units.whole(getattr(config, name), 1, f"pgd's {name}")
     eps = units.eps(config.eps, config.norm)
     step_size = units.step_size(config.step_size, eps, config.num_steps, config.norm)
-    program = _PGD(config.norm, config.start, objectives.get(config.loss), config.keep == "best", config.early_stop)
+    program = Search(config.norm, config.start, objectives.get(config.loss), config.keep == "best", config.early_stop)
 
     def attack(logits_fn, key, x, y):
         rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
@@ -93,8 +93,12 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _PGD:
-    """One restart as a `driver.Program`; step i looks at iterate i and then moves, in vain after the last look."""
+class Search:
+    """One restart as a `driver.Program`; step i looks at iterate i and then moves, in vain after the last look.
+
+    Rows are "keys", "x", "y"; "init", images to start from, if there are any; and "route", what the model takes beside
+    the image, if it takes anything. Scalars are "eps", "step_size", "restart".
+    """
 
     norm: str
     start_name: str
@@ -106,7 +110,9 @@ class _PGD:
     def start(self, inputs: driver.Inputs) -> Any:
         x, eps = inputs.rows["x"], inputs.scalars["eps"]
         keys = self._keys(inputs)
-        if self.start_name == "uniform":
+        if "init" in inputs.rows:
+            x_adv = balls.project(inputs.rows["init"], x, eps, self.norm)
+        elif self.start_name == "uniform":
             x_adv = balls.random_start(keys, x, eps, self.norm)
         elif self.start_name == "gaussian":
             noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)
@@ -118,9 +124,10 @@ class _PGD:
     def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
         x_adv, found = carry
         y = inputs.rows["y"]
+        route = (inputs.rows["route"],) if "route" in inputs.rows else ()
 
         def total(u):
-            outputs = inputs.logits_fn(u)
+            outputs = inputs.logits_fn(u, *route)
             loss = self.objective.loss(outputs, y)
             return jnp.sum(loss), (loss, self.objective.success(outputs, y))
 

@@ -102,9 +102,9 @@ class Found:
 
 
 def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.ndarray, label: np.ndarray,
-        specs: Sequence[Spec], *, key: jax.Array, batch_size: int, survivors_only: bool, log: Log | None = None
-        ) -> Found:
-    """Runs every attack through every view.
+        specs: Sequence[Spec], *, key: jax.Array, batch_size: int, survivors_only: bool, log: Log | None = None,
+        routed: jax.tree_util.Partial | None = None) -> Found:
+    """Runs every attack through every view; those that know of routes once.
 
     Attack keys are folded from the index of the image, so that nothing depends on the batch. Images that are
     misclassified when clean are not attacked; nor, if `survivors_only`, those that an earlier attempt broke. A batch
@@ -119,8 +119,10 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
         batch_size: images at a time; a multiple of the devices.
         survivors_only: whether only the worst case counts, or each attack alone too.
         log: what an earlier run found is taken from there, what this one finds is added.
+        routed: (x, route) -> (logits, aux) of a routed model.
     Raises:
-        UserError: an attack returned images outside its budget; they count for nothing.
+        UserError: an attack needs a routed model and this is none; or it returned images outside its
+            budget, which count for nothing.
     """
     log = Memory() if log is None else log
     judge = next(iter(views.values()))
@@ -130,20 +132,31 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
     logged: dict[int, list] = {}
     for record, arrays in log.read():
         logged.setdefault(record["attempt"], []).append((record, arrays))
-    for number, (spec, view) in enumerate((spec, view) for spec in specs for view in views):
+    models = {view: objectives.logits_fn(outputs_fn) for view, outputs_fn in views.items()}
+    for number, (spec, view, model) in enumerate(_plan(specs, models, routed)):
         stands = found.survivors() if survivors_only else found.correct
         parts = list(logged.get(number, ()))
         todo = stands & ~np.isin(index, [i for _, arrays in parts for i in arrays["index"]])
-        for part in _attack(spec, number, view, views[view], judge, source, index[todo], key, batch_size):
+        for part in _attack(spec, number, view, model, judge, source, index[todo], key, batch_size):
             log.add(*part)
             parts.append(part)
         found = dataclasses.replace(found, attempts=(*found.attempts, _attempt(spec, view, found, stands, parts)))
     return found
 
 
-def _attack(spec, number, view, outputs_fn, judge, source, index, key, batch_size):
+def _plan(specs, models, routed):
+    """(attack, name of the view, what it attacks) of every attempt."""
+    for spec in specs:
+        if not spec.routed:
+            yield from ((spec, view, model) for view, model in models.items())
+        elif routed is None:
+            raise UserError(f"{spec.label} attacks a router: expected a routed model, of 2 or more experts")
+        else:
+            yield spec, "routes", routed
+
+
+def _attack(spec, number, view, model, judge, source, index, key, batch_size):
     """Yields a record and arrays for each batch."""
-    logits_fn = objectives.logits_fn(outputs_fn)
     root = jax.random.fold_in(rng.stream(key, f"attack_eval/{spec.name}"), 0)
     first = 0
     while first < len(index):
@@ -154,7 +167,7 @@ def _attack(spec, number, view, outputs_fn, judge, source, index, key, batch_siz
                 [(batch, mask)] = _batches(source, rows, batch_size)
                 x, y = batch["image"], batch["label"]
                 goal = _logits(judge, x) if getattr(spec.config, "loss", "") == "kl" else y
-                x_adv = spec.run(logits_fn, rng.per_example(root, batch["index"]), x, goal)
+                x_adv = spec.run(model, rng.per_example(root, batch["index"]), x, goal)
                 judged = _judged(judge, batch, x_adv, spec, mask)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or batch_size == 1:

@@ -104,6 +104,10 @@ class Network:
         """`x -> (logits, aux)` with the weights as arguments of the traced program."""
         return jax.tree_util.Partial(_evaluate, _Static(self), variables, route)
 
+    def routed_fn(self, variables: dict[str, Any]) -> jax.tree_util.Partial:
+        """`(x, route) -> (logits, aux)` with the weights as arguments of the traced program."""
+        return jax.tree_util.Partial(_evaluate_routed, _Static(self), variables)
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +115,10 @@ class _Static:
     """A network as a part of a tree that holds no arrays."""
 
     network: Network
+
+
+def _evaluate_routed(static, variables, x, route):
+    return static.network.apply(variables, x, route)
 
 
 def _evaluate(static, variables, route, x):

@@ -177,4 +177,5 @@ def build(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh, u
         init=jax.jit(fresh, out_shardings=meshes.replicated(mesh), compiler_options=xla.run_once_options()),
         stages=(Stage("train", length, indices, steps),),
         outputs_fn=lambda state, view: network.outputs_fn(state.variables, routing.hard(view)),
-        views=views, network=network, describe=describe)
+        views=views, network=network, describe=describe,
+        routed_fn=(lambda state: network.routed_fn(state.variables)) if network.num_experts > 1 else None)

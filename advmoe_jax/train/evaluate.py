@@ -62,7 +62,8 @@ def run(system: System, state: State, arrays: dict[str, np.ndarray], indices: np
     return verdicts.run(
         views, _source(arrays, mesh), indices, arrays["label"][indices],
         suite.specs, key=jax.random.key(seed), batch_size=-(-min(batch_size, len(indices)) // mesh.size) * mesh.size,
-        survivors_only=suite.survivors_only, log=log)
+        survivors_only=suite.survivors_only, log=log,
+        routed=system.routed_fn(state) if system.routed_fn else None)
 
 
 def summarize(found: Found, suite: Suite, num_experts: int, noticed: tuple[Flag, ...] = ()) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class System:
             views are the same.
         network: the model.
         describe: one line for the log and the report.
+        routed_fn: state -> Partial (x, route) -> (logits, aux), of a routed model.
     """
 
     init: Callable[[jax.Array], State]
@@ -66,3 +67,4 @@ class System:
     views: tuple[str, ...]
     network: Any
     describe: str
+    routed_fn: Callable[[State], jax.tree_util.Partial] | None = None

@@ -254,9 +254,9 @@ def test_step_sizes(step_size, num_steps, expected):
 
 def test_the_same_settings_are_the_same_program():
     """Equal and equally hashed: compiled programs are found again."""
-    programs = [pgd._PGD("l2", "uniform", objectives.get("ce"), True, False) for _ in range(2)]
+    programs = [pgd.Search("l2", "uniform", objectives.get("ce"), True, False) for _ in range(2)]
     assert programs[0] == programs[1] and hash(programs[0]) == hash(programs[1])
-    assert programs[0] != pgd._PGD("l2", "uniform", objectives.get("margin"), True, False)
+    assert programs[0] != pgd.Search("l2", "uniform", objectives.get("margin"), True, False)
 
 
 def test_host_driver_leaves_its_inputs_alone():
