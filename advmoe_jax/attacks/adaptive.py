@@ -17,7 +17,7 @@ from advmoe_jax.core.errors import one_of
 from advmoe_jax.ops import balls, losses, routing
 
 NORMS = balls.NORMS
-ROUTED = True  # the attack takes (x, route) -> (logits, aux)
+TAKES = "routed"  # see parse.Spec
 _TEMPERATURES = (5.0, 2.0, 1.0, 0.5, 0.1)
 _WEIGHTS = (0.1, 1.0, 10.0)
 _PATHS = 4  # of a layer router's many

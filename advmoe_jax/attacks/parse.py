@@ -23,14 +23,15 @@ class Spec:
         config: its settings.
         run: attack(logits_fn, key, x, y) -> x_adv.
         label: as tables name it: "pgd-50", "apgd-t".
-        routed: whether it attacks `(x, route) -> (logits, aux)` of a routed model.
+        takes: the function that it attacks: "logits", x -> logits; "outputs", x -> (logits, aux); "routed", (x, route)
+            -> (logits, aux) of a routed model.
     """
 
     name: str
     config: Any
     run: Callable[..., jax.Array]
     label: str
-    routed: bool = False
+    takes: str = "logits"
 
     @property
     def settings(self) -> dict[str, str]:
@@ -50,7 +51,7 @@ def attack(name: str, **settings: Any) -> Spec:
         if setting not in fields:
             raise unknown_name(f"setting of {name}", setting, fields)
     config = module.Config(**settings)
-    return Spec(name, config, module.make(config), module.label(config), getattr(module, "ROUTED", False))
+    return Spec(name, config, module.make(config), module.label(config), getattr(module, "TAKES", "logits"))
 
 
 def attacks(text: str, **defaults: Any) -> tuple[Spec, ...]:

@@ -132,8 +132,7 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
     logged: dict[int, list] = {}
     for record, arrays in log.read():
         logged.setdefault(record["attempt"], []).append((record, arrays))
-    models = {view: objectives.logits_fn(outputs_fn) for view, outputs_fn in views.items()}
-    for number, (spec, view, model) in enumerate(_plan(specs, models, routed)):
+    for number, (spec, view, model) in enumerate(_plan(specs, views, routed)):
         stands = found.survivors() if survivors_only else found.correct
         parts = list(logged.get(number, ()))
         todo = stands & ~np.isin(index, [i for _, arrays in parts for i in arrays["index"]])
@@ -144,11 +143,13 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
     return found
 
 
-def _plan(specs, models, routed):
+def _plan(specs, views, routed):
     """(attack, name of the view, what it attacks) of every attempt."""
     for spec in specs:
-        if not spec.routed:
-            yield from ((spec, view, model) for view, model in models.items())
+        if spec.takes == "outputs":
+            yield from ((spec, view, outputs_fn) for view, outputs_fn in views.items())
+        elif spec.takes == "logits":
+            yield from ((spec, view, objectives.logits_fn(outputs_fn)) for view, outputs_fn in views.items())
         elif routed is None:
             raise UserError(f"{spec.label} attacks a router: expected a routed model, of 2 or more experts")
         else:
