@@ -1,0 +1,61 @@
+"""Gaussian noise: the weakest that changes the class, as Foolbox has it, or of a fixed strength.
+
+x images (B, H, W, C) in [0, 1]. Foolbox draws anew for each strength; here a draw keeps its direction while
+its strength is searched.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from advmoe_jax.attacks import sampling
+
+NORMS = ("l2", "l1")  # the largest number of all, which is linf, says little about Gaussian noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of Gaussian noise.
+
+    Attributes:
+        norm: "l2" | "l1", in which the search measures.
+        eps: budget of the search, a number or a fraction.
+        sigma: standard deviation, 0 to 1, of noise that is then clipped to the box, whatever eps is; 0 to search.
+        draws: of which each image keeps the worst: the one of least norm, or with a sigma the one that breaks it, or
+            has the highest cross-entropy. The draws of fewer are among those of more.
+        num_steps: equal steps in which each draw of a search ascends to eps; halving one of them takes up to 7 more.
+        early_stop: whether an image is left alone once it is broken.
+        driver: see attacks.driver.
+    """
+
+    norm: str = "l2"
+    eps: str | float = 0.5
+    sigma: str | float = 0
+    draws: int = 10
+    num_steps: int = 20
+    early_stop: bool = False
+    driver: str = "auto"
+
+
+def label(config: Config) -> str:
+    """As tables name it: "gaussian-noise", or with a sigma "gaussian-noise-0.1", "gaussian-noise-0.1-worst-of-10"."""
+    return sampling.label("gaussian-noise", config.sigma, config.draws)
+
+
+def make(config: Config = Config()) -> Callable[..., jax.Array]:
+    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does.
+
+    A search gives the misclassified image that is nearest, or without one the image of the highest cross-entropy, the
+    clean one included.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+    return sampling.attack_by(noise, NORMS, config, "sigma", "gaussian_noise")
+
+
+def noise(key: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
+    """One image (H, W, C) with noise."""
+    return jnp.clip(x + sigma * jax.random.normal(key, x.shape, x.dtype), 0, 1)

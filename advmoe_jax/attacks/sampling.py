@@ -1,0 +1,174 @@
+"""What attacks that draw at random share: the worst of some draws, and the weakest noise that changes the class.
+
+x images (B, H, W, C) in [0, 1]. Noise is a function `noise(key, x, strength) -> x_adv` of one image (H, W, C) that
+moves no pixel back as the strength grows.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from advmoe_jax.attacks import driver, objectives
+from advmoe_jax.core import rng, units
+from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.ops import balls, losses
+
+_MOST = 1  # strength: a standard deviation, or a share
+_HALVINGS = 30
+_PRECISION = 0.01  # of the strength: how well a search knows where a draw breaks the image, if above eps / num_steps
+
+
+def look(inputs: driver.Inputs, x: jax.Array) -> dict[str, jax.Array]:
+    """A driver's candidate of images, by one forward pass; its loss is the cross-entropy."""
+    logits = inputs.logits_fn(x)
+    y = inputs.rows["y"]
+    return dict(x=x, loss=losses.cross_entropy(logits, y), broken=objectives.misclassified(logits, y))
+
+
+def worse(known: dict[str, jax.Array], now: dict[str, jax.Array], stops: bool) -> dict[str, jax.Array]:
+    """The worse of two candidates, per row; what is broken already stays as it is where the attack `stops`."""
+    found = driver.worse(known, now)
+    return driver.select(known["broken"], known, found) if stops else found
+
+
+def label(name: str, strength: str | float, draws: int) -> str:
+    """As tables name it: "noise", or of a fixed strength "noise-0.1", "noise-0.1-worst-of-10"."""
+    if not units.number(strength):
+        return name
+    return f"{name}-{units.number(strength):g}" + (f"-worst-of-{draws}" if draws > 1 else "")
+
+
+def attack_by(noise: Callable, norms: tuple[str, ...], config: Any, setting: str, name: str
+              ) -> Callable[..., jax.Array]:
+    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does, of noise.
+
+    Args:
+        noise: a function of a module, so that compiled programs are shared.
+        norms: that the config may have.
+        config: with norm, eps, draws, num_steps, early_stop, driver and the fixed strength.
+        setting: the name that the fixed strength has in it.
+        name: of the attack.
+    Raises:
+        UserError: a setting is out of range.
+    """
+    one_of("norm", config.norm, norms)
+    one_of("driver", config.driver, driver.DRIVERS)
+    for field in ("draws", "num_steps"):
+        units.whole(getattr(config, field), 1, f"{name}'s {field}")
+    eps = units.eps(config.eps, config.norm)
+    strength = units.number(getattr(config, setting), f"{name}'s {setting}")
+    if not 0 <= strength <= _MOST:
+        raise UserError(f"{name} has {setting}={getattr(config, setting)}: expected 0 to search, or up to {_MOST}")
+    if strength:
+        program, num_steps = _Draws(noise, config.early_stop), config.draws
+    else:
+        program = _Search(noise, config.norm, config.num_steps, config.early_stop)
+        num_steps = 1 + config.draws * program.steps_per_draw
+
+    def attack(logits_fn, key, x, y):
+        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
+        scalars = dict(eps=jnp.asarray(eps, x.dtype), strength=jnp.asarray(strength, x.dtype))
+        if strength and config.draws == 1:  # nothing to choose from: no pass through the model
+            x_adv = _draw_jitted(noise, rows, scalars["strength"])
+        else:
+            inputs = driver.Inputs(objectives.partial(logits_fn), rows, scalars)
+            x_adv = driver.run(program, inputs, num_steps, config.driver)["x"]
+        return jax.lax.stop_gradient(x_adv)
+
+    return attack
+
+
+def _draw(noise, rows, strength, number=0):
+    keys = rng.fold_in(rows["keys"], number)
+    return jax.vmap(noise, (0, 0, None if strength.ndim == 0 else 0))(keys, rows["x"], strength)
+
+
+_draw_jitted = jax.jit(_draw, static_argnames="noise")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draws:
+    """The worst of some draws as a `driver.Program`; step i tries draw i."""
+
+    noise: Callable
+    stops: bool
+    cost = (1, 0)
+
+    def start(self, inputs: driver.Inputs) -> Any:
+        return driver.none_yet(inputs.rows["x"])
+
+    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
+        return worse(carry, look(inputs, _draw(self.noise, inputs.rows, inputs.scalars["strength"], i)), self.stops)
+
+    def done(self, carry: Any) -> jax.Array:
+        return carry["broken"]
+
+    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
+        return carry
+
+
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """The smallest noise as a `driver.Program`: step 0 looks at the clean images, then each draw has its steps.
+
+    A draw ascends in `num_steps` equal steps to the budget, and from the first step that breaks the image on it halves
+    the last one. The loss of a broken candidate is its negative distance.
+    """
+
+    noise: Callable
+    norm: str
+    num_steps: int
+    early_stop: bool
+    stops = True
+    cost = (1, 0)
+
+    @property
+    def steps_per_draw(self):
+        return self.num_steps + max(math.ceil(-math.log2(_PRECISION * self.num_steps)), 0)
+
+    def start(self, inputs: driver.Inputs) -> Any:
+        x = inputs.rows["x"]
+        zero = jnp.zeros(x.shape[0], x.dtype)
+        return dict(worst=driver.none_yet(x), reach=zero, low=zero, high=zero, hit=jnp.zeros(x.shape[0], bool))
+
+    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
+        rows, worst, i = inputs.rows, carry["worst"], jnp.asarray(i)
+        number, n = jnp.divmod(jnp.maximum(i - 1, 0), self.steps_per_draw)
+        is_first = (n == 0) & (i > 0)
+        reach = jax.lax.cond(is_first, lambda: self._reach(inputs, number), lambda: carry["reach"])
+        low, high = jnp.where(is_first, 0, carry["low"]), jnp.where(is_first, reach, carry["high"])
+        hit = carry["hit"] & ~is_first
+
+        halved = jnp.where(high - low > _PRECISION * high, (low + high) / 2, high)
+        strength = jnp.where(hit, halved, jnp.minimum(low + reach / self.num_steps, reach))
+        now = look(inputs, _draw(self.noise, rows, strength, number))
+        broken = now["broken"]
+        now["loss"] = jnp.where(broken, -balls.norm(now["x"] - rows["x"], self.norm), now["loss"])
+        found = dict(worst=driver.worse(worst, now), reach=reach, low=jnp.where(broken, low, strength),
+                     high=jnp.where(broken, strength, high), hit=hit | broken)
+        return driver.select(self.done(carry), carry, found)
+
+    def done(self, carry: Any) -> jax.Array:
+        worst = carry["worst"]
+        return worst["broken"] & (self.early_stop | (worst["loss"] >= 0))
+
+    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
+        return carry["worst"]
+
+    def _reach(self, inputs, number):
+        """The largest strength (B,) of a draw that stays within eps."""
+        rows = inputs.rows
+
+        def halve(_, bracket):
+            low, high = bracket
+            middle = (low + high) / 2
+            moved = _draw(self.noise, rows, middle, number) - rows["x"]
+            within = balls.norm(moved, self.norm) <= inputs.scalars["eps"]
+            return jnp.where(within, middle, low), jnp.where(within, high, middle)
+
+        low = jnp.zeros(rows["x"].shape[0], rows["x"].dtype)
+        return jax.lax.fori_loop(0, _HALVINGS, halve, (low, low + _MOST))[0]
