@@ -1,0 +1,68 @@
+"""Salt and pepper: pixels that turn white or black, as few as change the class, as Foolbox has it, or a fixed share.
+
+x images (B, H, W, C) in [0, 1]. Foolbox draws anew for each share; here the pixels of a draw stay as the share grows.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from advmoe_jax.attacks import sampling
+
+NORMS = ("l2", "l1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of salt and pepper.
+
+    Attributes:
+        norm: "l2" | "l1", in which the search measures.
+        eps: budget of the search; the default is MoL's for CIFAR-10.
+        amount: share of the pixels, 0 to 1, half of them white and half black on average, whatever eps is; 0 to search.
+        whole_pixels: whether all channels of a pixel turn at once.
+        draws: as in gaussian_noise.Config.
+        num_steps: as in gaussian_noise.Config.
+        early_stop: whether an image is left alone once it is broken.
+        driver: see attacks.driver.
+    """
+
+    norm: str = "l1"
+    eps: str | float = 16
+    amount: str | float = 0
+    whole_pixels: bool = True
+    draws: int = 10
+    num_steps: int = 20
+    early_stop: bool = False
+    driver: str = "auto"
+
+
+def label(config: Config) -> str:
+    """As tables name it: "salt-pepper", or with an amount "salt-pepper-0.1", "salt-pepper-0.1-worst-of-10"."""
+    return sampling.label("salt-pepper", config.amount, config.draws)
+
+
+def make(config: Config = Config()) -> Callable[..., jax.Array]:
+    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as gaussian_noise.make does.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+    noise = pixel_noise if config.whole_pixels else channel_noise
+    return sampling.attack_by(noise, NORMS, config, "amount", "salt_pepper")
+
+
+def pixel_noise(key: jax.Array, x: jax.Array, amount: jax.Array) -> jax.Array:
+    """One image (H, W, C) of which that share of the pixels is 0 or 1 in all channels."""
+    return _turned(jax.random.uniform(key, (*x.shape[:2], 1), x.dtype), x, amount)
+
+
+def channel_noise(key: jax.Array, x: jax.Array, amount: jax.Array) -> jax.Array:
+    """One image (H, W, C) of which that share of the numbers is 0 or 1."""
+    return _turned(jax.random.uniform(key, x.shape, x.dtype), x, amount)
+
+
+def _turned(places, x, amount):
+    return jnp.where(places < amount / 2, 0, jnp.where(places >= 1 - amount / 2, 1, x))
