@@ -1,0 +1,70 @@
+"""Fog as MoL has it (Cheng et al., WACVW 2022): one haze over the whole 8-bit image, the same for every image.
+
+x images (B, H, W, C) in [0, 1]; they are rounded down to 8 bits first.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advmoe_jax.core import units
+from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.ops import colour
+
+OVERFLOWS = ("wrap", "clip")
+NORMS = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of fog; the defaults are MoL's.
+
+    Attributes:
+        t: thickness, 0 or more; an image keeps 1 / (1 + exp(t)) of itself.
+        light: what the fog itself looks like, 0 or more; above 1 it is brighter than white.
+        overflow: of what is brighter than white: "wrap" takes it modulo 256, so that bright pixels turn black, as the
+            reference code does; "clip" leaves it white.
+    """
+
+    t: float = 0.4
+    light: float = 1.2
+    overflow: str = "wrap"
+
+
+def label(config: Config) -> str:
+    """As tables name it: "fog", "fog-clip"."""
+    return "fog" if config.overflow == "wrap" else f"fog-{config.overflow}"
+
+
+def make(config: Config = Config()) -> Callable[..., jax.Array]:
+    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does; only `x` matters.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+    one_of("fog's overflow", config.overflow, OVERFLOWS)
+    for name in ("t", "light"):
+        if units.number(getattr(config, name), f"fog's {name}") < 0:
+            raise UserError(f"fog has {name}={getattr(config, name)}: expected 0 or more")
+    table = np.float32(levels(config) / 255)
+
+    def attack(logits_fn, key, x, y):
+        return jax.lax.stop_gradient(_look_up(x, table))
+
+    return attack
+
+
+def levels(config: Config) -> np.ndarray:
+    """What each of the 256 grey levels turns into, (256,) whole numbers."""
+    kept = 1 / (1 + np.exp(units.number(config.t)))
+    hazy = kept * np.arange(256) + (1 - kept) * units.number(config.light) * 255
+    hazy = np.floor(hazy + 1e-9)  # white in white fog is exactly white
+    return hazy % 256 if config.overflow == "wrap" else np.minimum(hazy, 255)
+
+
+@jax.jit
+def _look_up(x, table):
+    return table[colour.to_bytes(x).astype(jnp.int32)].astype(x.dtype)
