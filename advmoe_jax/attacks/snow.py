@@ -1,0 +1,64 @@
+"""Snow as MoL has it (Cheng et al., WACVW 2022): what is darker than a random point is bleached.
+
+x images (B, H, W, C) in [0, 1], C 1 or 3; they are rounded down to 8 bits first.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from advmoe_jax.core import rng, units
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.ops import colour
+
+NORMS = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of snow; the default is MoL's.
+
+    Attributes:
+        multiplier: of the lightness of pixels darker than the image's snow point, which is drawn from 85 to 212.5;
+            0 or more. MoL calls it darkness.
+    """
+
+    multiplier: float = 8
+
+
+def label(config: Config) -> str:
+    """As tables name it: "snow"."""
+    return "snow" if config.multiplier == 8 else f"snow-{config.multiplier}"
+
+
+def make(config: Config = Config()) -> Callable[..., jax.Array]:
+    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does; the model and `y` do not matter.
+
+    Raises:
+        UserError: the multiplier is out of range.
+    """
+    multiplier = units.number(config.multiplier, "snow's multiplier")
+    if multiplier < 0:
+        raise UserError(f"snow has multiplier={config.multiplier}: expected 0 or more")
+
+    def attack(logits_fn, key, x, y):
+        return jax.lax.stop_gradient(_bleach(x, snow_points(rng.rowwise(key, x.shape[0])), multiplier))
+
+    return attack
+
+
+@jax.jit
+def snow_points(keys: jax.Array) -> jax.Array:
+    """(B,) keys -> (B,) lightness in bytes, uniform in [85, 212.5)."""
+    return jax.vmap(lambda key: jax.random.uniform(key, minval=255 / 3, maxval=255 / 3 + 255 / 2))(keys)
+
+
+@jax.jit
+def _bleach(x, points, multiplier):
+    hls = colour.to_hls(colour.to_bytes(colour.as_rgb(x)))
+    lightness = hls[..., 1]
+    bleached = jnp.minimum(jnp.floor(multiplier * lightness), 255)
+    lightness = jnp.where(lightness < points[:, None, None], bleached, lightness)
+    return (colour.to_rgb(hls.at[..., 1].set(lightness)) / 255)[..., :x.shape[-1]].astype(x.dtype)
