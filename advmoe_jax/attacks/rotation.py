@@ -1,0 +1,64 @@
+"""Rotation as MoL has it (Cheng et al., WACVW 2022): each image by its own random angle.
+
+x images (B, H, W, C) in [0, 1]. The reference code draws one angle a batch.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from advmoe_jax.core import rng, units
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.ops import warp
+
+NORMS = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of rotation; the default is MoL's.
+
+    Attributes:
+        limit: degrees, 0 to 180; the angle is uniform in [-limit, limit].
+    """
+
+    limit: float = 180
+
+
+def label(config: Config) -> str:
+    """As tables name it: "rotation", "rotation-30"."""
+    return "rotation" if config.limit == 180 else f"rotation-{config.limit}"
+
+
+def make(config: Config = Config()) -> Callable[..., jax.Array]:
+    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does; the model and `y` do not matter.
+
+    The nearest pixel is taken, and 0 from outside.
+
+    Raises:
+        UserError: the limit is out of range.
+    """
+    limit = units.number(config.limit, "rotation's limit")
+    if not 0 <= limit <= 180:
+        raise UserError(f"rotation has limit={config.limit}: expected 0 to 180 degrees")
+
+    def attack(logits_fn, key, x, y):
+        keys = rng.rowwise(key, x.shape[0])
+        return jax.lax.stop_gradient(rotate(x, angles(keys, limit)))
+
+    return attack
+
+
+@jax.jit
+def angles(keys: jax.Array, limit: float) -> jax.Array:
+    """(B,) keys -> (B,) degrees in [-limit, limit]."""
+    return limit * jax.vmap(functools.partial(jax.random.uniform, minval=-1, maxval=1))(keys)
+
+
+@jax.jit
+def rotate(x: jax.Array, degrees: jax.Array) -> jax.Array:
+    """Turns each image counter-clockwise by its own number of degrees (B,)."""
+    return warp.warp(x, degrees, jnp.zeros((x.shape[0], 2), x.dtype), bilinear=False)
