@@ -67,20 +67,19 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     for name, least in dict(num_steps=1, restarts=1, targets=0).items():
         units.whole(getattr(config, name), least, f"fab's {name}")
     eps = units.eps(config.eps, config.norm)
-    programs = {fresh: _FAB(config.norm, bool(config.targets), config.beyond, fresh, config.early_stop)
-                for fresh in (True, False)}
 
     def attack(logits_fn, key, x, y):
         logits_fn = objectives.partial(logits_fn)
         rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
+        planes = 1 if config.targets else jax.eval_shape(logits_fn, x).shape[-1]
         worst, targets = objectives.clean(logits_fn, rows, config.targets)
 
         def one(inputs, number):
             rows = inputs.rows | {"keys": rng.fold_in(inputs.rows["keys"], number)}
             if config.targets:
                 rows["target"] = rows.pop("targets")[:, number // config.restarts]
-            return driver.run(programs[number % config.restarts == 0], inputs._replace(rows=rows), config.num_steps,
-                              config.driver)
+            program = _FAB(config.norm, planes, config.beyond, number % config.restarts == 0, config.early_stop)
+            return driver.run(program, inputs._replace(rows=rows), config.num_steps, config.driver)
 
         inputs = driver.Inputs(logits_fn, rows | ({"targets": targets} if config.targets else {}),
                                dict(eps=jnp.asarray(eps, x.dtype)))
@@ -92,14 +91,17 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class _FAB:
-    """One run as a `driver.Program`."""
+    """One run as a `driver.Program`; planes is 1 with a target, else K."""
 
     norm: str
-    targeted: bool
+    planes: int
     beyond: str
     fresh: bool
     stops: bool
-    cost = (2, 1)
+
+    @property
+    def cost(self):
+        return 2, self.planes
 
     def start(self, inputs: driver.Inputs) -> Any:
         x, eps = inputs.rows["x"], inputs.scalars["eps"]
@@ -137,7 +139,7 @@ class _FAB:
     def _nearest_plane(self, inputs, u):
         """The linearised difference z_k - z_y of the class to go to: its value (B,) and gradient (B, d)."""
         y, size = inputs.rows["y"], u.shape[0]
-        if self.targeted:
+        if self.planes == 1:
             def total(v):
                 gap = objectives.TARGETED["margin"].loss(inputs.logits_fn(v), (y, inputs.rows["target"]))
                 return jnp.sum(gap), gap

@@ -24,7 +24,8 @@ OWN = {"cw_l2": dict(c=1.0, binary_search_steps=2, learning_rate=0.05), "ddn": d
        "rays": dict(num_queries=300)}  # of attacks that would not break anything else
 
 MODULES = {name: find.module("attacks", name, defines="make") for name in NAMES}
-CASES = [(name, norm) for name, module in MODULES.items() if not hasattr(module, "TAKES")  # test_adaptive.py, test_exits.py
+CASES = [(name, norm) for name, module in MODULES.items()
+         if not hasattr(module, "TAKES")  # these have tests of their own: test_adaptive.py, test_exits.py
          for norm in module.NORMS or ("",)]
 each = pytest.mark.parametrize("name, norm", CASES)
 in_ball = pytest.mark.parametrize("name, norm", [case for case in CASES if case[1]])
