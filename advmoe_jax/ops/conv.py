@@ -36,8 +36,13 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     if k == 1:
         return jnp.einsum("bhwi,io->bhwo", x[:, ::stride, ::stride], kernel[0, 0])
     if x.shape[-1] <= _PATCH_CHANNELS:
-        return _patches(x, k, stride) @ kernel.reshape(-1, kernel.shape[-1])
+        return patches_conv2d(x, kernel, stride)
     return _conv(x, kernel, stride)
+
+
+def patches_conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+    """As `conv2d`, by a matrix product over patches: k * k times the memory of x, on CPU the fastest for narrow ones."""
+    return _patches(x, kernel.shape[0], stride) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _patches(x: jax.Array, k: int, stride: int) -> jax.Array:
