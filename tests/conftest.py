@@ -1,9 +1,11 @@
 """Four CPU devices, strict jax, and one compilation cache for all tests of a machine."""
 
+import gc
 import os
 import tempfile
 
 import jax
+import pytest
 
 # Compiling is most of what small tests cost; the processes that tests start inherit this.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -19,3 +21,11 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # for the processes that tests 
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Every compiled program holds memory maps, of which a process may only have so many: at the limit jax crashes."""
+    yield
+    jax.clear_caches()
+    gc.collect()

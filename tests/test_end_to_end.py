@@ -56,7 +56,7 @@ def test_files(method, run):
         folder = workdir / "eval" / entry["id"]
         assert json.loads((folder / "summary.json").read_text()) == entry
         assert {path.name for path in folder.iterdir()} - {"about.json", "log.jsonl"} == {
-            "summary.json", "examples.npz", "examples.csv", "adversarial.npz"}
+            "summary.json", "summary.csv", "examples.npz", "examples.csv", "adversarial.npz"}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -198,8 +198,11 @@ def test_a_suite_is_one_worst_case(run):
         with np.load(folder / "examples.npz") as examples, np.load(folder / "adversarial.npz") as adversarial:
             broken = examples["index"][examples["broken_by"] >= 0]
             assert adversarial["index"].tolist() == broken.tolist()
-        lines = (folder / "examples.csv").read_text().splitlines()
-        assert len(lines) == 21 and len({line.count(",") for line in lines}) == 1
+        for name, count in (("examples.csv", 20), ("summary.csv", 9)):
+            lines = (folder / name).read_text().splitlines()
+            assert len(lines) == count + 1 and len({line.count(",") for line in lines}) == 1
+    assert "![curve.png](curve.png)" in (workdir / "report.md").read_text() and (workdir / "curve.png").exists()
+    assert "RA after %" in (workdir / "report.md").read_text()
 
 
 def test_report_of_several_runs(run, capsys):

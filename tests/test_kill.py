@@ -4,6 +4,7 @@ import functools
 import shutil
 import signal
 
+import numpy as np
 import pytest
 from tiny import TIMEOUT, assert_same_bits, entries, flags, logged, metrics, process, saved_steps, wait_until
 
@@ -118,3 +119,33 @@ def test_damaged_newest_checkpoint_is_skipped(damage, complete, tmp_path):
     assert error.startswith("warning: checkpoint 30 cannot be read and is skipped") and error.count("\n") == 1
     assert_same_bits(workdir, complete())
     assert entries(workdir) == entries(complete())
+
+
+def test_kill_in_the_middle_of_an_evaluation(complete, tmp_path):
+    """In Square, which is last: what was found before is kept, nothing is attacked twice, and the end is the same."""
+    suite = ["--mode", "evaluate", "--checkpoint", "last", "--config.eval.suite=fgsm square(num_queries=300)",
+             "--config.eval.batch_size=4", "--config.eval.eps=0.02"]
+    for name in ("whole", "killed"):
+        shutil.copytree(complete(), tmp_path / name)
+    with process([*suite, "--workdir", str(tmp_path / "whole")], folder=tmp_path, name="whole") as running:
+        assert running.wait(TIMEOUT) == 0, (tmp_path / "whole.err").read_text()
+
+    def lines():
+        return [line for path in (tmp_path / "killed" / "eval").glob("last-fgsm+square*/log.jsonl")
+                for line in path.read_text().splitlines()]
+
+    with process([*suite, "--workdir", str(tmp_path / "killed")], folder=tmp_path, name="killed") as running:
+        wait_until(lambda: any('"square' in line for line in lines()), running, "a batch of Square")
+        running.send_signal(signal.SIGKILL)
+        running.wait(TIMEOUT)
+    before = lines()
+    with process([*suite, "--workdir", str(tmp_path / "killed")], folder=tmp_path, name="again") as running:
+        assert running.wait(TIMEOUT) == 0, (tmp_path / "again.err").read_text()
+    assert lines()[:len(before)] == before and len(lines()) > len(before)
+    [ours] = [entry for entry in entries(tmp_path / "killed") if "square" in entry["attack"]]
+    [theirs] = [entry for entry in entries(tmp_path / "whole") if "square" in entry["attack"]]
+    assert ours == theirs
+    for name in ("examples.npz", "adversarial.npz"):
+        with (np.load(tmp_path / "killed" / "eval" / ours["id"] / name) as a,
+              np.load(tmp_path / "whole" / "eval" / ours["id"] / name) as b):
+            assert a.files == b.files and all(np.array_equal(a[key], b[key]) for key in a.files)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver, objectives, pgd
+from advmoe_jax.attacks import driver, objectives, pgd, settings
 from advmoe_jax.attacks.objectives import Objective
 from advmoe_jax.core import rng, units
 from advmoe_jax.core.errors import one_of
@@ -63,10 +63,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
         UserError: a setting is out of range.
     """
     one_of("mode of adaptive", config.mode, MODES)
-    one_of("norm", config.norm, NORMS)
-    one_of("driver", config.driver, driver.DRIVERS)
-    units.whole(config.num_steps, len(_TEMPERATURES), "adaptive's num_steps")
-    eps = units.eps(config.eps, config.norm)
+    eps = settings.budget("adaptive", config, NORMS, num_steps=len(_TEMPERATURES))
     units.step_size(config.step_size, eps, config.num_steps, config.norm)
 
     def attack(outputs_fn, key, x, y):

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import driver, objectives
-from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.attacks import driver, objectives, settings
+from advmoe_jax.core import rng
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls
 
 _MOMENTUM = 0.75  # share of the step in an update, the rest goes to the last movement
@@ -73,16 +73,12 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     Raises:
         UserError: a setting is out of range.
     """
-    one_of("norm", config.norm, NORMS)
-    one_of("driver", config.driver, driver.DRIVERS)
-    for name, least in dict(num_steps=1, restarts=1, targets=0, eot=0).items():
-        units.whole(getattr(config, name), least, f"apgd's {name}")
+    eps = settings.budget("apgd", config, NORMS, num_steps=1, restarts=1, targets=0, eot=0)
     if not 0 <= config.rho <= 1:
         raise UserError(f"apgd has rho={config.rho}: expected 0 to 1")
     if config.targets and config.loss not in objectives.TARGETED:
         raise UserError(f"apgd has targets={config.targets} with loss={config.loss}: "
                         f"expected one of {', '.join(objectives.TARGETED)}")
-    eps = units.eps(config.eps, config.norm)
     objective = objectives.TARGETED[config.loss] if config.targets else objectives.get(config.loss)
     phases = [(1, config.num_steps)]
     if config.norm == "l1" and config.largest_first:

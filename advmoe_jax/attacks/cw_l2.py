@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from advmoe_jax.attacks import driver, minimal, objectives
+from advmoe_jax.attacks import driver, minimal, objectives, settings
 from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import losses
 
 _INSIDE = 0.999999  # atanh is infinite on the border of the box
@@ -39,7 +39,7 @@ class Config:
             between the largest that failed and the smallest that succeeded.
         confidence: logit margin that an adversarial image must have, 0 or more.
         learning_rate: of Adam, in w, more than 0.
-        beyond: see attacks.minimal.
+        beyond: see attacks.settings.
         early_stop: as in fab.Config.
         driver: see attacks.driver.
     """
@@ -70,11 +70,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     Raises:
         UserError: a setting is out of range.
     """
-    one_of("norm", config.norm, NORMS)
-    one_of("driver", config.driver, driver.DRIVERS)
-    one_of("cw_l2's beyond", config.beyond, minimal.BEYOND)
-    for name in ("num_steps", "binary_search_steps"):
-        units.whole(getattr(config, name), 1, f"cw_l2's {name}")
+    eps = settings.budget("cw_l2", config, NORMS, num_steps=1, binary_search_steps=1)
     numbers = {name: units.number(getattr(config, name), f"cw_l2's {name}")
                for name in ("c", "learning_rate", "confidence")}
     for name in ("c", "learning_rate"):
@@ -82,7 +78,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
             raise UserError(f"cw_l2 has {name}={getattr(config, name)}: expected more than 0")
     if numbers["confidence"] < 0:
         raise UserError(f"cw_l2 has confidence={config.confidence}: expected 0 or more")
-    numbers["eps"] = units.eps(config.eps, config.norm)
+    numbers["eps"] = eps
     program = _CW(config.num_steps, config.binary_search_steps, config.beyond, config.early_stop)
     looks = config.binary_search_steps * (config.num_steps + 1)
 

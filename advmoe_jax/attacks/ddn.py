@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver, minimal, objectives
+from advmoe_jax.attacks import driver, minimal, objectives, settings
 from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls, losses
 
 _LAST_STEP_SIZE = 0.01
@@ -30,7 +30,7 @@ class Config:
         start_eps: norm of the first perturbation, more than 0.
         gamma: share by which the norm shrinks on a misclassified iterate and grows on another, 0 to 1.
         levels: grey levels that the images are rounded to, 256 as the authors do; 0 for no rounding.
-        beyond: see attacks.minimal.
+        beyond: see attacks.settings.
         early_stop: as in fab.Config.
         driver: see attacks.driver.
     """
@@ -59,13 +59,10 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     Raises:
         UserError: a setting is out of range.
     """
-    one_of("norm", config.norm, NORMS)
-    one_of("driver", config.driver, driver.DRIVERS)
-    one_of("ddn's beyond", config.beyond, minimal.BEYOND)
-    units.whole(config.num_steps, 1, "ddn's num_steps")
-    if units.whole(config.levels, 0, "ddn's levels") == 1:
+    eps = settings.budget("ddn", config, NORMS, num_steps=1, levels=0)
+    if config.levels == 1:
         raise UserError("ddn has levels=1: expected 0 for no rounding, or 2 or more")
-    numbers = dict(eps=units.eps(config.eps, config.norm), num_steps=config.num_steps,
+    numbers = dict(eps=eps, num_steps=config.num_steps,
                    start_eps=units.number(config.start_eps, "ddn's start_eps"),
                    gamma=units.number(config.gamma, "ddn's gamma"))
     if numbers["start_eps"] <= 0:

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver, minimal, objectives
+from advmoe_jax.attacks import driver, minimal, objectives, settings
 from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls
 
 _BEYOND_THE_PLANE = 1e-4  # added to the logit difference that a step closes
@@ -29,7 +29,7 @@ class Config:
         num_steps: steps at most; an image is left alone once its class changes.
         overshoot: share by which the whole perturbation is lengthened, 0 or more.
         candidates: classes of the largest clean logits that are considered, the label among them, 2 or more.
-        beyond: see attacks.minimal.
+        beyond: see attacks.settings.
         driver: see attacks.driver.
     """
 
@@ -55,12 +55,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     Raises:
         UserError: a setting is out of range.
     """
-    one_of("norm", config.norm, NORMS)
-    one_of("driver", config.driver, driver.DRIVERS)
-    one_of("deepfool's beyond", config.beyond, minimal.BEYOND)
-    for name, least in dict(num_steps=1, candidates=2).items():
-        units.whole(getattr(config, name), least, f"deepfool's {name}")
-    eps = units.eps(config.eps, config.norm)
+    eps = settings.budget("deepfool", config, NORMS, num_steps=1, candidates=2)
     overshoot = units.number(config.overshoot, "deepfool's overshoot")
     if overshoot < 0:
         raise UserError(f"deepfool has overshoot={config.overshoot}: expected 0 or more")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver, objectives, pgd
+from advmoe_jax.attacks import driver, objectives, pgd, settings
 from advmoe_jax.attacks.objectives import Objective
 from advmoe_jax.core import rng, units
 from advmoe_jax.core.errors import one_of
@@ -58,10 +58,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
         UserError: a setting is out of range.
     """
     one_of("mode of exits", config.mode, MODES)
-    one_of("norm", config.norm, NORMS)
-    one_of("driver", config.driver, driver.DRIVERS)
-    units.whole(config.num_steps, 1, "exits' num_steps")
-    eps = units.eps(config.eps, config.norm)
+    eps = settings.budget("exits", config, NORMS, num_steps=1)
     step_size = units.step_size(config.step_size, eps, config.num_steps, config.norm)
     program = pgd.Search(config.norm, "uniform", _OBJECTIVES[config.mode], True, config.early_stop)
 

@@ -10,9 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver, minimal, objectives
-from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import one_of
+from advmoe_jax.attacks import driver, minimal, objectives, settings
+from advmoe_jax.core import rng
 from advmoe_jax.ops import balls, hyperplanes
 
 _MOST_TOWARDS_CLEAN = 0.1  # alpha_max
@@ -32,7 +31,7 @@ class Config:
         restarts: for each target; the first one starts at the image, the others at random.
         targets: classes that are aimed at one after the other, by falling clean logit, at most K - 1; 0 for the class
             of the nearest plane in each step, at K backward passes.
-        beyond: see attacks.minimal.
+        beyond: see attacks.settings.
         early_stop: as in pgd.Config: whether an image is left alone once the perturbation is within eps.
         driver: see attacks.driver.
     """
@@ -61,12 +60,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     Raises:
         UserError: a setting is out of range.
     """
-    one_of("norm", config.norm, NORMS)
-    one_of("driver", config.driver, driver.DRIVERS)
-    one_of("fab's beyond", config.beyond, minimal.BEYOND)
-    for name, least in dict(num_steps=1, restarts=1, targets=0).items():
-        units.whole(getattr(config, name), least, f"fab's {name}")
-    eps = units.eps(config.eps, config.norm)
+    eps = settings.budget("fab", config, NORMS, num_steps=1, restarts=1, targets=0)
 
     def attack(logits_fn, key, x, y):
         logits_fn = objectives.partial(logits_fn)

@@ -11,10 +11,6 @@ import jax.numpy as jnp
 from advmoe_jax.attacks import driver
 from advmoe_jax.ops import balls, losses
 
-BEYOND = ("clean", "project", "keep")
-"""What comes back where the smallest perturbation is larger than eps: the clean image, the perturbation scaled to eps,
-or the image that was found, outside the budget, for studies of distances."""
-
 
 def none_yet(x: jax.Array) -> dict[str, jax.Array]:
     """Nothing found: {"found": images, "distance": (B,) infinite}."""

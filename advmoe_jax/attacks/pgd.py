@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver, objectives
+from advmoe_jax.attacks import driver, objectives, settings
 from advmoe_jax.core import rng, units
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.ops import balls
@@ -65,15 +65,11 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     Raises:
         UserError: a setting is out of range.
     """
-    one_of("norm", config.norm, NORMS)
     one_of("start", config.start, STARTS)
     one_of("keep", config.keep, ("best", "last"))
-    one_of("driver", config.driver, driver.DRIVERS)
     if config.early_stop and config.keep == "last":
         raise UserError("pgd has early_stop=True and keep='last': expected keep='best', which it may stop at")
-    for name in ("num_steps", "restarts"):
-        units.whole(getattr(config, name), 1, f"pgd's {name}")
-    eps = units.eps(config.eps, config.norm)
+    eps = settings.budget("pgd", config, NORMS, num_steps=1, restarts=1)
     step_size = units.step_size(config.step_size, eps, config.num_steps, config.norm)
     program = Search(config.norm, config.start, objectives.get(config.loss), config.keep == "best", config.early_stop)
 

@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import driver, minimal, objectives
-from advmoe_jax.core import units
-from advmoe_jax.core.errors import one_of
+from advmoe_jax.attacks import driver, minimal, objectives, settings
 
 _TOLERANCE = 1e-3  # of a radius, as an l2 length
 _NO_CLASS = -1
@@ -30,7 +28,7 @@ class Config:
         norm: "linf" | "l2", in which the nearest image is kept; the search is the same.
         eps: budget, a number or a fraction such as "8/255".
         num_queries: labels that the attack may ask for, that of the clean image among them.
-        beyond: see attacks.minimal.
+        beyond: see attacks.settings.
         early_stop: as in fab.Config.
         driver: see attacks.driver.
     """
@@ -56,11 +54,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     Raises:
         UserError: a setting is out of range.
     """
-    one_of("norm", config.norm, NORMS)
-    one_of("driver", config.driver, driver.DRIVERS)
-    one_of("rays' beyond", config.beyond, minimal.BEYOND)
-    units.whole(config.num_queries, 1, "rays' num_queries")
-    eps = units.eps(config.eps, config.norm)
+    eps = settings.budget("rays", config, NORMS, num_queries=1)
     program = _RayS(config.norm, config.beyond, config.early_stop)
 
     def attack(logits_fn, key, x, y):

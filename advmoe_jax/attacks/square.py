@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import driver, objectives
-from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.attacks import driver, objectives, settings
+from advmoe_jax.core import rng
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls, losses
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which the share of the image is halved
@@ -54,12 +54,9 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     Raises:
         UserError: a setting is out of range.
     """
-    one_of("norm", config.norm, NORMS)
-    one_of("driver", config.driver, driver.DRIVERS)
-    units.whole(config.num_queries, 1, "square's num_queries")
+    eps = settings.budget("square", config, NORMS, num_queries=1)
     if not 0 < config.share <= 1:
         raise UserError(f"square has share={config.share}: expected more than 0 and at most 1")
-    eps = units.eps(config.eps, config.norm)
 
     def attack(logits_fn, key, x, y):
         program = _Square(config.norm, sides(config, *x.shape[1:3]), config.early_stop)

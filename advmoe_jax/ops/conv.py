@@ -41,7 +41,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
 
 
 def patches_conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """As `conv2d`, by a matrix product over patches: k * k times the memory of x, on CPU the fastest for narrow ones."""
+    """As `conv2d`, by a matrix product over patches: k * k times the memory of x, on CPU fastest when narrow."""
     return _patches(x, kernel.shape[0], stride) @ kernel.reshape(-1, kernel.shape[-1])
 
 

@@ -1,6 +1,7 @@
 """PNG plots of one run. L routed layers, T log lines, E experts."""
 
 import io
+import itertools
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,39 @@ def write(run: Run) -> tuple[str, ...] | None:
         names.append("routing.png")
         _save(_routing(Figure, run, train), run.folder / names[1])
     return tuple(names)
+
+
+def write_curve(run: Run) -> str | None:
+    """Draws robust accuracy over eps, a line for each suite and checkpoint that was measured at several.
+
+    Returns:
+        "curve.png", or None where there is nothing to draw, or nothing to draw with.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    lines: dict[tuple, list] = {}
+    for entry in run.entries:
+        lines.setdefault((entry["checkpoint"], entry["attack"], entry["norm"], entry["n"]), []).append(entry)
+    lines = {key: sorted(found, key=lambda e: e["eps_value"]) for key, found in lines.items()
+             if key[2] and len({entry["eps_value"] for entry in found}) > 1}
+    if not lines:
+        return None
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for ((checkpoint, attack, norm, n), found), colour in zip(lines.items(), itertools.cycle(_COLOURS)):
+        eps = [entry["eps_value"] for entry in found]
+        low, high = (100 * np.array([entry["ra_interval"][i] for entry in found]) for i in (0, 1))
+        axes.plot(eps, [100 * entry["ra"] for entry in found], "o-", color=colour, markersize=3.5,
+                  label=f"{attack}, {norm}, {checkpoint}, {n} images")
+        axes.fill_between(eps, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel="eps", ylabel="robust accuracy (%)", xlim=(0, None), ylim=(0, 100))
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
+    _save(figure, run.folder / "curve.png")
+    return "curve.png"
 
 
 def _save(figure, path) -> None:

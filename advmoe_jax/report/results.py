@@ -163,5 +163,29 @@ def keep(workdir: Path, record: dict[str, Any], found: Found, adversarial: dict[
     files.write_npz(folder / "examples.npz", examples(found))
     files.write_npz(folder / "adversarial.npz", adversarial)
     files.write_text(folder / "examples.csv", table(found))
+    files.write_text(folder / "summary.csv", _summary(record))
+    if record["attack"] == "standard":
+        files.write_json(folder / "robustbench.json", _robustbench(record))
     files.write_json(folder / "summary.json", {"id": entry_id(record)} | record)
     add(workdir, [record])
+
+
+def _summary(record: dict[str, Any]) -> str:
+    """The attempts as CSV."""
+    out = io.StringIO()
+    names = [name for name in record["attempts"][0] if name != "settings"]
+    writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(record["attempts"])
+    return out.getvalue()
+
+
+def _robustbench(record: dict[str, Any]) -> dict[str, Any]:
+    """A model's entry as RobustBench keeps it: numbers as text, accuracies in percent."""
+    return {
+        "link": "", "name": f"{record['method']} ({record['config']})", "authors": "", "additional_data": False,
+        "number_forward_passes": 1, "dataset": record["data"], "venue": "", "architecture": record["method"],
+        "eps": record["eps"], "clean_acc": f"{100 * record['sa']:.2f}", "reported": f"{100 * record['ra']:.2f}",
+        "autoattack_acc": f"{100 * record['ra']:.2f}", "unreliable": record["unreliable"],
+        "footnote": f"{record['n']} test images, {record['norm']}, seed {record['seed']}, advmoe_jax "
+                    f"{record['versions']['advmoe_jax']}"}

@@ -16,6 +16,8 @@ _COLUMNS = ("The columns after RA are the accuracies under one gradient each: wi
 _ROUTING = ("Load: share of the clean test images that each expert gets. Entropy: of the load, 1 is even and 0 is one "
             "expert for all. Flips: share of the images whose expert changes under the gradient that breaks most of "
             "them.")
+_ATTEMPTS = ("Robust accuracy = worst case per example. The attacks of a suite, in order: images that they were given, "
+             "that they broke, and the robust accuracy after them.")
 _VIEWS = {"none": "router constant"}
 
 
@@ -29,6 +31,11 @@ def write(run: Run) -> None:
     if accuracy:
         views = " " + _COLUMNS if len(run.entries[0]["ra_by_view"]) > 1 else ""
         parts += ["## Accuracy\n", f"{_DEFINITION}{views}\n", *map(tables.markdown, accuracy)]
+        attempts = attempt_tables(run)
+        if attempts:
+            parts += [f"{_ATTEMPTS}\n", *map(tables.markdown, attempts)]
+        if curve := plots.write_curve(run):
+            parts.append(f"![{curve}]({curve})\n")
         parts.append(tables.markdown(macs_table(run), 2))
     routing = routing_tables(run)
     if routing:
@@ -69,6 +76,18 @@ def _accuracy(entries: list[dict[str, Any]]) -> Table:
         for e in entries]
     columns = ("checkpoint", "step", "n", "SA %", "RA %", *(_VIEWS.get(view, view) for view in views))
     return Table(runs.attack_title(entries[0]), columns, rows, (runs.attack_settings(entries),))
+
+
+def attempt_tables(run: Run) -> list[Table]:
+    """A table for each suite of several attacks, with a row for each attack and gradient."""
+    found = []
+    for entry in run.entries:
+        if len({attempt["attack"] for attempt in entry["attempts"]}) > 1:
+            rows = [(a["attack"], _VIEWS.get(a["view"], a["view"]), str(a["attacked"]), str(a["broken"]),
+                     tables.percent(a["ra_after"]), f"{a['seconds']:.1f}") for a in entry["attempts"]]
+            found.append(Table(f"{runs.attack_title(entry)}, {entry['checkpoint']} checkpoint",
+                               ("attack", "gradient", "images", "broken", "RA after %", "s"), rows))
+    return found
 
 
 def macs_table(run: Run) -> Table:
