@@ -124,14 +124,14 @@ def test_damaged_newest_checkpoint_is_skipped(damage, complete, tmp_path):
 def test_kill_in_the_middle_of_an_evaluation(complete, tmp_path):
     """In Square, which is last: what was found before is kept, nothing is attacked twice, and the end is the same."""
     suite = ["--mode", "evaluate", "--checkpoint", "last", "--config.eval.suite=fgsm square(num_queries=300)",
-             "--config.eval.batch_size=4", "--config.eval.eps=0.02"]
+             "--config.eval.batch_size=4", "--config.eval.eps=0.02", "--config.eval.n=100"]
     for name in ("whole", "killed"):
         shutil.copytree(complete(), tmp_path / name)
     with process([*suite, "--workdir", str(tmp_path / "whole")], folder=tmp_path, name="whole") as running:
         assert running.wait(TIMEOUT) == 0, (tmp_path / "whole.err").read_text()
 
     def lines():
-        return [line for path in (tmp_path / "killed" / "eval").glob("last-fgsm+square*/log.jsonl")
+        return [line for path in (tmp_path / "killed" / "eval").glob("last-fgsm*square*/log.jsonl")
                 for line in path.read_text().splitlines()]
 
     with process([*suite, "--workdir", str(tmp_path / "killed")], folder=tmp_path, name="killed") as running:

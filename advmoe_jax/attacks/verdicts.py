@@ -184,8 +184,9 @@ def _attack(spec, number, view, model, judge, source, index, key, batch_size):
 
 def _attempt(spec, view, found, stands, parts) -> Attempt:
     after = {name: np.array(values) for name, values in found.clean.items()}
-    for name in parts[0][1].keys() - after.keys() - {"index", "x_adv"} if parts else ():
-        after[name] = np.zeros(len(found.index), parts[0][1][name].dtype)
+    for name, values in parts[0][1].items() if parts else ():
+        if name not in after and name not in ("index", "x_adv"):
+            after[name] = np.zeros(len(found.index), values.dtype)
     place = {int(i): n for n, i in enumerate(found.index)}
     for _, arrays in parts:
         rows = [place[int(i)] for i in arrays["index"]]
