@@ -286,12 +286,17 @@ def filled(rows: np.ndarray, size: int) -> np.ndarray:
 
 def gather(tree: Any, rows: np.ndarray) -> Any:
     """Rows of every array of a pytree, laid out on the devices as the array was."""
-    return jax.tree.map(lambda leaf, taken: jax.device_put(taken, leaf.sharding), tree, _gather(tree, rows))
+    return jax.tree.map(_laid_out_as, tree, _gather(tree, rows))
 
 
 def scatter(tree: Any, part: Any, where: np.ndarray) -> Any:
     """`tree` with the rows of `part` written to rows `where`; those that are out of range are dropped."""
-    return jax.tree.map(lambda leaf, put: jax.device_put(put, leaf.sharding), tree, _scatter(tree, part, where))
+    return jax.tree.map(_laid_out_as, tree, _scatter(tree, part, where))
+
+
+def _laid_out_as(leaf, new):
+    """`new` cut over the devices as `leaf` is; what is on one device may move freely."""
+    return jax.device_put(new, leaf.sharding) if len(leaf.sharding.device_set) > 1 else new
 
 
 @jax.jit
@@ -309,4 +314,4 @@ def _size(rows) -> int:
 
 
 def _devices(rows) -> int:
-    return len(jax.tree.leaves(rows)[0].sharding.device_set)
+    return max(len(leaf.sharding.device_set) for leaf in jax.tree.leaves(rows))

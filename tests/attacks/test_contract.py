@@ -149,6 +149,20 @@ def test_on_four_devices(name, norm):
     np.testing.assert_array_equal(_verdicts(x_adv, y), _verdicts(_found(name, norm), y))
 
 
+def test_compaction_on_four_devices():
+    """Batches that shrink still cut evenly, also with one key for all."""
+    weights, x, y = _case()
+    mesh = meshes.make()
+    rows = np.arange(80) % BATCH
+    x_cut, y_cut = (jax.device_put(a[rows], meshes.by_example(mesh)) for a in (x, y))
+    weights = jax.device_put(weights, meshes.replicated(mesh))
+    attack = parse.attack("pgd", eps=EPS["linf"], num_steps=40, early_stop=True)
+    x_adv = attack.run(jax.tree_util.Partial(_apply, weights), jax.random.key(0), x_cut, y_cut)
+    alone = attack.run(jax.tree_util.Partial(_apply, weights), jax.random.key(0), x[rows], y[rows])
+    np.testing.assert_array_equal(_verdicts(x_adv, y[rows]), _verdicts(alone, y[rows]))
+    assert not np.all(_verdicts(x_adv, y[rows]))
+
+
 @in_ball
 def test_eps_0_gives_the_clean_images_bit_for_bit(name, norm):
     weights, x, y = _case()
