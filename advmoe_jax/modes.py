@@ -130,33 +130,38 @@ def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], 
     reliable = True
     saved = checkpoint.open_checkpoints(workdir, create=False)
     by_step: dict[int, list[str]] = {}
+    everywhere = {
+        "seed": config.eval.seed, "train_seed": config.seed, "config": config.name, "method": system.describe,
+        "selected_on": config.train.select_on, "data": config.data.name, "macs": macs.count(system.network),
+        "precision": {"verdicts": "float32", "attacks": jax.config.jax_default_matmul_precision or "default"},
+        "backend": jax.default_backend(), "n": len(indices),
+        "versions": {"advmoe_jax": advmoe_jax.__version__, "jax": jax.__version__}}
     try:
         for name in which:
             by_step.setdefault(saved.step(name), []).append(name)
         for step, names in by_step.items():
-            common = {
-                "step": step, "seed": config.eval.seed, "train_seed": config.seed,
-                "config": config.name, "method": system.describe, "selected_on": config.train.select_on,
-                "data": config.data.name, "macs": macs.count(system.network), "precision": {
-                    "verdicts": "float32", "attacks": jax.config.jax_default_matmul_precision or "default"},
-                "backend": jax.default_backend(), "n": len(indices),
-                "versions": {"advmoe_jax": advmoe_jax.__version__, "jax": jax.__version__}}
+            common = everywhere | {"step": step}
+            todo = []
             for suite in suites:
                 ids = [results.entry_id(common | {"checkpoint": name, "attack": suite.name, "norm": suite.norm,
                                                   "eps": suite.eps, "settings": suite.settings}) for name in names]
                 if all((entry, step) in done for entry in ids):
                     reliable &= not done[ids[0], step]
-                    continue
-                state = saved.restore(names[0], abstract)
+                else:
+                    todo.append((suite, ids[0]))
+            if not todo:
+                continue
+            state = saved.restore(names[0], abstract)
+            model = {"step": step, "weights": states.fingerprint(state)}
+            noticed = evaluate.suspicions(system, state, experiment.test, indices, mesh=experiment.mesh,
+                                          seed=config.eval.seed)
+            for suite, entry in todo:
                 log.say(f"attacking the {' and '.join(names)} checkpoint (step {step}) on {len(indices)} test images: "
                         f"{suite.name}")
-                kept = results.FileLog(workdir / "eval" / ids[0], {"step": step, "weights": states.fingerprint(state)},
-                                       writes=jax.process_index() == 0)
+                kept = results.FileLog(workdir / "eval" / entry, model, writes=jax.process_index() == 0)
                 found = evaluate.run(
                     system, state, experiment.test, indices, suite, mesh=experiment.mesh,
                     batch_size=config.eval.batch_size, seed=config.eval.seed, log=kept)
-                noticed = evaluate.suspicions(system, state, experiment.test, indices, mesh=experiment.mesh,
-                                              seed=config.eval.seed)
                 record = common | evaluate.summarize(found, suite, system.network.num_experts, noticed)
                 reliable &= not record["unreliable"]
                 for flag in record["flags"]:

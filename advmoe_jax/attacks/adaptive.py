@@ -68,8 +68,8 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
 
     def attack(outputs_fn, key, x, y):
         outputs_fn = objectives.partial(outputs_fn)
-        look = _clean if driver.is_traced((outputs_fn, x)) else _clean_jitted
-        worst, scores, ids = look(outputs_fn, x, y)
+        driver.count((1, 0), x.shape[0])
+        worst, scores, ids = _clean(outputs_fn, x, y)
         rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=dict(label=y, clean=ids), scores=scores)
         runs = _RUNS[config.mode](*scores.shape[1:])
 
@@ -97,15 +97,11 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     return attack
 
 
+@jax.jit
 def _clean(outputs_fn, x, y):
     """A candidate that is broken where the image is misclassified already, scores (B, L, E) and choices (B, L)."""
     logits, aux = outputs_fn(x, routing.hard())
-    wrong = objectives.misclassified(logits, y)
-    worst = driver.none_yet(x) | dict(broken=wrong, loss=jnp.where(wrong, jnp.inf, -jnp.inf).astype(x.dtype))
-    return worst, aux["router_logits"], aux["expert_ids"]
-
-
-_clean_jitted = jax.jit(_clean)
+    return driver.none_yet(x, objectives.misclassified(logits, y)), aux["router_logits"], aux["expert_ids"]
 
 
 # What is attacked, and what users get: models x -> ((logits, aux), (logits, aux)).

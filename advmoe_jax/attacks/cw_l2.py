@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from advmoe_jax.attacks import driver, minimal, objectives, settings
-from advmoe_jax.core import rng, units
+from advmoe_jax.core import units
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import losses
 
@@ -81,15 +81,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     numbers["eps"] = eps
     program = _CW(config.num_steps, config.binary_search_steps, config.beyond, config.early_stop)
     looks = config.binary_search_steps * (config.num_steps + 1)
-
-    def attack(logits_fn, key, x, y):
-        logits_fn = objectives.partial(logits_fn)
-        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
-        worst, _ = objectives.clean(logits_fn, rows, 0)
-        inputs = driver.Inputs(logits_fn, rows, {name: jnp.asarray(n, x.dtype) for name, n in numbers.items()})
-        return minimal.attack(program, inputs, worst, looks, config.driver)
-
-    return attack
+    return minimal.attack_by(lambda _: program, numbers, looks, config.driver)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +127,7 @@ class _CW:
         through = now["search"] == self.searches
         if self.early_stop:
             through |= found["distance"] <= scalars["eps"]
-        return driver.select(carry["through"], carry, dict(**now, **found, through=through))
+        return dict(**now, **found, through=through)
 
     def done(self, carry: Any) -> jax.Array:
         return carry["through"]

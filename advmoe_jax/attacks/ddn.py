@@ -70,15 +70,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     if not 0 < numbers["gamma"] < 1:
         raise UserError(f"ddn has gamma={config.gamma}: expected more than 0 and less than 1")
     program = _DDN(config.levels, config.beyond, config.early_stop)
-
-    def attack(logits_fn, key, x, y):
-        logits_fn = objectives.partial(logits_fn)
-        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
-        worst, _ = objectives.clean(logits_fn, rows, 0)
-        inputs = driver.Inputs(logits_fn, rows, {name: jnp.asarray(n, x.dtype) for name, n in numbers.items()})
-        return minimal.attack(program, inputs, worst, config.num_steps + 1, config.driver)
-
-    return attack
+    return minimal.attack_by(lambda _: program, numbers, config.num_steps + 1, config.driver)
 
 
 def step_size(i: jax.Array, num_steps: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ x images (B, H, W, C) in [0, 1], K classes, T of them candidates.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from advmoe_jax.attacks import driver, minimal, objectives, settings
-from advmoe_jax.core import rng, units
+from advmoe_jax.core import units
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls
 
@@ -59,17 +60,9 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     overshoot = units.number(config.overshoot, "deepfool's overshoot")
     if overshoot < 0:
         raise UserError(f"deepfool has overshoot={config.overshoot}: expected 0 or more")
-
-    def attack(logits_fn, key, x, y):
-        logits_fn = objectives.partial(logits_fn)
-        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
-        worst, targets = objectives.clean(logits_fn, rows, config.candidates - 1)
-        scalars = dict(eps=jnp.asarray(eps, x.dtype), overshoot=jnp.asarray(overshoot, x.dtype))
-        program = _DeepFool(config.norm, config.beyond, targets.shape[-1])
-        inputs = driver.Inputs(logits_fn, rows | {"targets": targets}, scalars)
-        return minimal.attack(program, inputs, worst, config.num_steps + 1, config.driver)
-
-    return attack
+    program = functools.partial(_DeepFool, config.norm, config.beyond)
+    return minimal.attack_by(program, dict(eps=eps, overshoot=overshoot), config.num_steps + 1, config.driver,
+                             config.candidates - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +94,7 @@ class _DeepFool:
         direction = jnp.sign(normal) if self.norm == "linf" else balls.normalized(normal)
         total = carry["total"] + far[:, None, None, None] * direction
         moved = jnp.clip(x + (1 + inputs.scalars["overshoot"]) * total, 0, 1)
-        return found | driver.select(self.done(found), {name: carry[name] for name in ("x", "total")},
-                                     dict(x=moved, total=total))
+        return found | dict(x=moved, total=total)
 
     def done(self, carry: Any) -> jax.Array:
         return jnp.isfinite(carry["distance"])

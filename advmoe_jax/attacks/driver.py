@@ -220,9 +220,13 @@ def _run_in_chunks(program, inputs, num_steps, on_host):
     return carry if batch == size else scatter(whole, carry, where)
 
 
-def none_yet(x: jax.Array) -> dict[str, jax.Array]:
-    """The candidate that every other one beats: {"x", "loss", "broken"} of the clean images."""
-    return dict(x=x, loss=jnp.full(x.shape[0], -jnp.inf, x.dtype), broken=jnp.zeros(x.shape[0], bool))
+def none_yet(x: jax.Array, broken: jax.Array | None = None) -> dict[str, jax.Array]:
+    """The candidate {"x", "loss", "broken"} of the clean images, which every other one beats.
+
+    Where `broken` (B,) says that the clean image is misclassified already, none does.
+    """
+    broken = jnp.zeros(x.shape[0], bool) if broken is None else broken
+    return dict(x=x, loss=jnp.where(broken, jnp.inf, -jnp.inf).astype(x.dtype), broken=broken)
 
 
 def rounds(one: Callable[[Inputs, int], dict[str, jax.Array]], inputs: Inputs, worst: dict[str, jax.Array],

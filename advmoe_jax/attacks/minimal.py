@@ -3,12 +3,14 @@
 x images (B, H, W, C) in [0, 1], d = H * W * C, K classes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver
+from advmoe_jax.attacks import driver, objectives
+from advmoe_jax.core import rng
 from advmoe_jax.ops import balls, losses
 
 
@@ -38,12 +40,31 @@ def candidate(known: dict[str, Any], x: jax.Array, eps: jax.Array, norm: str, be
     return dict(x=x_adv, loss=-known["distance"], broken=within)
 
 
-def attack(program: driver.Program, inputs: driver.Inputs, worst: dict[str, jax.Array], num_steps: int,
-           driver_name: str) -> jax.Array:
-    """Runs a program on the images that are not broken in `worst`; the others keep what they have there."""
-    found = driver.rounds(lambda inputs, _: driver.run(program, inputs, num_steps, driver_name), inputs, worst, 1,
-                          stops=True)
-    return jax.lax.stop_gradient(found["x"])
+def attack_by(program: Callable[[int], driver.Program], numbers: dict[str, float], num_steps: int, driver_name: str,
+              targets: int = 0) -> Callable[..., jax.Array]:
+    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does.
+
+    Images that are misclassified when clean come back as they are.
+
+    Args:
+        program: of the number of classes that are ranked, min(targets, K - 1).
+        numbers: the program's scalars.
+        num_steps: of the program.
+        driver_name: see attacks.driver.
+        targets: how many classes to rank by falling clean logit, in the program's rows "targets".
+    """
+    def attack(logits_fn, key, x, y):
+        logits_fn = objectives.partial(logits_fn)
+        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
+        worst, ranking = objectives.clean(logits_fn, rows, targets)
+        made = program(ranking.shape[-1])
+        inputs = driver.Inputs(logits_fn, rows | ({"targets": ranking} if targets else {}),
+                               {name: jnp.asarray(n, x.dtype) for name, n in numbers.items()})
+        found = driver.rounds(lambda inputs, _: driver.run(made, inputs, num_steps, driver_name), inputs, worst, 1,
+                              stops=True)
+        return jax.lax.stop_gradient(found["x"])
+
+    return attack
 
 
 def differences(logits_fn: jax.tree_util.Partial, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:

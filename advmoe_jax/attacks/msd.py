@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver, objectives
+from advmoe_jax.attacks import driver, objectives, settings
 from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import one_of
 from advmoe_jax.ops import balls, losses
 
 _FEWEST, _MOST = 5, 20  # coordinates of an l1 step
@@ -55,8 +54,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     Raises:
         UserError: a setting is out of range.
     """
-    one_of("driver", config.driver, driver.DRIVERS)
-    units.whole(config.num_steps, 1, "msd's num_steps")
+    settings.check("msd", config, num_steps=1)
     eps, sizes = {}, {}
     for norm in balls.NORMS:
         eps[norm] = units.eps(getattr(config, f"eps_{norm}"), norm, f"eps_{norm}")

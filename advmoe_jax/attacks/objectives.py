@@ -1,6 +1,7 @@
 """What an attack increases, and when it has won. B batch, K classes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -93,16 +94,12 @@ def clean(logits_fn: jax.tree_util.Partial, rows: dict[str, Any], targets: int, 
         classes other than the label by falling logit.
     """
     driver.count((1, 0), rows["x"].shape[0])
-    look = _clean if driver.is_traced((logits_fn, rows)) else _clean_jitted
-    return look(logits_fn, rows, targets, noisy)
+    return _clean(logits_fn, rows, targets, noisy)
 
 
+@functools.partial(jax.jit, static_argnames=("targets", "noisy"))
 def _clean(logits_fn, rows, targets, noisy):
     x, y = rows["x"], rows["y"]
     logits = logits_fn(x, rows["keys"]) if noisy else logits_fn(x)
-    wrong = misclassified(logits, y)
     ranking = jax.lax.top_k(losses.others(logits, y), min(targets, logits.shape[-1] - 1))[1]
-    return dict(x=x, loss=jnp.where(wrong, jnp.inf, -jnp.inf).astype(x.dtype), broken=wrong), ranking
-
-
-_clean_jitted = jax.jit(_clean, static_argnames=("targets", "noisy"))
+    return driver.none_yet(x, misclassified(logits, y)), ranking

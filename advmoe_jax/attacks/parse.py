@@ -3,7 +3,8 @@
 import ast
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -39,9 +40,13 @@ class Spec:
         return {name: str(value) for name, value in sorted(vars(self.config).items())}
 
 
-def attack(name: str, **settings: Any) -> Spec:
+def attack(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), **settings: Any) -> Spec:
     """Builds one attack by the name of its module.
 
+    Args:
+        name: of the module.
+        defaults: settings that it takes if it knows them and has no others.
+        settings: of its Config.
     Raises:
         UserError: no such attack, no such setting, or a value out of range.
     """
@@ -50,7 +55,7 @@ def attack(name: str, **settings: Any) -> Spec:
     for setting in settings:
         if setting not in fields:
             raise unknown_name(f"setting of {name}", setting, fields)
-    config = module.Config(**settings)
+    config = module.Config(**{k: v for k, v in defaults.items() if k in fields} | settings)
     return Spec(name, config, module.make(config), module.label(config), getattr(module, "TAKES", "logits"))
 
 
@@ -78,9 +83,7 @@ def attacks(text: str, **defaults: Any) -> tuple[Spec, ...]:
         if other_norm and "norm" in defaults and "eps" in defaults and "eps" not in given:
             raise UserError(f"{match['name']} has norm={given['norm']} and no eps: expected one in that norm, since "
                             f"{defaults['eps']} is for {defaults['norm']}")
-        module = find.module("attacks", match["name"], defines="make")
-        known = {field.name for field in dataclasses.fields(module.Config)}
-        specs.append(attack(match["name"], **{k: v for k, v in defaults.items() if k in known} | given))
+        specs.append(attack(match["name"], defaults, **given))
         position = match.end()
     if not specs:
         raise UserError("no attack is named: expected for example 'pgd'")

@@ -129,7 +129,7 @@ class _RayS:
         now["level"] = jnp.minimum(carry["level"] + (next_block & last), smallest)
         now["block"] = jnp.where(next_block, jnp.where(last, 0, carry["block"] + 1), carry["block"])
         now["through"] = now["distance"] <= (inputs.scalars["eps"] if self.early_stop else 0)
-        return driver.select(carry["through"], carry, now)
+        return now
 
     def done(self, carry: Any) -> jax.Array:
         return carry["through"]

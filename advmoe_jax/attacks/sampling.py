@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver, objectives
+from advmoe_jax.attacks import driver, objectives, settings
 from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls, losses
 
 _MOST = 1  # strength: a standard deviation, or a share
@@ -27,12 +27,6 @@ def look(inputs: driver.Inputs, x: jax.Array) -> dict[str, jax.Array]:
     logits = inputs.logits_fn(x)
     y = inputs.rows["y"]
     return dict(x=x, loss=losses.cross_entropy(logits, y), broken=objectives.misclassified(logits, y))
-
-
-def worse(known: dict[str, jax.Array], now: dict[str, jax.Array], stops: bool) -> dict[str, jax.Array]:
-    """The worse of two candidates, per row; what is broken already stays as it is where the attack `stops`."""
-    found = driver.worse(known, now)
-    return driver.select(known["broken"], known, found) if stops else found
 
 
 def label(name: str, strength: str | float, draws: int) -> str:
@@ -55,11 +49,7 @@ def attack_by(noise: Callable, norms: tuple[str, ...], config: Any, setting: str
     Raises:
         UserError: a setting is out of range.
     """
-    one_of("norm", config.norm, norms)
-    one_of("driver", config.driver, driver.DRIVERS)
-    for field in ("draws", "num_steps"):
-        units.whole(getattr(config, field), 1, f"{name}'s {field}")
-    eps = units.eps(config.eps, config.norm)
+    eps = settings.budget(name, config, norms, draws=1, num_steps=1)
     strength = units.number(getattr(config, setting), f"{name}'s {setting}")
     if not 0 <= strength <= _MOST:
         raise UserError(f"{name} has {setting}={getattr(config, setting)}: expected 0 to search, or up to {_MOST}")
@@ -102,7 +92,7 @@ class _Draws:
         return driver.none_yet(inputs.rows["x"])
 
     def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
-        return worse(carry, look(inputs, _draw(self.noise, inputs.rows, inputs.scalars["strength"], i)), self.stops)
+        return driver.worse(carry, look(inputs, _draw(self.noise, inputs.rows, inputs.scalars["strength"], i)))
 
     def done(self, carry: Any) -> jax.Array:
         return carry["broken"]
@@ -148,9 +138,8 @@ class _Search:
         now = look(inputs, _draw(self.noise, rows, strength, number))
         broken = now["broken"]
         now["loss"] = jnp.where(broken, -balls.norm(now["x"] - rows["x"], self.norm), now["loss"])
-        found = dict(worst=driver.worse(worst, now), reach=reach, low=jnp.where(broken, low, strength),
-                     high=jnp.where(broken, strength, high), hit=hit | broken)
-        return driver.select(self.done(carry), carry, found)
+        return dict(worst=driver.worse(worst, now), reach=reach, low=jnp.where(broken, low, strength),
+                    high=jnp.where(broken, strength, high), hit=hit | broken)
 
     def done(self, carry: Any) -> jax.Array:
         worst = carry["worst"]

@@ -11,8 +11,17 @@ BEYOND = ("clean", "project", "keep")
 scaled to eps, or the image that was found, outside the budget, for studies of distances."""
 
 
+def check(name: str, config: Any, **least: int) -> None:
+    """Checks driver, `beyond` if there is one, and whole numbers of a Config; arguments and errors as `budget`."""
+    one_of("driver", config.driver, driver.DRIVERS)
+    if hasattr(config, "beyond"):
+        one_of(f"beyond of {name}", config.beyond, BEYOND)
+    for field, smallest in least.items():
+        units.whole(getattr(config, field), smallest, f"{name}'s {field}")
+
+
 def budget(name: str, config: Any, norms: tuple[str, ...], **least: int) -> float:
-    """Checks norm, driver, `beyond` if there is one, and whole numbers of a Config.
+    """Checks norm and eps of a Config, and what `check` does.
 
     Args:
         name: of the attack, for errors.
@@ -25,9 +34,5 @@ def budget(name: str, config: Any, norms: tuple[str, ...], **least: int) -> floa
         UserError: a setting is out of range.
     """
     one_of(f"norm of {name}", config.norm, norms)
-    one_of("driver", config.driver, driver.DRIVERS)
-    if hasattr(config, "beyond"):
-        one_of(f"beyond of {name}", config.beyond, BEYOND)
-    for field, smallest in least.items():
-        units.whole(getattr(config, field), smallest, f"{name}'s {field}")
+    check(name, config, **least)
     return units.eps(config.eps, config.norm)

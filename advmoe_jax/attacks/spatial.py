@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import driver, objectives, sampling
+from advmoe_jax.attacks import driver, objectives, sampling, settings
 from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import warp
 
 NORMS = ()
@@ -57,9 +57,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     Raises:
         UserError: a setting is out of range.
     """
-    one_of("driver", config.driver, driver.DRIVERS)
-    for name, least in dict(shifts=1, angles=1, tries=0).items():
-        units.whole(getattr(config, name), least, f"spatial's {name}")
+    settings.check("spatial", config, shifts=1, angles=1, tries=0)
     limits = {name: units.number(getattr(config, name), f"spatial's {name}") for name in ("pixels", "degrees")}
     if limits["pixels"] < 0:
         raise UserError(f"spatial has pixels={config.pixels}: expected 0 or more")
@@ -109,7 +107,7 @@ class _Spatial:
         else:
             move = jnp.broadcast_to(jnp.asarray(grid(self.config))[i], (x.shape[0], 3))
         moved = warp.warp(x, move[:, 2], move[:, :2], bilinear=True)
-        return sampling.worse(carry, sampling.look(inputs, jnp.clip(moved, 0, 1)), self.stops)
+        return driver.worse(carry, sampling.look(inputs, jnp.clip(moved, 0, 1)))
 
     def done(self, carry: Any) -> jax.Array:
         return carry["broken"]

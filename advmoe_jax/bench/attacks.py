@@ -1,8 +1,7 @@
 """Attacks of this package against those of other libraries, on the same small network with the same weights.
 
-The network: convolutions 3x3, 3 -> 16, 16 -> 32 and 32 -> 64, the last two with stride 2; global average pool; 10
-classes; random weights; 32x32x3 images. Libraries that are not installed are left out: `pip install advmoe_jax[oracle]`
-and `pip install --no-deps torchattacks`.
+The network is that of bench.cnn with random weights, on 32x32x3 images. Libraries that are not installed are left out:
+`pip install advmoe_jax[oracle]` and `pip install --no-deps torchattacks`.
 """
 
 import functools
@@ -15,42 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from advmoe_jax.attacks import autoattack, pgd
+from advmoe_jax.bench import cnn
 from advmoe_jax.bench.timing import interleaved
-from advmoe_jax.ops.conv import conv2d, patches_conv2d
 
 _BATCH, _STEPS, _EXAMPLES = 64, 50, 128
 _EPS, _STEP_SIZE = 8 / 255, 2 / 255
-_SHAPES = ((3, 3, 3, 16), (3, 3, 16, 32), (3, 3, 32, 64))
 
 
-def _weights() -> dict[str, Any]:
-    numbers = np.random.default_rng(0)
-    return {"kernels": [(numbers.standard_normal(s) * np.sqrt(2 / np.prod(s[:3]))).astype(np.float32) for s in _SHAPES],
-            "head": (numbers.standard_normal((64, 10)) / 8).astype(np.float32)}
-
-
-def _apply(conv, weights, x):
-    for stride, kernel in zip((1, 2, 2), weights["kernels"]):
-        x = jax.nn.relu(conv(x, kernel, stride))
-    return x.mean((1, 2)) @ weights["head"]
-
-
-def _model(conv, weights) -> jax.tree_util.Partial:
-    return jax.tree_util.Partial(functools.partial(_apply, conv), jax.tree.map(jnp.asarray, weights))
-
-
-def _in_torch(weights):
-    import torch
-
-    layers = []
-    for stride, kernel in zip((1, 2, 2), weights["kernels"]):
-        conv = torch.nn.Conv2d(kernel.shape[2], kernel.shape[3], 3, stride, 1, bias=False)
-        conv.weight.data = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
-        layers += [conv, torch.nn.ReLU()]
-    head = torch.nn.Linear(64, 10, bias=False)
-    head.weight.data = torch.from_numpy(weights["head"].T.copy())
-    network = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), head)
-    return network.eval().requires_grad_(False)
+def _model(apply, weights) -> jax.tree_util.Partial:
+    return jax.tree_util.Partial(apply, jax.tree.map(jnp.asarray, weights))
 
 
 def _images(count):
@@ -70,14 +42,14 @@ def _rows(what, ours, contenders, rounds):
 
 
 def _pgd() -> dict[str, Callable[[], Any]]:
-    weights, x = _weights(), _images(_BATCH)
-    y = np.asarray(jnp.argmax(_model(conv2d, weights)(x), -1), np.int32)
+    weights, x = cnn.init(0), _images(_BATCH)
+    y = np.asarray(jnp.argmax(_model(cnn.apply, weights)(x), -1), np.int32)
     found = {}
-    for form, conv in (("patches", patches_conv2d), ("convolutions", conv2d)):
+    for form, apply in (("patches", cnn.apply_patches), ("convolutions", cnn.apply)):
         for driver in ("auto", "host", "device"):
             attack = pgd.make(pgd.Config(eps=_EPS, step_size=_STEP_SIZE, num_steps=_STEPS, driver=driver))
             found[f"{driver}, {form}"] = functools.partial(
-                attack, _model(conv, weights), jax.random.key(0), jnp.asarray(x), jnp.asarray(y))
+                attack, _model(apply, weights), jax.random.key(0), jnp.asarray(x), jnp.asarray(y))
     if _installed("torchattacks"):
         found["torchattacks"] = _torchattacks(weights, x, y)
     if _installed("foolbox"):
@@ -89,8 +61,8 @@ def _torchattacks(weights, x, y):
     import torch
     import torchattacks
 
-    attack = torchattacks.PGD(_in_torch(weights), eps=_EPS, alpha=_STEP_SIZE, steps=_STEPS, random_start=True)
-    images, labels = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.from_numpy(y).long()
+    attack = torchattacks.PGD(cnn.in_torch(weights), eps=_EPS, alpha=_STEP_SIZE, steps=_STEPS, random_start=True)
+    images, labels = cnn.to_torch(x), torch.from_numpy(y).long()
     return lambda: attack(images, labels)
 
 
@@ -98,18 +70,18 @@ def _foolbox(weights, x, y):
     import eagerpy
     import foolbox
 
-    model = foolbox.JAXModel(jax.jit(_model(conv2d, weights)), bounds=(0, 1), data_format="channels_last")
+    model = foolbox.JAXModel(jax.jit(_model(cnn.apply, weights)), bounds=(0, 1), data_format="channels_last")
     attack = foolbox.attacks.LinfPGD(abs_stepsize=_STEP_SIZE, steps=_STEPS, random_start=False)
     images, labels = eagerpy.astensor(jnp.asarray(x)), eagerpy.astensor(jnp.asarray(y))
     return lambda: attack(model, images, labels, epsilons=_EPS)[1].raw
 
 
 def _autoattack() -> dict[str, Callable[[], Any]]:
-    weights, x = _weights(), _images(_EXAMPLES)
-    y = np.asarray(jnp.argmax(_model(conv2d, weights)(x), -1), np.int32)
+    weights, x = cnn.init(0), _images(_EXAMPLES)
+    y = np.asarray(jnp.argmax(_model(cnn.apply, weights)(x), -1), np.int32)
     eps = 0.5 / 255  # of a random network about half of the images stand it
     found = {"ours": functools.partial(
-        autoattack.run, _model(patches_conv2d, weights), x, y, eps, batch_size=_EXAMPLES)}
+        autoattack.run, _model(cnn.apply_patches, weights), x, y, eps, batch_size=_EXAMPLES)}
     if _installed("pyautoattack"):
         found["pyautoattack"] = _pyautoattack(weights, x, y, eps)
     return found
@@ -119,8 +91,9 @@ def _pyautoattack(weights, x, y, eps):
     import pyautoattack
     import torch
 
-    attack = pyautoattack.AutoAttack(_in_torch(weights), norm="Linf", eps=eps, version="standard", seed=0, device="cpu")
-    images, labels = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.from_numpy(y).long()
+    model = cnn.in_torch(weights)
+    attack = pyautoattack.AutoAttack(model, norm="Linf", eps=eps, version="standard", seed=0, device="cpu")
+    images, labels = cnn.to_torch(x), torch.from_numpy(y).long()
     return lambda: attack.run_standard_evaluation(images, labels, batch_size=_EXAMPLES)
 
 

@@ -102,11 +102,11 @@ class Network:
     def outputs_fn(self, variables: dict[str, Any],
                    route: routing.Route = routing.hard()) -> jax.tree_util.Partial:
         """`x -> (logits, aux)` with the weights as arguments of the traced program."""
-        return jax.tree_util.Partial(_evaluate, _Static(self), variables, route)
+        return jax.tree_util.Partial(_evaluate, _Static(self), variables, route=route)
 
     def routed_fn(self, variables: dict[str, Any]) -> jax.tree_util.Partial:
         """`(x, route) -> (logits, aux)` with the weights as arguments of the traced program."""
-        return jax.tree_util.Partial(_evaluate_routed, _Static(self), variables)
+        return jax.tree_util.Partial(_evaluate, _Static(self), variables)
 
 
 @jax.tree_util.register_static
@@ -117,11 +117,7 @@ class _Static:
     network: Network
 
 
-def _evaluate_routed(static, variables, x, route):
-    return static.network.apply(variables, x, route)
-
-
-def _evaluate(static, variables, route, x):
+def _evaluate(static, variables, x, route):
     return static.network.apply(variables, x, route)
 
 

@@ -223,7 +223,7 @@ def test_ddn_norm_shrinks_and_grows_by_gamma():
                            dict(keys=rng.rowwise(jax.random.key(0), 24), x=x, y=y),
                            dict(eps=0., start_eps=0.02, gamma=0.1, num_steps=9.))
     program = ddn._DDN(0, "keep", False)
-    step = jax.jit(program.step)
+    step = jax.jit(functools.partial(driver._advance, program))
     carry, radius, seen = program.start(inputs), np.full(24, 0.02), []
     for i in range(10):
         broken = _broken(_linear, weights, carry["x"], y)
@@ -279,7 +279,7 @@ def test_cw_images_go_through_their_searches_alone():
         jax.tree_util.Partial(fn, weights), dict(x=x, y=y),
         {name: jnp.float32(n) for name, n in dict(eps=0., c=1., confidence=0., learning_rate=0.01).items()})
     program = cw_l2._CW(20, 2, "keep", False)
-    step = jax.jit(program.step)
+    step = jax.jit(functools.partial(driver._advance, program))
     carry, ended = program.start(inputs), np.zeros(24, int)
     for i in range(42):
         ended = np.where(carry["through"], ended, i)

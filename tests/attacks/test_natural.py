@@ -480,7 +480,7 @@ def test_pixelate_is_that_of_pillow():
 
 @pytest.mark.parametrize("name, settings, says", [
     ("gaussian_noise", dict(sigma=2), "sigma=2: expected 0 to search, or up to 1"),
-    ("gaussian_noise", dict(norm="linf"), "unknown norm 'linf'"),
+    ("gaussian_noise", dict(norm="linf"), "unknown norm of gaussian_noise 'linf'"),
     ("gaussian_noise", dict(draws=0), "draws is 0"),
     ("gaussian_noise", dict(num_steps=0), "num_steps is 0"),
     ("salt_pepper", dict(amount=-0.1), "amount=-0.1"),

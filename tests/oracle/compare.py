@@ -12,12 +12,13 @@ import time
 
 import jax
 import numpy as np
+import robust_cnn
 import torch
-import twin
 from pyautoattack import AutoAttack
 
 import advmoe_jax
 from advmoe_jax.attacks import autoattack
+from advmoe_jax.bench import cnn
 
 ATTACKS = {"apgd-ce": "apgd(loss=ce)", "apgd-t": "apgd(loss=dlr,targets=9)", "fab-t": "fab(targets=9)",
            "square": "square(num_queries={queries})"}
@@ -35,16 +36,16 @@ def reference(model, x, y, norm, eps, attacks, queries, seed=0):
     attack.fab.n_target_classes = 9
     attack.square.n_queries = queries
     x_adv, *_ = attack.run_standard_evaluation(
-        twin.to_torch(x), torch.from_numpy(y).long(), batch_size=128)
-    return twin.from_torch(x_adv)
+        cnn.to_torch(x), torch.from_numpy(y).long(), batch_size=128)
+    return cnn.from_torch(x_adv)
 
 
 def compare(norm, n, queries):
     """Rows of a table: attack, robust accuracies in percent, agreement, checks of the images, seconds."""
-    weights = twin.trained()
-    x, y = twin.images(n, 7)
-    ours, theirs, eps = jax.tree_util.Partial(twin.apply, weights), twin.in_torch(weights), twin.EPS[norm]
-    apart = np.abs(np.asarray(ours(x)) - theirs(twin.to_torch(x)).numpy()).max()
+    weights = robust_cnn.trained()
+    x, y = robust_cnn.images(n, 7)
+    ours, theirs, eps = jax.tree_util.Partial(cnn.apply, weights), cnn.in_torch(weights), robust_cnn.EPS[norm]
+    apart = np.abs(np.asarray(ours(x)) - theirs(cnn.to_torch(x)).numpy()).max()
     assert apart < 1e-4, f"the networks differ by {apart}"
     rows = []
     for name in (*ATTACKS, "standard"):
@@ -55,7 +56,7 @@ def compare(norm, n, queries):
         middle = time.perf_counter()
         b = reference(theirs, x, y, norm, eps, names, queries)
         end = time.perf_counter()
-        in_torch, robust = (theirs(twin.to_torch(u)).argmax(1).numpy() == y for u in (a, b))
+        in_torch, robust = (theirs(cnn.to_torch(u)).argmax(1).numpy() == y for u in (a, b))
         in_jax = np.argmax(ours(a), -1) == y
         size = {"linf": lambda d: np.abs(d).max(1), "l2": lambda d: np.sqrt((d**2).sum(1)),
                 "l1": lambda d: np.abs(d).sum(1)}[norm]((a - x).reshape(n, -1))
@@ -75,8 +76,8 @@ def main():
     flags = parser.parse_args()
     print(f"""# Agreement with pyautoattack
 
-{flags.n} examples of made-up images, 16x16x3, on the small CNN of `twin.py`, trained with PGD. Robust accuracies in
-percent; agreement is per example, in parentheses what is asked for. "Confirmed": images that our side broke and that
+{flags.n} examples of made-up images, 16x16x3, on the small CNN of `robust_cnn.py`, trained with PGD. Robust accuracies
+in percent; agreement is per example, in parentheses what is asked for. "Confirmed": images that our side broke and that
 the torch network misclassifies too. Seconds are of one run each, ours with compilation.
 
 `python tests/oracle/compare.py --n {flags.n} --queries {flags.queries} --norms {' '.join(flags.norms)}` with advmoe_jax
