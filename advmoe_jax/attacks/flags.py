@@ -6,6 +6,7 @@ attack failure", NeurIPS 2022. B images, K classes.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,15 @@ from advmoe_jax.attacks import objectives, pgd
 from advmoe_jax.attacks.verdicts import Found
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng
-from advmoe_jax.ops import losses
+from advmoe_jax.ops import balls, losses
 
 MOST_IMAGES = 64
 _APART = 1e-4  # of logits scaled to norm 1
 _DIRECTIONS = 32
 _STEP = 1e-2  # l2 length of a finite difference
+_NEAR = 1e-3  # linf size of a step that should change a gradient little
+_BUDGETS = (0.01, 0.03, 0.1, 0.3)
+_DRAWS = 10
 _BLACK_BOX = ("square", "rays")
 _RANDOM = ("random_bits", "threefry2x32", "random_wrap", "random_seed", "rng_bit_generator", "rng_uniform")
 
@@ -55,7 +59,8 @@ def of_model(logits_fn: jax.tree_util.Partial, x: jax.Array, y: jax.Array, key: 
         return (Flag("not_finite", f"{share:.0%} of the clean images have a NaN or infinite logit: expected none"),)
     found = [_randomised(logits_fn, x, logits), _probabilities(logits), _batch(logits_fn, x, logits),
              _zero_gradient(logits_fn, x, y, logits), _gradient(logits_fn, x, y, key),
-             _unbounded(logits_fn, x, y, key, logits), _few_classes(logits), _dynamic(logits_fn, x)]
+             _shattered(logits_fn, x, y, key), _unbounded(logits_fn, x, y, key, logits),
+             *_budgets(logits_fn, x, y, key, logits), _few_classes(logits), _dynamic(logits_fn, x)]
     return tuple(filter(None, found))
 
 
@@ -76,6 +81,7 @@ def of_attempts(found: Found) -> tuple[Flag, ...]:
     return ()
 
 
+_noisy = jax.jit(lambda keys, x, eps: balls.random_start(keys, x, eps, "linf"))
 _call = jax.jit(lambda logits_fn, x: logits_fn(x))
 
 
@@ -155,6 +161,55 @@ def _gradient(logits_fn, x, y, key):
         return Flag("wrong_gradient", f"the gradient has the sign of finite differences in {agree:.0%} of random "
                                       "directions: expected over 75 %, something in the model hides its slope")
     return None
+
+
+@jax.jit
+def _landscape(logits_fn, x, y, key):
+    """Cosine of the margin's gradients at x and close by, and whether a small step along its sign raises it, (B,)."""
+    def margin(u):
+        return losses.margin(logits_fn(u), y)
+
+    slope = jax.grad(lambda u: jnp.sum(margin(u)))
+    here = slope(x)
+    there = slope(x + _NEAR * jax.random.uniform(key, x.shape, x.dtype, -1, 1))
+    cosine = jnp.sum(balls.normalized(here) * balls.normalized(there), (1, 2, 3))
+    return cosine, margin(x + _NEAR * jnp.sign(here)) > margin(x)
+
+
+def _shattered(logits_fn, x, y, key):
+    """A gradient that says nothing about the next grey level leads no attack."""
+    cosine, rises = meshes.fetch(_landscape(logits_fn, x, y, rng.stream(key, "landscape")))
+    if np.median(cosine) < 0.2 or rises.mean() < 0.75:
+        return Flag("shattered_gradient", f"a quarter of a grey level away the gradient has a cosine of "
+                                          f"{np.median(cosine):.2f} with that of the image, and a step along its sign "
+                                          f"raises the margin of {rises.mean():.0%} of the images: expected over 0.2 "
+                                          "and 75 %, gradient attacks are led astray")
+    return None
+
+
+def _budgets(logits_fn, x, y, key, logits):
+    """PGD must break no less with a larger budget, and nothing may be left that noise of the same size breaks."""
+    y_known, keys = meshes.fetch(y), rng.rowwise(rng.stream(key, "budgets"), x.shape[0])
+    stands = {}
+    for eps in _BUDGETS:
+        attack = pgd.make(pgd.Config(norm="linf", eps=eps, num_steps=10, loss="margin", early_stop=True))
+        robust = logits.argmax(-1) == y_known
+        robust &= meshes.fetch(_call(logits_fn, attack(logits_fn, keys, x, y))).argmax(-1) == y_known
+        stands[eps] = robust
+        by_noise = np.zeros_like(robust)
+        for number in range(_DRAWS):
+            noisy = _noisy(rng.fold_in(keys, number), x, eps)
+            by_noise |= robust & (meshes.fetch(_call(logits_fn, noisy)).argmax(-1) != y_known)
+        if by_noise.mean() > 0.05:
+            yield Flag("noise_wins", f"random noise of linf {eps:g} broke {by_noise.mean():.0%} of the images that PGD "
+                                     "had left at that budget: expected at most 5 %, the gradients may be masked")
+            break
+    for small, large in itertools.pairwise(stands):
+        if stands[large].mean() > stands[small].mean() + 0.05:
+            yield Flag("not_monotone", f"{stands[large].mean():.0%} of the images stand PGD with linf {large:g} and "
+                                       f"{stands[small].mean():.0%} with {small:g}: expected no more with the larger "
+                                       "budget, the attack misses what is there")
+            break
 
 
 def _unbounded(logits_fn, x, y, key, logits):

@@ -26,6 +26,8 @@ class Spec:
         label: as tables name it: "pgd-50", "apgd-t".
         takes: the function that it attacks: "logits", x -> logits; "outputs", x -> (logits, aux); "routed", (x, route)
             -> (logits, aux) of a routed model.
+        all_images: whether it is run on images that are misclassified when clean too, since papers count those that it
+            makes right.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Spec:
     run: Callable[..., jax.Array]
     label: str
     takes: str = "logits"
+    all_images: bool = False
 
     @property
     def settings(self) -> dict[str, str]:
@@ -56,7 +59,8 @@ def attack(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), **sett
         if setting not in fields:
             raise unknown_name(f"setting of {name}", setting, fields)
     config = module.Config(**{k: v for k, v in defaults.items() if k in fields} | settings)
-    return Spec(name, config, module.make(config), module.label(config), getattr(module, "TAKES", "logits"))
+    return Spec(name, config, module.make(config), module.label(config), getattr(module, "TAKES", "logits"),
+                getattr(module, "ALL_IMAGES", False))
 
 
 def attacks(text: str, **defaults: Any) -> tuple[Spec, ...]:

@@ -18,6 +18,9 @@ _FAST_L1 = ("apgd(loss=ce,restarts=5,early_stop=True) apgd(loss=dlr,targets=5,ea
 _MOL = ("pgd(norm=l1,eps={l1},num_steps=20) pgd(norm=l2,eps=1.0,num_steps=20) "
         "pgd(norm=linf,eps=8/255,num_steps=20) {more}")
 _NATURAL = "fog snow rotation"
+_SRGKP = ("normalized(eps_sd=0.01{std}) normalized(eps_sd=0.1{std}) "
+          "normalized(eps_sd=8/255,step_sd=2/255,num_steps=3,labels=true{std})")
+_IMAGENET = ",std=0.229 0.224 0.225"
 _WORST_CASES = {
     "quick": "fgsm pgd(num_steps=20) apgd(loss=ce) apgd(loss=dlr,targets=3) square(num_queries=500)",
     "standard": _STANDARD, "fast": _FAST,
@@ -29,6 +32,8 @@ _COLUMNS = {
     "union": "pgd(norm=linf,eps=0.03) pgd(norm=l2,eps=0.5) pgd(norm=l1,eps=12)",
     "natural": _NATURAL,
     "advmoe": "pgd(norm=linf,eps=8/255,num_steps=50)",
+    "srgkp": _SRGKP.format(std=""),
+    "srgkp-imagenet": f"normalized(eps_sd=0.001{_IMAGENET}) {_SRGKP.format(std=_IMAGENET)}",
     "mol-cifar": _MOL.format(l1=16, more=_NATURAL), "mol-tiny": _MOL.format(l1=12, more=_NATURAL)}
 NAMES = (*_WORST_CASES, *_COLUMNS)
 """AutoAttack is "standard", and with less work "fast", "plus" and "rand". Of the first five the attacks get what those

@@ -107,7 +107,8 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
     """Runs every attack through every view; those that know of routes once.
 
     Attack keys are folded from the index of the image, so that nothing depends on the batch. Images that are
-    misclassified when clean are not attacked; nor, if `survivors_only`, those that an earlier attempt broke. A batch
+    misclassified when clean are not attacked; nor, if `survivors_only`, those that an earlier attempt broke; but
+    attacks of all images get all. A batch
     that the devices have no memory for is tried again at half the size.
 
     Args:
@@ -134,6 +135,8 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
         logged.setdefault(record["attempt"], []).append((record, arrays))
     for number, (spec, view, model) in enumerate(_plan(specs, views, routed)):
         stands = found.survivors() if survivors_only else found.correct
+        if spec.all_images:
+            stands = np.ones_like(stands)
         parts = list(logged.get(number, ()))
         todo = stands & ~np.isin(index, [i for _, arrays in parts for i in arrays["index"]])
         for part in _attack(spec, number, view, model, judge, source, index[todo], key, batch_size):

@@ -173,7 +173,7 @@ def keep(workdir: Path, record: dict[str, Any], found: Found, adversarial: dict[
 def _summary(record: dict[str, Any]) -> str:
     """The attempts as CSV."""
     out = io.StringIO()
-    names = [name for name in record["attempts"][0] if name != "settings"]
+    names = dict.fromkeys(name for attempt in record["attempts"] for name in attempt if name != "settings")
     writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(record["attempts"])

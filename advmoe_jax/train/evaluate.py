@@ -83,8 +83,11 @@ def summarize(found: Found, suite: Suite, num_experts: int, noticed: tuple[Flag,
         stands = stands & survives
         attempts.append({
             "attack": attempt.spec.label, "view": attempt.view, "settings": attempt.spec.settings,
-            "attacked": int(attempt.attacked.sum()), "broken": int((attempt.attacked & ~survives).sum()),
+            "attacked": int(attempt.attacked.sum()),
+            "broken": int((attempt.attacked & found.correct & ~survives).sum()),
             "ra_after": float(stands.mean()), "seconds": round(attempt.seconds, 2), **attempt.passes})
+        if attempt.spec.all_images:
+            attempts[-1]["accuracy"] = float((attempt.after["label"] == found.label).mean())
     record = {
         "attack": suite.name, "norm": suite.norm, "eps": suite.eps,
         "eps_value": units.eps(suite.eps, suite.norm) if suite.norm and suite.eps else 0.0, "settings": suite.settings,

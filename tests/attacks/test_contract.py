@@ -21,6 +21,7 @@ EPS = {"linf": 0.1, "l2": 0.6, "l1": 3.0}
 BATCH, CLASSES, SHAPE = 12, 3, (6, 6, 1)
 SMALL = dict(num_steps=8, num_queries=60)  # so that a device loop is not unrolled
 OWN = {"cw_l2": dict(c=1.0, binary_search_steps=2, learning_rate=0.05), "ddn": dict(start_eps=0.2),
+       "normalized": dict(eps_sd=0.5, step_sd=0.2, std=0.2),
        "rays": dict(num_queries=300)}  # of attacks that would not break anything else
 
 MODULES = {name: find.module("attacks", name, defines="make") for name in NAMES}

@@ -49,6 +49,14 @@ def _with_pseudo_random(weights, x):
     return _net(weights, x) + 0 * jax.random.normal(jax.random.key(0), (1, CLASSES))
 
 
+def _only_near(weights, x):
+    """Gives the clean logits wherever an image is far from all clean ones."""
+    _, clean, _ = _case()
+    far = jnp.abs(x[:, None] - clean[None]).max((2, 3, 4))
+    nearest = jnp.argmin(far, -1)
+    return jnp.where(far.min(-1)[:, None] > 0.2, _net(weights, clean)[nearest], _net(weights, x))
+
+
 def test_an_honest_model_has_none():
     assert _flags(_net) == set()
 
@@ -61,6 +69,9 @@ def test_an_honest_model_has_none():
     (lambda w, x: _net(w, 2 * jax.lax.stop_gradient(x) - x), "wrong_gradient"),
     (_in_train_mode, "batch_dependent"), (_random, "randomised"), (_with_pseudo_random, "dynamic"),
     (lambda w, x: _net(w, jax.lax.stop_gradient(x)), "unbounded_attack_fails"),
+    (lambda w, x: _net(w, x + 0.05 * jnp.sin(1e4 * x)), "shattered_gradient"),
+    (lambda w, x: _net(w, 2 * jax.lax.stop_gradient(x) - x), "noise_wins"),
+    (_only_near, "not_monotone"),
     (lambda w, x: _net(w, x)[:, :3], "few_classes"),
     (lambda w, x: jnp.where(x.mean((1, 2, 3))[:, None] > 0.5, jnp.nan, _net(w, x)), "not_finite")])
 def test_a_fault_is_flagged(fault, name):

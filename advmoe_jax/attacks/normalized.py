@@ -1,0 +1,86 @@
+"""FGSM and PGD with sizes in units of normalised images: the protocol of SR-GKP's tables (NeurIPS 2023, section 4).
+
+x images (B, H, W, C) in [0, 1]. The authors run ART on images whose channels are divided by their standard deviations:
+a step of s there is one of s times the channel's deviation here. FGSM is 0.01 and 0.1 (and 0.001 on Tiny-ImageNet and
+ImageNet) from the predicted label, PGD 8/255 in three steps of 2/255 from the true one: weak attacks, for comparison
+with those tables. Their accuracies count images that were wrong when clean and that the perturbation makes right, see
+ALL_IMAGES. One thing differs: they clip CIFAR to one range for all channels, which lets pixels leave [0, 1] by up to
+0.05, and ImageNet not at all; here images stay in [0, 1].
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advmoe_jax.attacks import driver, objectives, pgd, settings
+from advmoe_jax.core import rng, units
+from advmoe_jax.core.errors import UserError, one_of
+
+NORMS = ()
+ALL_IMAGES = True  # see parse.Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the attack; the defaults are SR-GKP's FGSM on CIFAR-10.
+
+    Attributes:
+        eps_sd: budget in standard deviations, linf.
+        num_steps: gradient steps; 1 is FGSM.
+        step_sd: step size in standard deviations, or "1 eps".
+        labels: "predicted", those of the clean images, as ART does when it is given none, or "true".
+        std: standard deviations of the channels, one number or one for each, separated by spaces.
+        driver: see attacks.driver.
+    """
+
+    eps_sd: str | float = 0.01
+    num_steps: int = 1
+    step_sd: str | float = "1 eps"
+    labels: str = "predicted"
+    std: str | float = "0.2023 0.1994 0.2010"
+    driver: str = "auto"
+
+
+def label(config: Config) -> str:
+    """As tables name it: "fgsm-0.01sd", "pgd-3-8/255sd"."""
+    return f"{'fgsm' if config.num_steps == 1 else f'pgd-{config.num_steps}'}-{config.eps_sd}sd"
+
+
+def make(config: Config = Config()) -> Callable[..., jax.Array]:
+    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does: no random start, the last iterate is kept.
+
+    Raises:
+        UserError: a setting is out of range, or there are other channels than in `std`.
+    """
+    settings.check("normalized", config, num_steps=1)
+    one_of("labels of normalized", config.labels, ("predicted", "true"))
+    eps = units.eps(config.eps_sd, "", "eps_sd")
+    step_size = units.step_size(config.step_sd, eps, config.num_steps, "", "step_sd")
+    std = np.array([units.number(text, "normalized's std") for text in str(config.std).split()])
+    if std.size == 0 or np.any(std <= 0):
+        raise UserError(f"normalized has std={config.std!r}: expected numbers above 0, one for each channel")
+    program = pgd.Search("linf", "none", objectives.get("ce"), keep_best=False, stops=False)
+
+    def attack(logits_fn, key, x, y):
+        if std.size not in (1, x.shape[-1]):
+            raise UserError(f"normalized has {std.size} numbers in std and images {x.shape[-1]} channels: expected as "
+                            "many, or one")
+        logits_fn = objectives.partial(logits_fn)
+        if config.labels == "predicted":
+            driver.count((1, 0), x.shape[0])
+            y = _predicted(logits_fn, x)
+        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
+        scalars = dict(eps=jnp.asarray(eps * std, x.dtype)[None, None, None],
+                       step_size=jnp.asarray(step_size * std, x.dtype)[None, None, None], restart=0)
+        return jax.lax.stop_gradient(driver.run(
+            program, driver.Inputs(logits_fn, rows, scalars), config.num_steps + 1, config.driver)["x"])
+
+    return attack
+
+
+@jax.jit
+def _predicted(logits_fn, x):
+    return jnp.argmax(logits_fn(x), -1)
