@@ -171,6 +171,7 @@ def run(program: Program, inputs: Inputs, num_steps: int, driver: str = "auto") 
             steps and loops above inside a traced program; outside one it steps from the host on CPU and loops on
             the device elsewhere.
     """
+    inputs = _as_jax(inputs)
     traced = is_traced(inputs)
     if one_of("driver", driver, DRIVERS) == "auto":
         if traced:
@@ -240,6 +241,7 @@ def rounds(one: Callable[[Inputs, int], dict[str, jax.Array]], inputs: Inputs, w
         num_rounds: how many.
         stops: whether a row that is broken keeps its candidate; outside a traced program it is left out.
     """
+    inputs = _as_jax(inputs)
     size = _size(inputs.rows)
     for number in range(num_rounds):
         if not stops:
@@ -311,6 +313,10 @@ def _gather(tree, rows):
 @jax.jit
 def _scatter(tree, part, where):
     return jax.tree.map(lambda leaf, new: leaf.at[where].set(new, mode="drop"), tree, part)
+
+
+def _as_jax(inputs: Inputs) -> Inputs:
+    return inputs._replace(rows=jax.tree.map(jnp.asarray, inputs.rows))
 
 
 def _size(rows) -> int:

@@ -1,4 +1,4 @@
-"""AutoAttack of this package and pyautoattack, example by example, on a small robust CNN with the same weights.
+"""Attacks of this package beside pyautoattack's and foolbox's on a small robust CNN with the same weights.
 
   pip install -e ".[oracle]" && python tests/oracle/compare.py --n 256 > tests/oracle/README.md
 
@@ -10,20 +10,33 @@ import pathlib
 import sys
 import time
 
+import eagerpy
+import foolbox
 import jax
+import jax.numpy as jnp
 import numpy as np
 import robust_cnn
 import torch
 from pyautoattack import AutoAttack
 
 import advmoe_jax
-from advmoe_jax.attacks import autoattack
+from advmoe_jax.attacks import autoattack, parse
 from advmoe_jax.bench import cnn
+from advmoe_jax.ops import balls
 
 ATTACKS = {"apgd-ce": "apgd(loss=ce)", "apgd-t": "apgd(loss=dlr,targets=9)", "fab-t": "fab(targets=9)",
            "square": "square(num_queries={queries})"}
 LEAST = {"apgd-ce": 0.92, "apgd-t": 0.97, "fab-t": 0.97, "square": 0.96, "standard": 0.98}
 """Agreement per example that the reference has with itself, about, over seeds and batch sizes."""
+
+
+MINIMAL = {
+    "deepfool": ("linf", dict(num_steps=50), foolbox.attacks.LinfDeepFoolAttack(steps=50), 1.03),
+    "deepfool, l2": ("l2", dict(num_steps=50), foolbox.attacks.L2DeepFoolAttack(steps=50), 1.03),
+    "ddn": ("l2", dict(num_steps=100), foolbox.attacks.DDNAttack(init_epsilon=1.0, steps=100), 1.02),
+    "cw_l2": ("l2", dict(num_steps=200, binary_search_steps=6, c=0.01), foolbox.attacks.L2CarliniWagnerAttack(
+        binary_search_steps=6, steps=200, initial_const=0.01), 1.03)}
+"""Norm, our settings, foolbox's attack, and the most that the ratio of the medians may be; the least is its inverse."""
 
 
 def reference(model, x, y, norm, eps, attacks, queries, seed=0):
@@ -68,6 +81,57 @@ def compare(norm, n, queries):
     return rows
 
 
+def compare_distances(n):
+    """Rows of a table: attack, median distances of images correct when clean, their ratio, how many were not found."""
+    weights = robust_cnn.trained()
+    x, y = robust_cnn.images(n, 7)
+    ours = jax.tree_util.Partial(cnn.apply, weights)
+    model = foolbox.JAXModel(jax.jit(ours), bounds=(0, 1), data_format="channels_last")
+    correct = np.asarray(ours(x)).argmax(-1) == y
+    rows = []
+    for name, (norm, given, attack, most) in MINIMAL.items():
+        run = parse.attack(name.split(",")[0], norm=norm, eps=0, beyond="keep", **given).run
+        images = [run(ours, jax.random.key(0), x, y), np.concatenate([  # foolbox takes what is correct alone
+            attack(model, *eagerpy.astensors(jnp.asarray(x[rows]), jnp.asarray(y[rows])), epsilons=None)[0].numpy()
+            for rows in np.array_split(np.flatnonzero(correct), 2)])]
+        images[0] = np.asarray(images[0])[correct]
+        found = [np.where(np.asarray(ours(u)).argmax(-1) != y[correct],
+                          np.asarray(balls.norm(jnp.asarray(u) - x[correct], norm)), np.inf) for u in images]
+        medians = [np.median(distances) for distances in found]
+        rows.append((name, norm, f"{medians[0]:.5f}", f"{medians[1]:.5f}",
+                     f"{medians[0] / medians[1]:.4f} ({1 / most:.3f} to {most:g})",
+                     *(str(np.isinf(distances).sum()) for distances in found)))
+    return rows
+
+
+def compare_pgd(n):
+    """PGD without a random start: share of images with the same verdict, and the largest difference of the images."""
+    weights = robust_cnn.trained()
+    x, y = robust_cnn.images(n, 7)
+    ours = jax.tree_util.Partial(cnn.apply, weights)
+    model = foolbox.JAXModel(jax.jit(ours), bounds=(0, 1), data_format="channels_last")
+    eps = robust_cnn.EPS["linf"]
+    rows = []
+    for steps in (10, 50):
+        images = (parse.attack("pgd", eps=eps, num_steps=steps, step_size=eps / 4, start="none", keep="last").run(
+            ours, jax.random.key(0), x, y), foolbox.attacks.LinfPGD(
+                abs_stepsize=eps / 4, steps=steps, random_start=False)(
+                    model, *eagerpy.astensors(jnp.asarray(x), jnp.asarray(y)), epsilons=eps)[1].raw)
+        robust = [np.asarray(ours(u)).argmax(-1) == y for u in images]
+        apart = np.abs(np.asarray(images[0]) - np.asarray(images[1])).max((1, 2, 3))
+        rows.append((f"pgd-{steps}", *(f"{100 * r.mean():.2f}" for r in robust),
+                     f"{100 * np.mean(robust[0] == robust[1]):.2f} (95)", f"{100 * np.mean(apart < 1e-5):.1f}"))
+    return rows
+
+
+def show(header, rows):
+    """A table in Markdown, each row as soon as it is there."""
+    print("\n| " + " | ".join(header) + " |")
+    print("|" + " --- |" * len(header))
+    for row in rows:
+        print("| " + " | ".join(row) + " |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=256)
@@ -83,13 +147,17 @@ the torch network misclassifies too. Seconds are of one run each, ours with comp
 `python tests/oracle/compare.py --n {flags.n} --queries {flags.queries} --norms {' '.join(flags.norms)}` with advmoe_jax
 {advmoe_jax.__version__}, jax {jax.__version__}, torch {torch.__version__}, on CPU.
 """)
-    header = ("attack", "ours", "pyautoattack", "agreement % (asked)", "confirmed", "largest norm / eps", "s, ours",
-              "s, pyautoattack")
-    print("| " + " | ".join(header) + " |")
-    print("|" + " --- |" * len(header))
-    for norm in flags.norms:
-        for row in compare(norm, flags.n, flags.queries):
-            print("| " + " | ".join(row) + " |", flush=True)
+    show(("attack", "ours", "pyautoattack", "agreement % (asked)", "confirmed", "largest norm / eps", "s, ours",
+          "s, pyautoattack"), (row for norm in flags.norms for row in compare(norm, flags.n, flags.queries)))
+    print("""
+# Agreement with foolbox on the same JAX model
+
+Medians of the smallest perturbation found, over the images that are correct when clean; in parentheses what is asked
+for of the ratio. PGD without a random start, last iterate: robust accuracies, verdicts that agree, and images that are
+equal to 1e-5, all in percent; a sign that rounding turns over sends an image elsewhere.""")
+    show(("attack", "norm", "ours", "foolbox", "ratio (asked)", "not found, ours", "not found, foolbox"),
+         compare_distances(flags.n))
+    show(("attack", "ours", "foolbox", "agreement % (asked)", "equal %"), compare_pgd(flags.n))
 
 
 if __name__ == "__main__":

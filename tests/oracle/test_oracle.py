@@ -1,9 +1,10 @@
-"""The attacks against pyautoattack on the same weights, in small; compare.py is the whole comparison."""
+"""The attacks against other libraries on the same weights, in small; compare.py is the whole comparison."""
 
 import pytest
 
 pytest.importorskip("torch", reason="needs the oracle extra")
 pytest.importorskip("pyautoattack", reason="needs the oracle extra")
+pytest.importorskip("foolbox", reason="needs the oracle extra")
 
 import compare  # noqa: E402
 
@@ -18,3 +19,15 @@ def test_agreement(norm):
         assert float(ours) <= float(theirs) + 2 * 100 / 64, label
         right, broken = map(int, confirmed.split(" of "))
         assert right >= 0.99 * broken and float(size) <= 1 + 1e-4, label
+
+
+def test_distances():
+    for name, norm, ours, theirs, ratio, missed, missed_by_theirs in compare.compare_distances(64):
+        most = compare.MINIMAL[name][3]
+        assert 1 / most <= float(ratio.split()[0]) <= most, (name, norm)
+        assert int(missed) <= int(missed_by_theirs), name
+
+
+def test_pgd():
+    for name, _, _, agreement, equal in compare.compare_pgd(64):
+        assert float(agreement.split()[0]) >= 95 and float(equal) >= 90, name
