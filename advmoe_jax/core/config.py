@@ -63,7 +63,8 @@ def default() -> ConfigDict:
             expert_init="equal",  # equal | independent
             routing="layer",  # layer | embedding | global
             router_width=16,
-            router_grad="ste_full"),  # ste_full | ste_selected | scaled
+            router_grad="ste_full",  # ste_full | ste_selected | scaled
+            dispatch="all"),  # all experts and one selected | blocks of images that take the same one
         system=dict(
             name="advmoe",  # a module of advmoe_jax.systems
             loss="trades",  # natural | madry | trades | mart

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from advmoe_jax.ops import conv, routing
+from advmoe_jax.ops import conv, dispatch, routing
+from advmoe_jax.ops.dispatch import Choice
 
 # Kaiming normal, fan out: the initialiser of the released AdvMoE code. For a routed kernel the fan counts all
 # stored channels.
@@ -17,8 +18,8 @@ kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # BatchNorm as PyTorch sets it (its momentum 0.1 is 0.9 here). Running variances are biased, PyTorch's are not.
 batch_norm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 
-Choose = Callable[[jax.Array], jax.Array]
-"""Given the input (B, H, W, I) of a routed layer, its gate (B, E); called once a layer, in order."""
+Choose = Callable[[jax.Array], Choice]
+"""Given the input (B, H, W, I) of a routed layer, what its images take; called once a layer, in order."""
 
 
 class Conv(nn.Module):
@@ -45,7 +46,7 @@ class RoutedConv(nn.Module):
     """Convolution whose output channels are one expert's, chosen per image.
 
     Every expert reads the whole input by position; the kernel is (k, k, I, C_store) with one window of w output
-    channels an expert. All experts are computed and one is selected. Source: AdvMoE, section 3.
+    channels an expert. Source: AdvMoE, section 3.
 
     Attributes:
         channels: C of the dense layer.
@@ -77,12 +78,11 @@ class RoutedConv(nn.Module):
         return kaiming(key, (*shape[:3], self.width), dtype)[..., place]
 
     @nn.compact
-    def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
-        """(B, H, W, I), (B, E) -> (B, H / stride, W / stride, w)."""
+    def __call__(self, x: jax.Array, choice: Choice) -> jax.Array:
+        """(B, H, W, I) -> (B, H / stride, W / stride, w)."""
         starts = routing.offsets(self.num_experts, self.width, self.channels, self.experts)
         shape = (self.size, self.size, x.shape[-1], stored_channels(self))
-        y = conv.conv2d(x, self.param("kernel", self._init, shape), self.stride)
-        return routing.mix(y, gate, starts, self.width)
+        return dispatch.conv(x, self.param("kernel", self._init, shape), choice, starts, self.width, self.stride)
 
 
 def stored_channels(layer) -> int:

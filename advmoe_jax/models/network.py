@@ -10,19 +10,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from advmoe_jax.core import find
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.core.layers import LayerSpec
 from advmoe_jax.models import router as routers
-from advmoe_jax.ops import routing
+from advmoe_jax.ops import dispatch, routing
+from advmoe_jax.ops.dispatch import Dispatch
 
 GROUPS = ("backbone", "router")
 
 
 class _Module(nn.Module):
     backbone: nn.Module
-    router: nn.Module | None = None
+    router: nn.Module | None
+    dispatch: Dispatch
 
     def __call__(self, x, route, train):
         image_scores = None
@@ -31,7 +34,7 @@ class _Module(nn.Module):
         layers, choices = itertools.count(), {}
 
         def choose(features):
-            """The gate of the next routed layer. A global router has one choice, which all layers share."""
+            """What the next routed layer takes. A global router has one choice, which all layers share."""
             layer = next(layers)
             if image_scores is None:
                 features = jax.lax.stop_gradient(features) if route.detach else features
@@ -39,16 +42,26 @@ class _Module(nn.Module):
             else:
                 layer = min(layer, image_scores.shape[1] - 1)
                 scores = image_scores[:, layer]
-            gate, ids = routing.gates(scores, route, layer)
-            choices[layer] = scores, ids
-            return gate
+            if layer not in choices:
+                choices[layer] = scores, *dispatch.choose(scores, route, layer, self.dispatch)
+            return choices[layer][1]
 
         logits = self.backbone(x, choose, train)
-        if not choices:
-            return logits, {}
-        scores, ids = (jnp.stack(column, 1) for column in zip(*choices.values()))
-        best, second = jnp.moveaxis(jax.lax.top_k(scores, 2)[0], -1, 0)
-        return logits, {"router_logits": scores, "expert_ids": ids, "margins": best - second}
+        return logits, _aux(*zip(*((scores, ids) for scores, _, ids in choices.values()))) if choices else {}
+
+    def scores(self, x):
+        """(B, H, W, C) images -> (B, E), of a router with one choice for all layers."""
+        return self.router.scores_image(x, False)[:, 0]
+
+    def pathway(self, x, choice):
+        """Evaluation of images that all make the same choice in every layer."""
+        return self.backbone(x, lambda _: choice, False)
+
+
+def _aux(scores, ids):
+    scores = jnp.stack(scores, 1)
+    best, second = jnp.moveaxis(jax.lax.top_k(scores, 2)[0], -1, 0)
+    return {"router_logits": scores, "expert_ids": jnp.stack(ids, 1), "margins": best - second}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +74,7 @@ class Network:
         image_shape: (H, W, C).
         num_classes: K.
         num_experts: E, 1 for a dense network.
+        one_choice: whether an image makes one choice for all layers.
     """
 
     module: nn.Module
@@ -68,6 +82,7 @@ class Network:
     image_shape: tuple[int, int, int]
     num_classes: int
     num_experts: int
+    one_choice: bool = False
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -91,7 +106,20 @@ class Network:
             logits (B, K) and aux: empty for a dense network, else router_logits (B, L, E), expert_ids (B, L) and
             margins (B, L) between the two best scores.
         """
-        return self.module.apply(variables, x, route, False)
+        if not self._has_pathways(route):
+            return self.module.apply(variables, x, route, False)
+        scores = self.module.apply(variables, x, method="scores")
+        choice, ids = dispatch.choose(scores, route, 0, self.module.dispatch)
+
+        def pathway(variables, x, choice):
+            return self.module.apply(variables, x, choice, method="pathway")
+
+        return dispatch.pathways(pathway, variables, x, choice), _aux([scores], [ids])
+
+    def _has_pathways(self, route):
+        """Whether an image makes one choice for all layers, and only that one is computed."""
+        return (self.num_experts > 1 and self.one_choice and self.module.dispatch.kind == "blocks"
+                and route.kind != "soft" and route.grad != "ste_full")
 
     def apply_train(self, variables: dict[str, Any], x: jax.Array, route: routing.Route = routing.hard()
                     ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
@@ -121,7 +149,7 @@ def _evaluate(static, variables, x, route):
     return static.network.apply(variables, x, route)
 
 
-def make(cfg, image_shape: tuple[int, int, int], num_classes: int) -> Network:
+def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | None = None) -> Network:
     """Builds the network that `config.model` describes.
 
     Args:
@@ -129,6 +157,7 @@ def make(cfg, image_shape: tuple[int, int, int], num_classes: int) -> Network:
             expert_init, routing, router_width, router_grad.
         image_shape: (H, W, C).
         num_classes: K.
+        mesh: of the devices that share a batch.
     Raises:
         UserError: a field is out of range or names nothing.
     """
@@ -141,7 +170,8 @@ def make(cfg, image_shape: tuple[int, int, int], num_classes: int) -> Network:
         routed_inputs = tuple(spec.kernel[-2] for spec in specs if spec.routed)
         router = routers.make(cfg, routed_inputs)
         specs += routers.layers(cfg, routed_inputs, image_shape)
-    return Network(_Module(net, router), specs, tuple(image_shape), num_classes, cfg.num_experts)
+    return Network(_Module(net, router, Dispatch(cfg.dispatch, mesh)), specs, tuple(image_shape), num_classes,
+                   cfg.num_experts, cfg.routing == "global")
 
 
 def check(cfg) -> None:
@@ -150,6 +180,7 @@ def check(cfg) -> None:
     one_of("model.experts", cfg.experts, ("shared", "disjoint"))
     one_of("model.expert_init", cfg.expert_init, ("equal", "independent"))
     one_of("model.router_grad", cfg.router_grad, routing.ROUTER_GRADS[1:])
+    one_of("model.dispatch", cfg.dispatch, dispatch.DISPATCHES)
     for name in ("width", "num_experts", "router_width"):
         if cfg[name] < 1:
             raise UserError(f"model.{name} is {cfg[name]}: expected 1 or more")

@@ -52,5 +52,5 @@ def assemble(config: ConfigDict) -> Experiment:
     else:
         indices, held_out = pipeline.holdout(len(train["label"]), train["label"])
         select = train, held_out[:count]
-    net = network.make(config.model, dataset.image_shape, dataset.num_classes)
+    net = network.make(config.model, dataset.image_shape, dataset.num_classes, mesh)
     return Experiment(config, mesh, module.make(config, net, indices, mesh), train, test, select)

@@ -6,13 +6,14 @@ import pytest
 
 from advmoe_jax.models import layers
 from advmoe_jax.ops import routing
+from advmoe_jax.ops.dispatch import Choice
 
 
 def _kernel(channels, num_experts, model_scale, experts, expert_init):
     width = layers.scaled_width(channels, model_scale)
     conv = layers.RoutedConv(channels, width, num_experts, experts, expert_init)
     x, gate = np.zeros((1, 4, 4, 3), np.float32), np.zeros((1, num_experts), np.float32)
-    kernel = np.asarray(conv.init(jax.random.key(0), x, gate)["params"]["kernel"])
+    kernel = np.asarray(conv.init(jax.random.key(0), x, Choice(gate))["params"]["kernel"])
     starts = routing.offsets(num_experts, width, channels, experts)
     return [kernel[..., start:start + width] for start in starts]
 

@@ -7,6 +7,7 @@ import pytest
 
 from advmoe_jax.models.layers import Conv, RoutedConv
 from advmoe_jax.ops import losses, routing
+from advmoe_jax.ops.dispatch import Choice
 
 SCORES = jnp.array([[1., 0.], [0., 1.]])
 IMAGES = jnp.array([5., 7.]).reshape(2, 1, 1, 1)
@@ -17,7 +18,7 @@ LAYER = RoutedConv(channels=4, width=2, num_experts=2, experts="disjoint", size=
 
 def _routed(scores, kernel, x, grad="ste_selected"):
     gate, _ = routing.gates(scores, routing.hard(grad), 0)
-    return LAYER.apply({"params": {"kernel": kernel}}, x, gate)[:, 0, 0]
+    return LAYER.apply({"params": {"kernel": kernel}}, x, Choice(gate))[:, 0, 0]
 
 
 def _grads(grad):
@@ -56,7 +57,7 @@ def test_one_expert_is_a_plain_convolution():
         jax.random.split(jax.random.key(0)), [(2, 8, 8, 4), (3, 3, 4, 6)]))
     variables = {"params": {"kernel": kernel}}
     for experts in ("shared", "disjoint"):
-        routed = RoutedConv(6, 6, 1, experts).apply(variables, x, jnp.ones((2, 1)))
+        routed = RoutedConv(6, 6, 1, experts).apply(variables, x, Choice(jnp.ones((2, 1))))
         np.testing.assert_array_equal(routed, Conv(6).apply(variables, x))
 
 

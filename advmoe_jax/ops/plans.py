@@ -1,0 +1,50 @@
+"""Plans: which images an expert computes together.
+
+A routed layer computes in blocks of T images that all take one expert. Each expert has as many blocks as its images
+need, the last one filled up; no image is ever left out, whatever the load.
+
+B batch, E experts, T images in a block, n blocks, D devices.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Plan(NamedTuple):
+    """A permutation of a batch into blocks. Made by `make`.
+
+    Attributes:
+        image: (n, T) int32, the image in each place; B for a filler.
+        place: (B,) int32, where each image is among the n T places.
+        expert: (n,) int32, of each block.
+        used: (n,) bool, whether a block holds any image.
+    """
+
+    image: jax.Array
+    place: jax.Array
+    expert: jax.Array
+    used: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("num_experts", "size"))
+def make(ids: jax.Array, num_experts: int, size: int) -> Plan:
+    """Plans a batch in floor((B + E (T - 1)) / T) blocks, which hold any load.
+
+    Args:
+        ids: (B,) the expert of each image.
+        num_experts: E.
+        size: T.
+    """
+    batch = ids.shape[0]
+    chosen = jax.nn.one_hot(ids, num_experts, dtype=jnp.int32)
+    blocks = -(-chosen.sum(0) // size)
+    ends = jnp.cumsum(blocks)
+    rank = jnp.take_along_axis(jnp.cumsum(chosen, 0), ids[:, None], 1)[:, 0] - 1
+    place = (ends - blocks)[ids] * size + rank
+    number = jnp.arange((batch + num_experts * (size - 1)) // size)
+    image = jnp.full(number.size * size, batch, jnp.int32).at[place].set(jnp.arange(batch, dtype=jnp.int32))
+    expert = jnp.sum(number[:, None] >= ends[None], -1)
+    return Plan(image.reshape(-1, size), place, jnp.minimum(expert, num_experts - 1), number < ends[-1])

@@ -1,0 +1,129 @@
+"""A network that computes each image's expert alone is the one that computes all and selects: values and gradients.
+
+In float64, since float32 gradients of a network differ in the third digit with the order of sums.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advmoe_jax.core import config
+from advmoe_jax.core import mesh as meshes
+from advmoe_jax.models import network
+from advmoe_jax.ops import dispatch, routing
+
+BATCH, SHAPE, CLASSES = 12, (8, 8, 3), 4
+CASES = [  # routing, experts, N, r
+    ("layer", "shared", 2, 0.5), ("layer", "shared", 3, 0.8), ("layer", "disjoint", 8, 0.25),
+    ("embedding", "shared", 2, 0.25), ("embedding", "disjoint", 3, 0.5),
+    ("global", "disjoint", 2, 0.5), ("global", "shared", 8, 0.5), ("global", "disjoint", 3, 0.8)]
+each = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+GRADS = ("none", "ste_selected", "ste_full", "scaled")
+
+
+@functools.cache
+def _net(case, kind, mesh=None):
+    routing_name, experts, num_experts, model_scale = case
+    cfg = config.default().model
+    cfg.update(dict(depth=10, width=8, routing=routing_name, experts=experts, num_experts=num_experts, dispatch=kind,
+                    model_scale=model_scale, router_width=4, expert_init="independent"))
+    return network.make(cfg, SHAPE, CLASSES, mesh)
+
+
+@functools.cache
+def _inputs(case, train=False):
+    """Variables in float64 with scores that spread over the experts, images, cotangents of logits and of scores."""
+    numbers = np.random.default_rng(0)
+    with jax.enable_x64(False):
+        variables = jax.eval_shape(_net(case, "all").init, jax.random.key(0))
+    variables = jax.tree.map(lambda leaf: numbers.standard_normal(leaf.shape) * min(1, np.sqrt(
+        2 / max(np.prod(leaf.shape[:-1]), 1))), variables)
+    variables["batch_stats"] = jax.tree.map(lambda leaf: 1 + leaf**2, variables["batch_stats"])
+    x = numbers.uniform(0, 1, (BATCH, *SHAPE))
+    if case[0] == "global":  # centre its scores, or all images take one expert
+        net = _net(case, "all")
+        scores = (net.apply_train if train else net.apply)(variables, x)[1]["router_logits"][:, 0]
+        variables["params"]["router"]["fc"]["bias"] -= np.asarray(scores.mean(0))
+    return variables, x, numbers.standard_normal((BATCH, CLASSES))
+
+
+def _run(net, case, grad, train, detach=False):
+    """Logits, choices, statistics, and gradients to parameters and images of a sum over all outputs."""
+    variables, x, cotangent = _inputs(case, train)
+    route = routing.hard(grad, detach)
+    if net.module.dispatch.mesh is not None:
+        x, cotangent = (jax.device_put(a, meshes.by_example(net.module.dispatch.mesh)) for a in (x, cotangent))
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def run(params, x):
+        used = {"params": params, "batch_stats": variables["batch_stats"]}
+        stats = {}
+        if train:
+            logits, aux, stats = net.apply_train(used, x, route)
+        else:
+            logits, aux = net.apply(used, x, route)
+        return jnp.sum(cotangent * logits) + jnp.sum(aux["router_logits"]**2), (logits, aux, stats)
+
+    (_, outputs), grads = run(variables["params"], x)
+    return jax.device_get((outputs, grads))
+
+
+def _assert_equal(ours, theirs):
+    (logits, aux, stats), grads = ours
+    np.testing.assert_array_equal(aux["expert_ids"], theirs[0][1]["expert_ids"])
+    for a, b in zip(jax.tree.leaves((logits, aux, stats, grads)), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10 * max(1, np.abs(b).max()))
+
+
+@each
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_blocks_are_exact(case, train):
+    with jax.enable_x64(True):
+        for grad in GRADS:
+            theirs = _run(_net(case, "all"), case, grad, train)
+            ids = theirs[0][1]["expert_ids"]
+            assert len(np.unique(ids)) > 1, "more than one expert is used"
+            _assert_equal(_run(_net(case, "blocks"), case, grad, train), theirs)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=["layer", "global"])
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_four_devices_plan_their_own_images(case, train):
+    mesh = meshes.make()
+    assert mesh.size == 4
+    with jax.enable_x64(True):
+        for grad in ("ste_selected", "ste_full"):
+            _assert_equal(_run(_net(case, "blocks", mesh), case, grad, train, detach=train),
+                          _run(_net(case, "all"), case, grad, train, detach=train))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=["layer", "global"])
+def test_fixed_and_soft_routes(case):
+    variables, x, _ = _inputs(case)
+    experts, layers = case[2], 1 if case[0] == "global" else 8
+    ids = np.random.default_rng(1).integers(0, experts, (BATCH, layers)).astype(np.int32)
+    with jax.enable_x64(True):
+        for route in (routing.fixed(ids), routing.fixed(ids[:, 0]), routing.soft(0.5), routing.fixed(0 * ids)):
+            ours, theirs = (_net(case, kind).apply(variables, jnp.asarray(x), route) for kind in ("blocks", "all"))
+            np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 65])
+def test_any_batch_size(batch):
+    case = CASES[0]
+    variables, x, _ = _inputs(case)
+    x = np.resize(x, (batch, *SHAPE))
+    with jax.enable_x64(True):
+        ours, theirs = (_net(case, kind).apply(variables, jnp.asarray(x))[0] for kind in ("blocks", "all"))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_block_size():
+    assert [dispatch.block_size(b, e) for b, e in ((64, 2), (128, 2), (128, 4), (32, 8), (8, 16), (1, 2))] == [
+        8, 16, 16, 4, 1, 1]
+
+
