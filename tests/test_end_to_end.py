@@ -188,7 +188,7 @@ def test_a_suite_is_one_worst_case(run):
     for entry in added:
         attempts = entry["attempts"]
         assert [attempt["attack"] for attempt in attempts] == [
-            name for name in ("fgsm", "apgd-ce-3", "square-20") for _ in range(3)]
+            *["fgsm"] * 3, *["apgd-ce-3"] * 3, "square-20"]
         left = round(entry["sa"] * 20)
         for attempt in attempts:
             assert attempt["attacked"] == left
