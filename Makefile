@@ -12,7 +12,7 @@ run: $(VENV)/quickstart.stamp
 	$(BIN)/python -m advmoe_jax.main --config configs/digits_r18.py
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

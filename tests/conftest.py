@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pathlib
 import tempfile
 
 import jax
@@ -21,6 +22,11 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # for the processes that tests 
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_modifyitems(items):
+    """Files that start processes come first: they take long, and no worker should end alone with them."""
+    items.sort(key=lambda item: item.path.parent != pathlib.Path(__file__).parent)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,6 +16,7 @@ from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.ops import colour, filters
 
 NORMS = ()
+TAKES = "values"  # see parse.Spec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ attack failure", NeurIPS 2022. B images, K classes.
 """
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -85,6 +86,21 @@ _noisy = jax.jit(lambda keys, x, eps: balls.random_start(keys, x, eps, "linf"))
 _call = jax.jit(lambda logits_fn, x: logits_fn(x))
 
 
+@jax.jit
+def _pull(logits_fn, x, cotangent):
+    return jax.vjp(logits_fn, x)[1](cotangent)[0]
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def _cotangent(loss, logits, y):
+    return jax.grad(lambda z: jnp.sum(loss(z, y)))(logits)
+
+
+def _slope(loss, logits_fn, x, y):
+    """The gradient of a loss (B, H, W, C). All checks share its two programs, which are what compiling them costs."""
+    return _pull(logits_fn, x, _cotangent(loss, _call(logits_fn, x), y))
+
+
 def _scaled(logits):
     return logits / np.maximum(np.linalg.norm(logits, axis=-1, keepdims=True), 1e-12)
 
@@ -116,17 +132,9 @@ def _batch(logits_fn, x, logits):
     return None
 
 
-@jax.jit
-def _gradients(logits_fn, x, y):
-    """CE's and DLR's gradients, (2, B, d)."""
-    def of(loss):
-        return jax.grad(lambda u: jnp.sum(loss(logits_fn(u), y)))(x).reshape(x.shape[0], -1)
-
-    return jnp.stack([of(losses.cross_entropy), of(losses.dlr)])
-
-
 def _zero_gradient(logits_fn, x, y, logits):
-    zero = np.all(meshes.fetch(_gradients(logits_fn, x, y)) == 0, -1)
+    zero = np.stack([np.all(meshes.fetch(_slope(loss, logits_fn, x, y)) == 0, (1, 2, 3))
+                     for loss in (losses.cross_entropy, losses.dlr)])
     correct = logits.argmax(-1) == meshes.fetch(y)
     shares = zero[:, correct].mean(-1) if correct.any() else np.zeros(2)
     if shares.max() > 0.01:
@@ -137,26 +145,19 @@ def _zero_gradient(logits_fn, x, y, logits):
 
 
 @jax.jit
-def _slopes(logits_fn, x, y, key):
-    """Slopes of the margin along random directions, by the gradient and by differences, (directions, B) each."""
-    x = jnp.clip(x, _STEP, 1 - _STEP)
-
-    def margin(u):
-        return losses.margin(logits_fn(u), y)
-
-    grad = jax.grad(lambda u: jnp.sum(margin(u)))(x)
-
-    def along(k):
-        v = jax.random.normal(k, x.shape, x.dtype)
-        v = v / jnp.sqrt(jnp.sum(v**2, (1, 2, 3), keepdims=True))
-        return jnp.sum(grad * v, (1, 2, 3)), (margin(x + _STEP * v) - margin(x - _STEP * v)) / (2 * _STEP)
-
-    return jax.lax.map(along, jax.random.split(key, _DIRECTIONS))
+def _direction(key, x):
+    """Images off the border, and a random way of l2 length _STEP for each."""
+    return jnp.clip(x, _STEP, 1 - _STEP), _STEP * balls.normalized(jax.random.normal(key, x.shape, x.dtype))
 
 
 def _gradient(logits_fn, x, y, key):
-    by_gradient, by_difference = meshes.fetch(_slopes(logits_fn, x, y, rng.stream(key, "directions")))
-    agree = float(np.median(np.mean(np.sign(by_gradient) == np.sign(by_difference), 0)))
+    grad, agree = None, []
+    for k in jax.random.split(rng.stream(key, "directions"), _DIRECTIONS):
+        inner, way = _direction(k, x)
+        grad = _slope(losses.margin, logits_fn, inner, y) if grad is None else grad
+        ahead, behind = (losses.margin(_call(logits_fn, u), y) for u in (inner + way, inner - way))
+        agree.append(meshes.fetch(jnp.sign(ahead - behind) == jnp.sign(jnp.sum(grad * way, (1, 2, 3)))))
+    agree = float(np.median(np.mean(agree, 0)))
     if agree < 0.75:
         return Flag("wrong_gradient", f"the gradient has the sign of finite differences in {agree:.0%} of random "
                                       "directions: expected over 75 %, something in the model hides its slope")
@@ -164,21 +165,18 @@ def _gradient(logits_fn, x, y, key):
 
 
 @jax.jit
-def _landscape(logits_fn, x, y, key):
-    """Cosine of the margin's gradients at x and close by, and whether a small step along its sign raises it, (B,)."""
-    def margin(u):
-        return losses.margin(logits_fn(u), y)
-
-    slope = jax.grad(lambda u: jnp.sum(margin(u)))
-    here = slope(x)
-    there = slope(x + _NEAR * jax.random.uniform(key, x.shape, x.dtype, -1, 1))
-    cosine = jnp.sum(balls.normalized(here) * balls.normalized(there), (1, 2, 3))
-    return cosine, margin(x + _NEAR * jnp.sign(here)) > margin(x)
+def _neighbours(key, x, grad):
+    """Images close by at random, and along the sign of the gradient."""
+    return x + _NEAR * jax.random.uniform(key, x.shape, x.dtype, -1, 1), x + _NEAR * jnp.sign(grad)
 
 
 def _shattered(logits_fn, x, y, key):
     """A gradient that says nothing about the next grey level leads no attack."""
-    cosine, rises = meshes.fetch(_landscape(logits_fn, x, y, rng.stream(key, "landscape")))
+    here = _slope(losses.margin, logits_fn, x, y)
+    beside, along = _neighbours(rng.stream(key, "landscape"), x, here)
+    there = _slope(losses.margin, logits_fn, beside, y)
+    cosine = meshes.fetch(jnp.sum(balls.normalized(here) * balls.normalized(there), (1, 2, 3)))
+    rises = meshes.fetch(losses.margin(_call(logits_fn, along), y) > losses.margin(_call(logits_fn, x), y))
     if np.median(cosine) < 0.2 or rises.mean() < 0.75:
         return Flag("shattered_gradient", f"a quarter of a grey level away the gradient has a cosine of "
                                           f"{np.median(cosine):.2f} with that of the image, and a step along its sign "

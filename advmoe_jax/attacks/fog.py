@@ -16,6 +16,7 @@ from advmoe_jax.ops import colour
 
 OVERFLOWS = ("wrap", "clip")
 NORMS = ()
+TAKES = "values"  # see parse.Spec
 
 
 @dataclasses.dataclass(frozen=True)

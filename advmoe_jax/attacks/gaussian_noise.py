@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from advmoe_jax.attacks import sampling
 
 NORMS = ("l2", "l1")  # the largest number of all, which is linf, says little about Gaussian noise
+TAKES = "values"  # see parse.Spec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,8 +24,8 @@ class Spec:
         config: its settings.
         run: attack(logits_fn, key, x, y) -> x_adv.
         label: as tables name it: "pgd-50", "apgd-t".
-        takes: the function that it attacks: "logits", x -> logits; "outputs", x -> (logits, aux); "routed", (x, route)
-            -> (logits, aux) of a routed model.
+        takes: the function that it attacks: "logits", x -> logits; "values", the same without its gradient; "outputs",
+            x -> (logits, aux); "routed", (x, route) -> (logits, aux) of a routed model.
         all_images: whether it is run on images that are misclassified when clean too, since papers count those that it
             makes right.
     """

@@ -18,6 +18,7 @@ from advmoe_jax.attacks import driver, minimal, objectives, settings
 _TOLERANCE = 1e-3  # of a radius, as an l2 length
 _NO_CLASS = -1
 NORMS = ("linf", "l2")
+TAKES = "values"  # see parse.Spec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from advmoe_jax.attacks import sampling
 
 NORMS = ("l2", "l1")
+TAKES = "values"  # see parse.Spec
 
 
 @dataclasses.dataclass(frozen=True)

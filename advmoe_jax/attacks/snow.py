@@ -14,6 +14,7 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import colour
 
 NORMS = ()
+TAKES = "values"  # see parse.Spec
 
 
 @dataclasses.dataclass(frozen=True)

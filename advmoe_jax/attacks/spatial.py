@@ -18,6 +18,7 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import warp
 
 NORMS = ()
+TAKES = "values"  # see parse.Spec
 
 
 @dataclasses.dataclass(frozen=True)

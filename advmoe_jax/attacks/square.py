@@ -20,6 +20,7 @@ from advmoe_jax.ops import balls, losses
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which the share of the image is halved
 NORMS = balls.NORMS
+TAKES = "values"  # see parse.Spec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,7 +92,7 @@ def together(text: str, norm: str, eps: str | float) -> Suite:
         chosen = chosen or _WORST_CASES.get(name) or _COLUMNS[name]
         return Suite(name, parse.attacks(chosen, norm=norm, eps=eps), name in _WORST_CASES)
     if name.replace("-", "").isidentifier() and name not in find.names("attacks", "make"):
-        raise unknown_name("suite", name, (*NAMES, *find.names("attacks", "make")))
+        raise unknown_name("suite", name, {*NAMES, *find.names("attacks", "make")})
     specs = parse.attacks(text, norm=norm, eps=eps)
     return Suite("+".join(spec.label for spec in specs), specs, True)
 

@@ -104,7 +104,7 @@ class Found:
 def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.ndarray, label: np.ndarray,
         specs: Sequence[Spec], *, key: jax.Array, batch_size: int, survivors_only: bool, log: Log | None = None,
         routed: jax.tree_util.Partial | None = None) -> Found:
-    """Runs every attack through every view; those that know of routes once.
+    """Runs every attack through every view; those that know of routes, or see no gradient, once.
 
     Attack keys are folded from the index of the image, so that nothing depends on the batch. Images that are
     misclassified when clean are not attacked; nor, if `survivors_only`, those that an earlier attempt broke; but
@@ -153,6 +153,8 @@ def _plan(specs, views, routed):
             yield from ((spec, view, outputs_fn) for view, outputs_fn in views.items())
         elif spec.takes == "logits":
             yield from ((spec, view, objectives.logits_fn(outputs_fn)) for view, outputs_fn in views.items())
+        elif spec.takes == "values":
+            yield spec, "no gradient", objectives.logits_fn(next(iter(views.values())))
         elif routed is None:
             raise UserError(f"{spec.label} attacks a router: expected a routed model, of 2 or more experts")
         else:

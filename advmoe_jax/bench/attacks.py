@@ -30,15 +30,21 @@ def _images(count):
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """A row for each contender: milliseconds, and those of ours with the best convolution over them."""
-    return _rows(f"PGD-{_STEPS} linf, batch {_BATCH}", "auto, patches", _pgd(), rounds) + _rows(
-        f"AutoAttack linf, {_EXAMPLES} images", "ours", _autoattack(), max(rounds // 3, 1))
+    """A row for each contender: milliseconds, and those of ours with the best convolution over them.
+
+    For AutoAttack also the robust accuracy, and how many rows went through the network, forward and backward: those
+    that needed it, and with fillers.
+    """
+    contenders, counts = _autoattack()
+    return _rows(f"PGD-{_STEPS} linf, batch {_BATCH}", "auto, patches", _pgd(), {}, rounds) + _rows(
+        f"AutoAttack linf, {_EXAMPLES} images", "ours", contenders, counts, max(rounds // 3, 1))
 
 
-def _rows(what, ours, contenders, rounds):
+def _rows(what, ours, contenders, counts, rounds):
     ms = interleaved(contenders, (), rounds)
-    return [{"what": what, "contender": name, "ms": value, "ours / this": ms[ours] / value}
-            for name, value in ms.items()]
+    columns = ("robust %", "rows forward", "rows backward", "executed")
+    return [{"what": what, "contender": name, "ms": value, "ours / this": ms[ours] / value,
+             **dict(zip(columns, counts.get(name, ("",) * 4)))} for name, value in ms.items()]
 
 
 def _pgd() -> dict[str, Callable[[], Any]]:
@@ -62,7 +68,7 @@ def _torchattacks(weights, x, y):
     import torchattacks
 
     attack = torchattacks.PGD(cnn.in_torch(weights), eps=_EPS, alpha=_STEP_SIZE, steps=_STEPS, random_start=True)
-    images, labels = cnn.to_torch(x), torch.from_numpy(y).long()
+    images, labels = cnn.to_torch(x), torch.tensor(y).long()
     return lambda: attack(images, labels)
 
 
@@ -76,25 +82,45 @@ def _foolbox(weights, x, y):
     return lambda: attack(model, images, labels, epsilons=_EPS)[1].raw
 
 
-def _autoattack() -> dict[str, Callable[[], Any]]:
+def _autoattack() -> tuple[dict[str, Callable[[], Any]], dict[str, tuple]]:
+    """The contenders, and of each the robust accuracy and the rows that it sends through the network."""
     weights, x = cnn.init(0), _images(_EXAMPLES)
     y = np.asarray(jnp.argmax(_model(cnn.apply, weights)(x), -1), np.int32)
-    eps = 0.5 / 255  # of a random network about half of the images stand it
-    found = {"ours": functools.partial(
-        autoattack.run, _model(cnn.apply_patches, weights), x, y, eps, batch_size=_EXAMPLES)}
+    eps = 5 / 255  # which about half of the images stand
+    arguments = _model(cnn.apply_patches, weights), x, y, eps
+    report = autoattack.run_report(*arguments, batch_size=_EXAMPLES)
+    forward, backward, *executed = (
+        sum(attempt.passes[name] for attempt in report.found.attempts)
+        for name in ("forward", "backward", "executed_forward", "executed_backward"))
+    counts = {"ours": (100 * report.robust_accuracy, forward, backward, sum(executed))}
+    found = {"ours": functools.partial(autoattack.run, *arguments, batch_size=_EXAMPLES)}
     if _installed("pyautoattack"):
-        found["pyautoattack"] = _pyautoattack(weights, x, y, eps)
-    return found
+        found["pyautoattack"], counts["pyautoattack"] = _pyautoattack(weights, x, y, eps)
+    return found, counts
 
 
 def _pyautoattack(weights, x, y, eps):
     import pyautoattack
     import torch
 
-    model = cnn.in_torch(weights)
+    model, rows = cnn.in_torch(weights), {"forward": 0, "backward": 0}
+
+    def count(_, inputs, output):
+        rows["forward"] += len(output)
+        if output.requires_grad:
+            output.register_hook(lambda grad: rows.update(backward=rows["backward"] + len(grad)))
+
+    hook = model.register_forward_hook(count)
     attack = pyautoattack.AutoAttack(model, norm="Linf", eps=eps, version="standard", seed=0, device="cpu")
-    images, labels = cnn.to_torch(x), torch.from_numpy(y).long()
-    return lambda: attack.run_standard_evaluation(images, labels, batch_size=_EXAMPLES)
+    images, labels = cnn.to_torch(x), torch.tensor(y).long()
+    def run():
+        return attack.run_standard_evaluation(images, labels, batch_size=_EXAMPLES)
+
+    x_adv, *_ = run()
+    robust = (model(x_adv).argmax(1) == labels).float().mean().item()
+    counted = 100 * robust, rows["forward"], rows["backward"], rows["forward"] + rows["backward"]
+    hook.remove()
+    return run, counted
 
 
 def _installed(name):

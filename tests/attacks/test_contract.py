@@ -26,7 +26,7 @@ OWN = {"cw_l2": dict(c=1.0, binary_search_steps=2, learning_rate=0.05), "ddn": d
 
 MODULES = {name: find.module("attacks", name, defines="make") for name in NAMES}
 CASES = [(name, norm) for name, module in MODULES.items()
-         if not hasattr(module, "TAKES")  # these have tests of their own: test_adaptive.py, test_exits.py
+         if getattr(module, "TAKES", "logits") in ("logits", "values")  # others: test_adaptive.py, test_exits.py
          for norm in module.NORMS or ("",)]
 each = pytest.mark.parametrize("name, norm", CASES)
 in_ball = pytest.mark.parametrize("name, norm", [case for case in CASES if case[1]])
@@ -123,6 +123,14 @@ def test_an_example_does_not_depend_on_its_batch(name, norm):
         x_adv = _spec(name, norm).run(jax.tree_util.Partial(_apply, weights), _keys(rows), x[rows], y[rows])
         _same(x_adv, _found(name, norm)[rows])
         np.testing.assert_array_equal(_verdicts(x_adv, y[rows]), _verdicts(_found(name, norm), y)[rows])
+
+
+@pytest.mark.parametrize("name, norm", [case for case in CASES if hasattr(MODULES[case[0]], "TAKES")])
+def test_values_are_all_that_some_see(name, norm):
+    weights, x, y = _case()
+    found = _spec(name, norm).run(
+        jax.tree_util.Partial(lambda w, u: jax.lax.stop_gradient(_apply(w, u)), weights), _keys(np.arange(BATCH)), x, y)
+    _same(found, _found(name, norm))
 
 
 @each

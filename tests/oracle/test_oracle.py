@@ -28,6 +28,12 @@ def test_distances():
         assert int(missed) <= int(missed_by_theirs), name
 
 
+def test_the_fast_suite_has_the_verdicts_of_the_standard_one():
+    for norm, standard, fast, differ, passes, fewer, *_ in compare.compare_fast(64):
+        assert standard == fast and differ == "0", norm
+        assert float(fewer) < float(passes), norm
+
+
 def test_pgd():
     for name, _, _, agreement, equal in compare.compare_pgd(64):
         assert float(agreement.split()[0]) >= 95 and float(equal) >= 90, name

@@ -124,6 +124,11 @@ def test_together_only_survivors_are_attacked_and_the_worst_case_is_the_same(thr
     assert [a["ra_after"] for a in record["attempts"]][-1] == record["ra"]
 
 
+def test_an_attack_without_gradients_runs_once():
+    found, record = _found("square(num_queries=30)", views=VIEWS)
+    assert [attempt.view for attempt in found.attempts] == ["no gradient"] and record["ra"] < record["sa"]
+
+
 def test_an_image_that_is_wrong_when_clean_is_not_robust():
     """It is not attacked either: an attack might push it back to its label."""
     found, record = _found("fgsm(eps=0.9)", views=("ste_full",))
