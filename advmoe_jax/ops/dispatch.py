@@ -20,7 +20,7 @@ from advmoe_jax.ops import plans, routing
 from advmoe_jax.ops.conv import conv2d
 from advmoe_jax.ops.plans import Plan
 
-DISPATCHES = ("auto", "all", "blocks")
+DISPATCHES = ("all", "blocks")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,12 @@ def count(network: Network) -> dict[str, int]:
     """MACs of one image.
 
     Returns:
-        "pathway": the backbone with one expert a layer; "router"; "total", their sum; "executed", what the `all`
-        dispatch computes: every expert, and the router.
+        "pathway": the backbone with one expert a layer; "router"; "total", their sum; "executed", what is computed: as
+        "total" with `model.dispatch` "blocks", fillers left out; with "all" every expert, and the router.
     """
     backbone = [spec for spec in network.layers if spec.path.startswith("backbone/")]
     router = sum(spec.macs for spec in network.layers if spec.path.startswith("router/"))
     pathway = sum(spec.macs for spec in backbone)
+    stored = sum(spec.stored_macs for spec in backbone)
     return {"pathway": pathway, "router": router, "total": pathway + router,
-            "executed": sum(spec.stored_macs for spec in backbone) + router}
+            "executed": (stored if network.module.dispatch.kind == "all" else pathway) + router}

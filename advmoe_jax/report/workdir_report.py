@@ -100,7 +100,7 @@ def macs_table(run: Run) -> Table:
     macs = run.entries[0]["macs"]
     names = ("pathway", "router", "total", "executed")
     return Table("MACs per image, millions", names, [tuple(tables.millions(macs[name]) for name in names)],
-                 ("Pathway: one expert a layer. Executed: every expert is computed and one is kept.",))
+                 ("Pathway: one expert a layer. Executed: what is computed, with model.dispatch=all every expert.",))
 
 
 def routing_tables(run: Run) -> list[Table]:
