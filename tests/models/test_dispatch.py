@@ -85,7 +85,7 @@ def _assert_equal(ours, theirs):
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("case, grads", [
-    *(pytest.param(case, GRADS[:2], id=_name(case)) for case in QUICK),
+    *(pytest.param(case, GRADS[:1], id=_name(case)) for case in QUICK),
     *(pytest.param(case, GRADS, id=f"{_name(case)}-all", marks=pytest.mark.slow) for case in CASES)])
 def test_blocks_are_exact(case, grads, train):
     with jax.enable_x64(True):
@@ -96,6 +96,7 @@ def test_blocks_are_exact(case, grads, train):
             _assert_equal(_run(_net(case, "blocks"), case, grad, train), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", QUICK, ids=_name)
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_four_devices_plan_their_own_images(case, train):
