@@ -84,6 +84,7 @@ def test_sigterm_and_ctrl_c(complete, tmp_path):
     assert entries(workdir) == entries(complete())
 
 
+@pytest.mark.slow
 def test_sigterm_while_evaluating(complete, tmp_path):
     workdir = tmp_path / "w"
     shutil.copytree(complete(), workdir)
@@ -121,6 +122,7 @@ def test_damaged_newest_checkpoint_is_skipped(damage, complete, tmp_path):
     assert entries(workdir) == entries(complete())
 
 
+@pytest.mark.slow
 def test_kill_in_the_middle_of_an_evaluation(complete, tmp_path):
     """In Square, which is last: what was found before is kept, nothing is attacked twice, and the end is the same."""
     suite = ["--mode", "evaluate", "--checkpoint", "last", "--config.eval.suite=fgsm square(num_queries=300)",

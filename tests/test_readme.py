@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from advmoe_jax import main
-from advmoe_jax.attacks import autoattack, suites
+from advmoe_jax.attacks import autoattack, flags, suites
 from advmoe_jax.bench import __main__ as bench
 from advmoe_jax.bench import conv as conv_bench
 from advmoe_jax.data import prepare
@@ -72,6 +72,7 @@ def test_commands(clone, monkeypatch, capsys):
     monkeypatch.setattr(conv_bench, "_CASES", ((2, 8, 3, 4),))
     monkeypatch.setattr(suites, "_WORST_CASES", {"standard": "apgd(num_steps=2) square(num_queries=3)"})
     monkeypatch.setattr(suites, "_COLUMNS", {"adaptive": "pgd(num_steps=2) adaptive(mode=joint,num_steps=5)"})
+    monkeypatch.setattr(flags, "of_model", lambda *_: ())  # test_flags.py; here it would compile for every command
     monkeypatch.setenv("DRY_RUN", "1")
     seen = set()
     for words in commands():
