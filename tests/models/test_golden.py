@@ -20,6 +20,7 @@ from advmoe_jax.interop import torch_import
 from advmoe_jax.models import network
 from advmoe_jax.models.layers import scaled_width
 from advmoe_jax.ops import routing
+from advmoe_jax.ops.dispatch import Choice
 from advmoe_jax.report import macs
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "advmoe_nets.json").read_text())
@@ -210,7 +211,7 @@ def test_gradient_of_the_released_code_to_the_scores():
     @jax.grad
     def gradient(scores):
         gate, _ = routing.gates(scores, routing.hard("ste_selected"), 0)
-        return jnp.sum(ours.module.backbone.apply(backbone, images(), lambda _: gate, False)[:, 0])
+        return jnp.sum(ours.module.backbone.apply(backbone, images(), lambda _: Choice(gate), False)[:, 0])
 
     found = gradient(jnp.array([[1., 0.], [0., 1.], [1., 0.], [0., 1.]]))
     np.testing.assert_allclose(found, MOE["ste"], **CLOSE)
