@@ -108,8 +108,7 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
 
     Attack keys are folded from the index of the image, so that nothing depends on the batch. Images that are
     misclassified when clean are not attacked; nor, if `survivors_only`, those that an earlier attempt broke; but
-    attacks of all images get all. A batch
-    that the devices have no memory for is tried again at half the size.
+    attacks of all images get all. A batch that the devices have no memory for is tried again at half the size.
 
     Args:
         views: {name: x -> (logits, aux)}, all with the same values; the first one gives the verdicts.

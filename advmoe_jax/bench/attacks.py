@@ -113,6 +113,7 @@ def _pyautoattack(weights, x, y, eps):
     hook = model.register_forward_hook(count)
     attack = pyautoattack.AutoAttack(model, norm="Linf", eps=eps, version="standard", seed=0, device="cpu")
     images, labels = cnn.to_torch(x), torch.tensor(y).long()
+
     def run():
         return attack.run_standard_evaluation(images, labels, batch_size=_EXAMPLES)
 

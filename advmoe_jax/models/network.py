@@ -154,7 +154,7 @@ def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | 
 
     Args:
         cfg: name of the backbone's module and its fields, num_experts, model_scale, experts,
-            expert_init, routing, router_width, router_grad.
+            expert_init, routing, router_width, router_grad, dispatch.
         image_shape: (H, W, C).
         num_classes: K.
         mesh: of the devices that share a batch.

@@ -114,11 +114,10 @@ def pathways(apply: Callable[[Any, jax.Array, Choice], jax.Array], variables: An
         (B, K).
     """
     def on_device(variables, x, gate, plan):
-        def block(image, expert):
-            rows = jnp.minimum(image, len(x) - 1)
+        def block(rows, expert):
             return apply(variables, x[rows], Choice(gate[rows], expert=expert))
 
-        return _map(block, plan, (plan.image, plan.expert))[plan.place]
+        return _map(block, plan)
 
     return _per_device(on_device, choice.mesh, replicated=(0,))(variables, x, choice.gate, choice.plan)
 
@@ -141,8 +140,14 @@ def _per_device(function, mesh, replicated=(), summed=False):
     return mapped
 
 
-def _map(function, plan, arguments):
-    """`function` of the arguments of every block, 0 where a block is not used: (n T, ...)."""
+def _rows(plan):
+    """(n, T) rows of the batch that blocks read; a filler reads the last one."""
+    return jnp.minimum(plan.image, plan.place.shape[0] - 1)
+
+
+def _map(function, plan):
+    """`function` of the rows and the expert of every block that is used; the results in the order of the batch."""
+    arguments = _rows(plan), plan.expert
     shape = jax.eval_shape(function, *(a[0] for a in arguments))
 
     def block(inputs):
@@ -150,16 +155,13 @@ def _map(function, plan, arguments):
         return jax.lax.cond(used, function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *arguments)
 
     found = jax.lax.map(block, (plan.used, arguments))
-    return found.reshape(-1, *found.shape[2:])
+    return found.reshape(-1, *found.shape[2:])[plan.place]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _blocks(x, kernels, gate, plan, stride, counterfactual, mesh):
     def on_device(kernels, x, plan):
-        def block(image, expert):
-            return conv2d(x[jnp.minimum(image, len(x) - 1)], kernels[expert], stride)
-
-        return _map(block, plan, (plan.image, plan.expert))[plan.place]
+        return _map(lambda rows, expert: conv2d(x[rows], kernels[expert], stride), plan)
 
     return _per_device(on_device, mesh, replicated=(0,))(kernels, x, plan)
 
@@ -179,32 +181,30 @@ def _blocks_bwd(stride, counterfactual, mesh, saved, dy):
         others = others.reshape(*dy.shape[:3], len(kernels), -1)
         dgate = jnp.einsum("bhwc,bhwec->be", dy, others)
     else:
-        dgate = jax.lax.stop_gradient(gate) * jnp.sum(dy * y, (1, 2, 3))[:, None]
+        dgate = gate * jnp.sum(dy * y, (1, 2, 3))[:, None]
     return dx, dkernels, dgate.astype(gate.dtype), None
 
 
 def _input_grad(stride, kernels, x, dy, plan):
-    def block(image, expert):
-        rows = jnp.minimum(image, len(x) - 1)
+    def block(rows, expert):
         pull = jax.vjp(lambda u: conv2d(u, kernels[expert], stride), x[rows])[1]
         return pull(dy[rows])[0]
 
-    return _map(block, plan, (plan.image, plan.expert))[plan.place]
+    return _map(block, plan)
 
 
 def _kernel_grad(stride, kernels, x, dy, plan):
     def block(total, inputs):
-        image, expert, used = inputs
+        rows, real, expert, used = inputs
 
         def add(total):
-            rows = jnp.minimum(image, len(x) - 1)
-            real = (image < len(x))[:, None, None, None]
             pull = jax.vjp(lambda k: conv2d(x[rows], k, stride), kernels[expert])[1]
-            return total.at[expert].add(pull(jnp.where(real, dy[rows], 0))[0])
+            return total.at[expert].add(pull(jnp.where(real[:, None, None, None], dy[rows], 0))[0])
 
         return jax.lax.cond(used, add, lambda total: total, total), None
 
-    return jax.lax.scan(block, jnp.zeros_like(kernels), (plan.image, plan.expert, plan.used))[0]
+    inputs = _rows(plan), plan.image < len(x), plan.expert, plan.used
+    return jax.lax.scan(block, jnp.zeros_like(kernels), inputs)[0]
 
 
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)

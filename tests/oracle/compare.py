@@ -28,8 +28,6 @@ ATTACKS = {"apgd-ce": "apgd(loss=ce)", "apgd-t": "apgd(loss=dlr,targets=9)", "fa
            "square": "square(num_queries={queries})"}
 LEAST = {"apgd-ce": 0.92, "apgd-t": 0.97, "fab-t": 0.97, "square": 0.96, "standard": 0.98}
 """Agreement per example that the reference has with itself, about, over seeds and batch sizes."""
-
-
 MINIMAL = {
     "deepfool": ("linf", dict(num_steps=50), foolbox.attacks.LinfDeepFoolAttack(steps=50), 1.03),
     "deepfool, l2": ("l2", dict(num_steps=50), foolbox.attacks.L2DeepFoolAttack(steps=50), 1.03),
@@ -37,6 +35,16 @@ MINIMAL = {
     "cw_l2": ("l2", dict(num_steps=200, binary_search_steps=6, c=0.01), foolbox.attacks.L2CarliniWagnerAttack(
         binary_search_steps=6, steps=200, initial_const=0.01), 1.03)}
 """Norm, our settings, foolbox's attack, and the most that the ratio of the medians may be; the least is its inverse."""
+
+
+def case(n, seed=7):
+    """The trained weights, our network with them, and n images with labels."""
+    weights = robust_cnn.trained()
+    return weights, jax.tree_util.Partial(cnn.apply, weights), *robust_cnn.images(n, seed)
+
+
+def in_foolbox(ours):
+    return foolbox.JAXModel(jax.jit(ours), bounds=(0, 1), data_format="channels_last")
 
 
 def reference(model, x, y, norm, eps, attacks, queries, seed=0):
@@ -55,9 +63,8 @@ def reference(model, x, y, norm, eps, attacks, queries, seed=0):
 
 def compare(norm, n, queries):
     """Rows of a table: attack, robust accuracies in percent, agreement, checks of the images, seconds."""
-    weights = robust_cnn.trained()
-    x, y = robust_cnn.images(n, 7)
-    ours, theirs, eps = jax.tree_util.Partial(cnn.apply, weights), cnn.in_torch(weights), robust_cnn.EPS[norm]
+    weights, ours, x, y = case(n)
+    theirs, eps = cnn.in_torch(weights), robust_cnn.EPS[norm]
     apart = np.abs(np.asarray(ours(x)) - theirs(cnn.to_torch(x)).numpy()).max()
     assert apart < 1e-4, f"the networks differ by {apart}"
     rows = []
@@ -83,10 +90,8 @@ def compare(norm, n, queries):
 
 def compare_distances(n):
     """Rows of a table: attack, median distances of images correct when clean, their ratio, how many were not found."""
-    weights = robust_cnn.trained()
-    x, y = robust_cnn.images(n, 7)
-    ours = jax.tree_util.Partial(cnn.apply, weights)
-    model = foolbox.JAXModel(jax.jit(ours), bounds=(0, 1), data_format="channels_last")
+    _, ours, x, y = case(n)
+    model = in_foolbox(ours)
     correct = np.asarray(ours(x)).argmax(-1) == y
     rows = []
     for name, (norm, given, attack, most) in MINIMAL.items():
@@ -106,11 +111,8 @@ def compare_distances(n):
 
 def compare_pgd(n):
     """PGD without a random start: share of images with the same verdict, and the largest difference of the images."""
-    weights = robust_cnn.trained()
-    x, y = robust_cnn.images(n, 7)
-    ours = jax.tree_util.Partial(cnn.apply, weights)
-    model = foolbox.JAXModel(jax.jit(ours), bounds=(0, 1), data_format="channels_last")
-    eps = robust_cnn.EPS["linf"]
+    _, ours, x, y = case(n)
+    model, eps = in_foolbox(ours), robust_cnn.EPS["linf"]
     rows = []
     for steps in (10, 50):
         images = (parse.attack("pgd", eps=eps, num_steps=steps, step_size=eps / 4, start="none", keep="last").run(
@@ -126,9 +128,7 @@ def compare_pgd(n):
 
 def compare_fast(n):
     """Rows of a table: AutoAttack and `fast`, which leaves an image alone once it is broken."""
-    weights = robust_cnn.trained()
-    x, y = robust_cnn.images(n, 9)
-    ours = jax.tree_util.Partial(cnn.apply, weights)
+    _, ours, x, y = case(n, seed=9)
     rows = []
     for norm in ("linf", "l2", "l1"):
         found = {suite: autoattack.run_report(ours, x, y, robust_cnn.EPS[norm], norm, suite=suite)
