@@ -20,13 +20,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "advmoe_jax_tests_cache"))
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # for the processes that tests start
 jax.config.update("jax_compilation_cache_dir", CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_collection_modifyitems(items):
-    """Files that start processes come first: they take long, and no worker should end alone with them."""
-    items.sort(key=lambda item: item.path.parent != pathlib.Path(__file__).parent)
+    """Files that start processes come first, the longest of them before all: no worker should end alone with them."""
+    top = [item for item in items if item.path.parent == pathlib.Path(__file__).parent]
+    others = [item for item in items if item not in top]
+    items[:] = sorted(top, key=lambda item: item.path.name, reverse=True) + others
 
 
 @pytest.fixture(scope="module", autouse=True)
