@@ -9,7 +9,7 @@ import pytest
 from tiny import TIMEOUT, assert_same_bits, entries, flags, logged, metrics, process, saved_steps, wait_until
 
 LENGTH = dict(train__length="30 steps", train__eval_every="10 steps", train__save_every="5 steps",
-              eval__attacks="fgsm pgd(num_steps=2)")
+              eval__attacks="fgsm", system__loss="madry")  # which compile soonest
 METHODS = ("advmoe", pytest.param("at_sdense", marks=pytest.mark.slow))
 DAMAGES = ("truncated arrays", *(pytest.param(name, marks=pytest.mark.slow) for name in (
     "no arrays", "truncated metadata", "no metadata", "empty folder")))
@@ -62,9 +62,6 @@ def test_stopped_at_any_moment(method, complete, tmp_path):
     assert 7 <= step < 30
     assert error.count("\n") == 1 and f"stopped by SIGTERM; saved at step {step} of 30" in error
     assert kill_at(saving, workdir, "a save after step 10", method=method)[0] == -signal.SIGKILL
-    code, error = kill_at(logged(workdir, 23), workdir, "step 23", signal.SIGINT, method)
-    assert code == 130
-    assert error.count("\n") == 1 and error.startswith("interrupted; the same command continues")
     assert kill_at(evaluating, workdir, "an evaluation", method=method)[0] == -signal.SIGKILL
     printed, _ = finish(workdir, method)
     assert "continuing from the checkpoint of step 30" in printed
@@ -72,6 +69,18 @@ def test_stopped_at_any_moment(method, complete, tmp_path):
     assert metrics(workdir) == metrics(complete(method))
     assert entries(workdir) == entries(complete(method))
     assert not [path.name for path in workdir.rglob("*") if "tmp" in path.name]
+
+
+@pytest.mark.slow
+def test_ctrl_c(complete, tmp_path):
+    workdir = tmp_path / "w"
+    for step in (7, 23):
+        code, error = kill_at(logged(workdir, step), workdir, f"step {step}", signal.SIGINT)
+        assert code == 130
+        assert error.count("\n") == 1 and error.startswith("interrupted; the same command continues")
+    finish(workdir)
+    assert_same_bits(workdir, complete())
+    assert entries(workdir) == entries(complete())
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.multiprocess
 STEPS = 16
 METHODS = ("at_sdense", pytest.param("advmoe", marks=pytest.mark.slow))
 FIELDS = dict(train__length=f"{STEPS} steps", train__eval_every="8 steps", train__save_every="8 steps",
-              eval__attacks="fgsm", optim__backbone__learning_rate=0.01)  # so that differences of rounding stay small
+              eval__attacks="fgsm", system__loss="madry",
+              optim__backbone__learning_rate=0.01)  # so that differences of rounding stay small
 
 
 @contextlib.contextmanager

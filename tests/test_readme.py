@@ -71,8 +71,8 @@ def clone(tmp_path_factory):
 
 def test_commands(clone, monkeypatch, capsys):
     monkeypatch.setattr(conv_bench, "_CASES", ((2, 8, 3, 4),))
-    monkeypatch.setattr(suites, "_WORST_CASES", {"standard": "apgd(num_steps=2) square(num_queries=3)"})
-    monkeypatch.setattr(suites, "_COLUMNS", {"adaptive": "pgd(num_steps=2) adaptive(mode=joint,num_steps=5)"})
+    monkeypatch.setattr(suites, "_WORST_CASES", {"standard": "fgsm square(num_queries=3)"})
+    monkeypatch.setattr(suites, "_COLUMNS", {"adaptive": "fgsm adaptive(mode=joint,num_steps=5)"})
     monkeypatch.setattr(flags, "of_model", lambda *_: ())  # test_flags.py; here it would compile for every command
     monkeypatch.setenv("DRY_RUN", "1")
     seen = set()

@@ -25,7 +25,7 @@ _RANGES = {
     "seed": (0, 2**32 - 1, "0 to 4294967295"), "eval.seed": (0, 2**32 - 1, "0 to 4294967295"),
     "data.subset": _COUNT, "data.batch_size": _POSITIVE, "data.pad": _ANY,
     "system.beta": _ANY, "system.balance_loss": _ANY, "attack.num_steps": _POSITIVE, "attack.router_weight": _ANY,
-    "train.num_examples": _POSITIVE, "eval.n": _COUNT, "eval.batch_size": _POSITIVE,
+    "system.router_every": _POSITIVE, "train.num_examples": _POSITIVE, "eval.n": _COUNT, "eval.batch_size": _POSITIVE,
     **{f"optim.{group}.{name}": _ANY for group in ("backbone", "router")
        for name in ("learning_rate", "weight_decay", "clip_norm")},
     **{f"optim.{group}.momentum": (0, 1, "0 to 1") for group in ("backbone", "router")},
@@ -72,7 +72,9 @@ def default() -> ConfigDict:
             router_loss="trades",  # trades | label_mod
             balance_loss=0.0,
             order="router_first",  # router_first | backbone_first
-            share_batch=False),  # one batch for both levels
+            share_batch=False,  # one batch for both levels
+            share_attack=False,  # and one adversary
+            router_every=1),  # update the router in every so many iterations
         attack=dict(  # of training
             norm="linf", eps="8/255", step_size="0.625 eps", num_steps=2, start="gaussian",
             router_grad="none",  # none | ste_selected | ste_full | scaled

@@ -74,7 +74,8 @@ def objective(network: Network, cfg, *, router_loss: bool = False) -> StepObject
     """The loss of a training step as `train.step` takes it.
 
     Loss passes run in train mode, the clean batch first and the adversarial one after it; both update the running
-    statistics.
+    statistics. With `system.share_attack` the adversarial images stay in the batch, and whoever finds them there does
+    not attack.
 
     Args:
         network: the model.
@@ -101,8 +102,8 @@ def objective(network: Network, cfg, *, router_loss: bool = False) -> StepObject
     def run(params, batch_stats, batch, key):
         x, y = batch["image"], batch["label"]
         variables = {"params": params, "batch_stats": batch_stats}
-        x_adv = x
-        if attack is not None:
+        x_adv = batch.get("adversarial", x)
+        if attack is not None and "adversarial" not in batch:
             x_adv = attack(jax.lax.stop_gradient(variables), key, x, y, batch["index"])
         clean = adv = None
         if name != "madry" or labels_steer:
@@ -113,7 +114,8 @@ def objective(network: Network, cfg, *, router_loss: bool = False) -> StepObject
         seen = [outputs for outputs in (clean, adv) if outputs is not None]
         if network.num_experts > 1 and system.balance_loss > 0:
             loss += system.balance_loss * sum(routing.balance_loss(aux["router_logits"]) for _, aux in seen) / len(seen)
-        return loss, (batch_stats, _metrics(network, clean, adv, y))
+        kept = {"adversarial": x_adv} if system.share_attack else {}
+        return loss, (batch_stats, _metrics(network, clean, adv, y), kept)
 
     return run
 
@@ -136,12 +138,13 @@ def _metrics(network: Network, clean: Any, adv: Any, y: jax.Array) -> dict[str, 
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """One update of an iteration: its name, the groups it trains, its data stream, and whose loss it takes."""
+    """One update: its name, the groups it trains, its data stream, whose loss it takes, in which iterations it runs."""
 
     name: str
     owns: tuple[str, ...]
     stream: str
     router_loss: bool = False
+    every: int = 1
 
 
 def build(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh, updates: tuple[Update, ...],
@@ -160,7 +163,8 @@ def build(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh, u
     one_of("system.router_loss", cfg.system.router_loss, ROUTER_LOSSES)
     per_epoch = pipeline.steps_per_epoch(len(indices), cfg.data.batch_size)
     length = units.steps(cfg.train.length, per_epoch, what="train.length")
-    optimizers = {group: optim.make(cfg.optim[group], per_epoch, length) for group in network.groups}
+    optimizers = {group: optim.make(cfg.optim[group], max(1, per_epoch // u.every), -(-length // u.every))
+                  for u in updates for group in u.owns}
 
     def fresh(key):
         return states.fresh(network.init(rng.stream(key, "params")), optimizers)
@@ -170,7 +174,7 @@ def build(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh, u
         step.make(u.name, objective(network, cfg, router_loss=u.router_loss), owns=u.owns, optimizers=optimizers,
                   state=abstract, seed=cfg.seed, mesh=mesh, data_cfg=cfg.data, stream=u.stream,
                   crops=next(first.name for first in updates if first.stream == u.stream),
-                  ends_iteration=u is updates[-1])
+                  ends_iteration=u is updates[-1], every=u.every)
         for u in updates)
     views = VIEWS if network.num_experts > 1 else VIEWS[:1]
     return System(

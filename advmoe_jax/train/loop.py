@@ -100,10 +100,14 @@ def run(config: ConfigDict, workdir: Path, system: System, train: dict[str, np.n
                         saved.save("last", step, state, {"stage": stage.name})
                     raise Preempted(f"stopped by SIGTERM; saved at step {step} of {total}: "
                                     "the same command continues from there")
-                fresh = {}
+                fresh, batches = {}, {}
                 for update in stage.steps:
-                    rows = pipeline.batch_indices(stage.indices, batch_size, config.seed, update.stream, step)
-                    state, values = update.run(state, meshes.put_batch(mesh, rows, train))
+                    if step % update.every:
+                        continue
+                    if update.stream not in batches:
+                        rows = pipeline.batch_indices(stage.indices, batch_size, config.seed, update.stream, step)
+                        batches[update.stream] = meshes.put_batch(mesh, rows, train)
+                    state, batches[update.stream], values = update.run(state, batches[update.stream])
                     fresh |= {f"{update.name}/{k}": v for k, v in values.items()}
                 settle()
                 pending = stage, fresh
@@ -155,7 +159,7 @@ def _select_best(config, system, state, step, select, mesh, metrics, saved, best
 
 def _check_finite(step: int, stage: Stage, values: dict[str, Any], saved: checkpoint.Checkpoints) -> None:
     for update in stage.steps:
-        index = int(values[f"{update.name}/non_finite"])
+        index = int(values.get(f"{update.name}/non_finite", -1))  # it may not have run in this iteration
         if index >= 0:
             steps = saved.steps("last")
             good = f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
@@ -177,4 +181,5 @@ def _warn_of_collapse(means: dict[str, Any], before: dict[str, tuple[int, ...]])
             log.warn(f"{name}: one expert gets nearly all images in {len(layers)} of {len(means[f'{name}/load'])} "
                      f"layers ({', '.join(map(str, layers))}): lower optim.router.learning_rate, or set "
                      "system.balance_loss=0.01")
-    return collapsed
+    unseen = {name: layers for name, layers in before.items() if f"{name}/load_entropy" not in means}
+    return unseen | collapsed

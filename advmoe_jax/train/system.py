@@ -9,6 +9,7 @@ import numpy as np
 
 from advmoe_jax.train.state import State
 
+Batch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -16,17 +17,20 @@ class Step:
 
     Attributes:
         name: "lower", "upper".
-        run: jitted (state, batch) -> (state, metrics); the state is donated.
+        run: jitted (state, batch) -> (state, batch, metrics); the state is donated. A later step of the iteration that
+            has the same stream gets the batch that comes back.
         stream: its batches are a function of (seed, stream, step); two steps may share one.
         owns: the parameter groups it changes; all others stay bit-identical.
         tensors: names that the metric "non_finite" indexes.
+        every: it runs in iterations 0, every, 2 * every, ...
     """
 
     name: str
-    run: Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]
+    run: Callable[[State, Batch], tuple[State, Batch, dict[str, jax.Array]]]
     stream: str
     owns: tuple[str, ...]
     tensors: tuple[str, ...]
+    every: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Stage:
 
     Attributes:
         name: for logs and checkpoints.
-        length: iterations; each runs every step once.
+        length: iterations; each runs every step once, or those whose turn it is.
         indices: the training images it draws from.
         steps: in order.
     """

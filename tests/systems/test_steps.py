@@ -32,7 +32,9 @@ CASES = {
     "advmoe": [ADVMOE, *(
         ("advmoe", f"model.routing={name}", "system.loss=madry") for name in ROUTINGS if name != "layer")],
     "standard": [DENSE, ("standard", "system.loss=madry")]}
-each_system = pytest.mark.parametrize("case", [c for cases in CASES.values() for c in cases], ids="-".join)
+each_system = pytest.mark.parametrize("case", [
+    pytest.param(case, marks=pytest.mark.slow if "model.routing=global" in case else ())
+    for cases in CASES.values() for case in cases], ids="-".join)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,7 +86,8 @@ def _run(case, step, state, devices=4, rows=None):
     """One step of a system from a state in numpy, back to numpy."""
     mesh = _system(case, devices)[1]
     batch = meshes.put_batch(mesh, np.arange(BATCH) if rows is None else rows, _arrays())
-    return jax.device_get(step.run(_put(state, mesh), batch))
+    state, _, metrics = step.run(_put(state, mesh), batch)
+    return jax.device_get((state, metrics))
 
 
 @functools.cache
@@ -193,7 +196,7 @@ def test_loss_decreases(case):
     for i in range(30):
         for step in stage.steps:
             rows = pipeline.batch_indices(stage.indices, BATCH, 0, step.stream, i)
-            state, metrics = step.run(state, meshes.put_batch(mesh, rows, _arrays()))
+            state, _, metrics = step.run(state, meshes.put_batch(mesh, rows, _arrays()))
             seen[step.name].append((float(metrics["loss"]), float(metrics["sa"])))
     assert int(state.step) == 30
     values = np.array(seen[stage.steps[-1].name])
@@ -205,7 +208,7 @@ def test_loss_decreases(case):
 
 
 def _objective(*overrides, router_loss=False):
-    """The network and a jitted labels -> (loss, (batch_stats, metrics)) of its first parameters."""
+    """The network and a jitted labels -> (loss, (batch_stats, metrics, kept)) of its first parameters."""
     config = _config(*overrides)
     net = network.make(config.model, SHAPE, CLASSES)
     variables = jax.jit(net.init)(jax.random.key(0))
@@ -213,8 +216,8 @@ def _objective(*overrides, router_loss=False):
     x = jnp.asarray(_arrays()["image"][:BATCH], jnp.float32) / 255
 
     @jax.jit
-    def of(labels, params=variables["params"]):
-        batch = {"image": x, "label": labels, "index": jnp.arange(BATCH)}
+    def of(labels, params=variables["params"], **more):
+        batch = {"image": x, "label": labels, "index": jnp.arange(BATCH), **more}
         return run(params, variables["batch_stats"], batch, jax.random.key(1))
 
     return net, variables, x, of
@@ -232,8 +235,8 @@ def test_losses_of_the_standard_system(loss, passes):
     def both(params):
         return jax.value_and_grad(lambda p: of(LABELS, p), has_aux=True)(params)
 
-    (value, (_, metrics)), grads = both(variables["params"])
-    assert np.isfinite(value) and value > 0 and metrics.keys() == passes
+    (value, (_, metrics, kept)), grads = both(variables["params"])
+    assert np.isfinite(value) and value > 0 and metrics.keys() == passes and kept == {}
     assert all(np.all(np.isfinite(leaf)) and np.any(leaf) for leaf in jax.tree.leaves(grads))
     if loss == "natural":
         assert value == pytest.approx(np.log(CLASSES), rel=0.2)
@@ -242,10 +245,22 @@ def test_losses_of_the_standard_system(loss, passes):
 def test_natural_loss_is_the_cross_entropy_in_train_mode():
     net, variables, x, of = _objective("standard", "model.num_experts=1", "system.loss=natural")
     logits, _, stats = jax.jit(net.apply_train)(variables, x)
-    value, (committed, _) = of(LABELS)
+    value, (committed, *_) = of(LABELS)
     assert value == pytest.approx(float(jnp.mean(losses.cross_entropy(logits, LABELS))), rel=1e-5)
     for ours, theirs in zip(jax.tree.leaves(committed), jax.tree.leaves(stats)):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_shared_attack_is_made_once():
+    """Who makes it keeps its images, who finds some takes them."""
+    net, variables, x, of = _objective("advmoe", "model.num_experts=1", "system.loss=madry", "system.share_attack=true")
+    attacked, (*_, kept) = of(LABELS)
+    assert 0 < np.abs(kept["adversarial"] - x).max() <= 8 / 255 + 1e-6
+    plain, (*_, same) = of(LABELS, adversarial=x)
+    logits, *_ = jax.jit(net.apply_train)(variables, x)
+    assert plain == pytest.approx(float(jnp.mean(losses.cross_entropy(logits, LABELS))), rel=1e-5)
+    assert attacked > plain
+    np.testing.assert_array_equal(same["adversarial"], x)
 
 
 def test_label_mod_reads_the_label_modulo_the_experts():
@@ -322,6 +337,9 @@ def test_views_are_those_of_an_honest_evaluation():
     (("advmoe", "model.num_experts=1"), ["num_experts", "standard"]),
     (("advmoe", "system.loss=natural"), ["natural", "trades"]),
     (("advmoe", "system.order=router_last"), ["router_last", "router_first"]),
+    (("advmoe", "system.share_attack=true"), ["system.share_attack", "system.share_batch=true"]),
+    (("advmoe", "system.router_every=2", "system.order=backbone_first"), ["system.router_every is 2", "router_first"]),
+    (("standard", "system.router_every=2"), ["system.router_every", "system.name=advmoe"]),
     (("advmoe", "system.router_loss=label_mood"), ["label_mod"]),
     (("standard", "system.loss=trade"), ["did you mean 'trades'"]),
     (("standard", "attack.norm=l3"), ["l2"]), (("standard", "attack.router_grad=ste_fool"), ["ste_full"]),
@@ -343,7 +361,7 @@ def _toy(loss):
     state = states.fresh({"params": params}, {"backbone": optimizer})
 
     def objective(params, batch_stats, batch, key):
-        return loss(params["backbone"]), (batch_stats, {})
+        return loss(params["backbone"]), (batch_stats, {}, {"kept": batch["image"]})
 
     mesh = meshes.make()
     step = train_step.make(
@@ -359,7 +377,8 @@ def _toy(loss):
     (lambda p: p["c"], "loss")])
 def test_what_is_not_finite_is_named(loss, name):
     step, state, batch = _toy(loss)
-    _, metrics = step.run(state, batch)
+    _, returned, metrics = step.run(state, batch)
+    assert returned.keys() == {*batch, "kept"} and returned["image"].dtype == np.uint8
     assert step.tensors[int(metrics["non_finite"])] == name
 
 

@@ -250,11 +250,34 @@ def _poisoned(system, at, tensor):
 
     def run(state, batch):
         bad = int(state.step) == at
-        state, metrics = upper.run(state, batch)
-        return state, metrics | {"non_finite": jnp.int32(upper.tensors.index(tensor))} if bad else metrics
+        state, batch, metrics = upper.run(state, batch)
+        return state, batch, metrics | {"non_finite": jnp.int32(upper.tensors.index(tensor))} if bad else metrics
 
     steps = lower, dataclasses.replace(upper, run=run)
     return dataclasses.replace(system, stages=(dataclasses.replace(stage, steps=steps),))
+
+
+def test_a_step_runs_when_it_is_its_turn(experiment, tmp_path):
+    """And whoever shares its stream in the same iteration gets the batch that it gives back."""
+    [stage] = experiment.system.stages
+    ran = []
+
+    def spy(step, stream, every):
+        def run(state, batch):
+            ran.append((step.name, int(state.step), "seen" in batch))
+            state, batch, metrics = step.run(state, {k: v for k, v in batch.items() if k != "seen"})
+            return state, batch | {"seen": True}, metrics
+        return dataclasses.replace(step, run=run, stream=stream, every=every)
+
+    lower, upper = stage.steps
+    steps = spy(lower, "data", 2), spy(upper, "data", 1)
+    _train(experiment, tmp_path, dataclasses.replace(
+        experiment.system, stages=(dataclasses.replace(stage, length=4, steps=steps),)))
+    assert ran == [("lower", 0, False), ("upper", 0, True), ("upper", 1, False),
+                   ("lower", 2, False), ("upper", 2, True), ("upper", 3, False)]
+    train = [record for record in log.Metrics(tmp_path / "metrics.jsonl").read()
+             if record["split"] == "train"]
+    assert [any(name.startswith("lower/") for name in record) for record in train] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("at, good", [
@@ -285,11 +308,11 @@ def test_a_collapsed_router_is_warned_of_while_training(experiment, tmp_path, ca
     lower, upper = stage.steps
 
     def run(state, batch):
-        state, metrics = lower.run(state, batch)
+        state, batch, metrics = lower.run(state, batch)
         # All images change sides in every iteration: the mean load is even.
         one, other = (1., 0.) if int(state.step) % 2 else (0., 1.)
         load = jnp.asarray([[one, other]] * len(metrics["load"]))
-        return state, metrics | {"load": load, "load_entropy": routing.load_entropy(load)}
+        return state, batch, metrics | {"load": load, "load_entropy": routing.load_entropy(load)}
 
     steps = dataclasses.replace(lower, run=run), upper
     _train(experiment, tmp_path, dataclasses.replace(
@@ -368,7 +391,7 @@ def staged():
 
     def objective(params, batch_stats, batch, key):
         log_p = jax.nn.log_softmax(logits(params["backbone"]["w"], batch["image"])[0])
-        return -jnp.mean(jnp.take_along_axis(log_p, batch["label"][:, None], 1)), (batch_stats, {})
+        return -jnp.mean(jnp.take_along_axis(log_p, batch["label"][:, None], 1)), (batch_stats, {}, {})
 
     def step(name):
         return train_step.make(
