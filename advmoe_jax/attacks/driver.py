@@ -1,7 +1,7 @@
 """Runs iterative attacks: unrolled or looped inside a traced program, chunk by chunk outside one.
 
-XLA on CPU runs a loop over convolutions slower than the same compiled step called again and again, and a
-compiled step serves every number of steps; an accelerator would idle between such calls. Outside a traced
+XLA on CPU runs a loop over convolutions of any layout but one many times slower than the same compiled step called
+again and again; over that layout it runs faster, and an accelerator would idle between such calls. Outside a traced
 program the rows that an attack is through with are left out of what follows, in batches of a few sizes.
 B rows of a batch.
 """
@@ -10,12 +10,14 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Jaxpr
 
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import one_of
@@ -23,7 +25,9 @@ from advmoe_jax.core.errors import one_of
 DRIVERS = ("auto", "unroll", "device", "host")
 _MAX_UNROLLED = 4
 _SMALLEST_BATCH = 8  # rows on each device
+_SMALLER = 5  # most sizes of batches below the full one, each of which compiles
 _CHUNK = 10  # steps between two looks at what is finished
+_QUICK_IN_LOOPS = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # of convolutions on CPU: NHWC, HWIO, NHWC
 
 
 class Inputs(NamedTuple):
@@ -84,7 +88,7 @@ class Ledger:
 
 
 _ledger: contextvars.ContextVar[Ledger | None] = contextvars.ContextVar("ledger", default=None)
-_real: contextvars.ContextVar[int | None] = contextvars.ContextVar("real", default=None)
+_real: contextvars.ContextVar[tuple[int | None, int | None]] = contextvars.ContextVar("real", default=(None, None))
 
 
 @contextlib.contextmanager
@@ -99,9 +103,12 @@ def counted() -> Iterator[Ledger]:
 
 
 @contextlib.contextmanager
-def real_rows(count: int) -> Iterator[None]:
-    """Says that the rows from `count` on are fillers while it is open: they are neither counted nor waited for."""
-    token = _real.set(count)
+def real_rows(count: int, full: int) -> Iterator[None]:
+    """Says that the rows from `count` on are fillers while it is open: they are neither counted nor waited for.
+
+    The sizes in which rows go on are those of a batch of `full`.
+    """
+    token = _real.set((count, full))
     try:
         yield
     finally:
@@ -111,7 +118,12 @@ def real_rows(count: int) -> Iterator[None]:
 def count(cost: tuple[int, int], rows: int) -> None:
     """Counts one pass that no program makes, such as the clean one."""
     if ledger := _ledger.get():
-        ledger.add(cost, 1, min(rows, _real.get() or rows), rows)
+        ledger.add(cost, 1, _real_and_full(rows)[0], rows)
+
+
+def _real_and_full(size):
+    real, full = _real.get()
+    return min(size, real or size), full or size
 
 
 @functools.partial(jax.jit, static_argnames=("program",))
@@ -155,6 +167,24 @@ def _loop(program, inputs, carry, first, end):
                               (jnp.asarray(first, jnp.int32), carry))[1]
 
 
+def _loops_well(program, inputs):
+    """Whether all convolutions of a step have images in NHWC and kernels in HWIO."""
+    carry = jax.eval_shape(_start, program, inputs)
+    steps = _steps.trace(program, inputs, carry, np.int32(0), np.int32(0)).jaxpr
+    return all(tuple(numbers) == _QUICK_IN_LOOPS for numbers in _convolutions(steps.jaxpr))
+
+
+def _convolutions(jaxpr):
+    """The dimension numbers of all convolutions."""
+    for equation in jaxpr.eqns:
+        if equation.primitive is jax.lax.conv_general_dilated_p:
+            yield equation.params["dimension_numbers"]
+        for part in jax.tree.leaves(list(equation.params.values())):
+            part = getattr(part, "jaxpr", part)
+            if isinstance(part, Jaxpr):
+                yield from _convolutions(part)
+
+
 def is_traced(tree: Any) -> bool:
     """Whether a pytree holds values that are not known yet."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
@@ -168,8 +198,8 @@ def run(program: Program, inputs: Inputs, num_steps: int, driver: str = "auto") 
         inputs: arrays or tracers.
         num_steps: static number of steps.
         driver: "unroll" and "device" trace the whole attack, "host" compiles one step; "auto" unrolls up to 4
-            steps and loops above inside a traced program; outside one it steps from the host on CPU and loops on
-            the device elsewhere.
+            steps and loops above inside a traced program; outside one it loops on the device, unless that is a CPU
+            and a convolution of the step, such as the gradient of one that autodiff made, is slow in loops there.
     """
     inputs = _as_jax(inputs)
     traced = is_traced(inputs)
@@ -177,7 +207,7 @@ def run(program: Program, inputs: Inputs, num_steps: int, driver: str = "auto") 
         if traced:
             driver = "unroll" if num_steps <= _MAX_UNROLLED + 1 else "device"
         else:
-            driver = "host" if jax.default_backend() == "cpu" else "device"
+            driver = "device" if jax.default_backend() != "cpu" or _loops_well(program, inputs) else "host"
     if traced or driver == "unroll":
         carry = program.start(inputs)
         if driver == "device":
@@ -194,7 +224,7 @@ def _run_in_chunks(program, inputs, num_steps, on_host):
     carry = whole = _start(program, inputs)
     size = batch = _size(inputs.rows)
     where = np.arange(size)  # the row of `whole` that each row of `carry` is, or `size` for a filler
-    real = min(size, _real.get() or size)
+    real, full = _real_and_full(size)
     rows, i = inputs.rows, 0
     while i < num_steps:
         end = min(i + _CHUNK, num_steps) if program.stops else num_steps
@@ -212,7 +242,7 @@ def _run_in_chunks(program, inputs, num_steps, on_host):
         going = np.flatnonzero(~meshes.fetch(_done(program, carry)) & (where < real))
         if len(going) == 0:
             break
-        if (smaller := bucket(len(going), size, _devices(rows))) < batch:
+        if (smaller := bucket(len(going), full, _devices(rows))) < batch:
             whole = carry if batch == size else scatter(whole, carry, where)
             take = filled(going, smaller)
             carry, rows = gather(carry, take), gather(rows, take)
@@ -243,6 +273,7 @@ def rounds(one: Callable[[Inputs, int], dict[str, jax.Array]], inputs: Inputs, w
     """
     inputs = _as_jax(inputs)
     size = _size(inputs.rows)
+    real, full = _real_and_full(size)
     for number in range(num_rounds):
         if not stops:
             worst = worse(worst, one(inputs, number))
@@ -250,14 +281,14 @@ def rounds(one: Callable[[Inputs, int], dict[str, jax.Array]], inputs: Inputs, w
         if is_traced((inputs, worst)):
             worst = select(worst["broken"], worst, worse(worst, one(inputs, number)))
             continue
-        going = np.flatnonzero(~meshes.fetch(worst["broken"])[:_real.get()])
+        going = np.flatnonzero(~meshes.fetch(worst["broken"])[:real])
         if len(going) == 0:
             break
-        if (batch := bucket(len(going), size, _devices(inputs.rows))) == size:
+        if (batch := bucket(len(going), full, _devices(inputs.rows))) >= size:
             worst = _worse(worst, one(inputs, number))
             continue
         take = filled(going, batch)
-        with real_rows(len(going)):
+        with real_rows(len(going), full):
             found = one(inputs._replace(rows=gather(inputs.rows, take)), number)
         where = np.where(np.arange(batch) < len(going), take, size)
         worst = scatter(worst, _worse(gather(worst, take), found), where)
@@ -278,11 +309,14 @@ def select(take: jax.Array, a: Any, b: Any) -> Any:
     return jax.tree.map(lambda u, v: jnp.where(take.reshape(-1, *[1] * (u.ndim - 1)), u, v), a, b)
 
 
-def bucket(count: int, size: int, devices: int = 1) -> int:
-    """The batch that `count` rows go on in: `size` halved as often as they fit, at least 8 rows a device."""
-    while (half := -(-size // (2 * devices)) * devices) >= max(count, _SMALLEST_BATCH * devices) and half < size:
-        size = half
-    return size
+def bucket(count: int, full: int, devices: int = 1) -> int:
+    """The batch that `count` rows go on in: the smallest that holds them of up to six sizes, from `full` to 8 rows a
+    device, in equal ratios of 1.6 or more."""
+    least = min(full, _SMALLEST_BATCH * devices)
+    smaller = min(_SMALLER, int(math.log(full / least, 1.6)))
+    sizes = (-(-round(full * (least / full) ** (n / max(smaller, 1))) // devices) * devices
+             for n in range(smaller, -1, -1))
+    return next(size for size in sizes if size >= min(count, full))
 
 
 def filled(rows: np.ndarray, size: int) -> np.ndarray:

@@ -112,9 +112,9 @@ class _FAB:
         gap, normal = self._nearest_plane(inputs, u)
         flat = u.reshape(u.shape[0], -1)
         offset = jnp.sum(normal * flat, -1) - gap
-        to_plane, clean_to_plane = (
-            hyperplanes.displacement(v, normal, offset, self.norm).reshape(x.shape)
-            for v in (flat, x.reshape(flat.shape)))
+        both, twice = jnp.concatenate([flat, x.reshape(flat.shape)]), jnp.concatenate([normal, normal])
+        to_plane, clean_to_plane = hyperplanes.displacement(
+            both, twice, jnp.concatenate([offset, offset]), self.norm).reshape(2, *x.shape)
         near, far = (jnp.maximum(balls.norm(v, self.norm), 1e-8) for v in (to_plane, clean_to_plane))
         alpha = jnp.minimum(near / (near + far), _MOST_TOWARDS_CLEAN)[:, None, None, None]
         u = jnp.clip((1 - alpha) * (u + _BEYOND_THE_PLANE * to_plane)

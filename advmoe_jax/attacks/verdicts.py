@@ -168,7 +168,7 @@ def _attack(spec, number, view, model, judge, source, index, key, batch_size):
         rows = index[first:first + batch_size]
         start = time.perf_counter()
         try:
-            with driver.counted() as passes, driver.real_rows(len(rows)):
+            with driver.counted() as passes, driver.real_rows(len(rows), batch_size):
                 [(batch, mask)] = _batches(source, rows, batch_size)
                 x, y = batch["image"], batch["label"]
                 goal = _logits(judge, x) if getattr(spec.config, "loss", "") == "kl" else y

@@ -19,6 +19,7 @@ from advmoe_jax.bench.timing import interleaved
 
 _BATCH, _STEPS, _EXAMPLES = 64, 50, 128
 _EPS, _STEP_SIZE = 8 / 255, 2 / 255
+_BATCHES = (32, 128)  # for AutoAttack
 
 
 def _model(apply, weights) -> jax.tree_util.Partial:
@@ -37,7 +38,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     """
     contenders, counts = _autoattack()
     return _rows(f"PGD-{_STEPS} linf, batch {_BATCH}", "auto, patches", _pgd(), {}, rounds) + _rows(
-        f"AutoAttack linf, {_EXAMPLES} images", "ours", contenders, counts, max(rounds // 3, 1))
+        f"AutoAttack linf, {_EXAMPLES} images", f"ours, batch {_BATCHES[0]}", contenders, counts, max(rounds // 2, 1))
 
 
 def _rows(what, ours, contenders, counts, rounds):
@@ -86,20 +87,29 @@ def _autoattack() -> tuple[dict[str, Callable[[], Any]], dict[str, tuple]]:
     """The contenders, and of each the robust accuracy and the rows that it sends through the network."""
     weights, x = cnn.init(0), _images(_EXAMPLES)
     y = np.asarray(jnp.argmax(_model(cnn.apply, weights)(x), -1), np.int32)
-    eps = 5 / 255  # which about half of the images stand
-    arguments = _model(cnn.apply_patches, weights), x, y, eps
-    report = autoattack.run_report(*arguments, batch_size=_EXAMPLES)
-    forward, backward, *executed = (
-        sum(attempt.passes[name] for attempt in report.found.attempts)
-        for name in ("forward", "backward", "executed_forward", "executed_backward"))
-    counts = {"ours": (100 * report.robust_accuracy, forward, backward, sum(executed))}
-    found = {"ours": functools.partial(autoattack.run, *arguments, batch_size=_EXAMPLES)}
+    arguments = _model(cnn.apply_patches, weights), x, y, 5 / 255  # which some of the images stand
+    sides = {name: functools.partial(_ours, arguments, suite)
+             for name, suite in (("ours", "standard"), ("ours, fast", "fast"))}
     if _installed("pyautoattack"):
-        found["pyautoattack"], counts["pyautoattack"] = _pyautoattack(weights, x, y, eps)
+        sides["pyautoattack"] = functools.partial(_pyautoattack, weights, *arguments[1:])
+    found, counts = {}, {}
+    for name, side in sides.items():
+        for batch_size in _BATCHES:
+            contender = f"{name}, batch {batch_size}"
+            found[contender], counts[contender] = side(batch_size)
     return found, counts
 
 
-def _pyautoattack(weights, x, y, eps):
+def _ours(arguments, suite, batch_size):
+    report = autoattack.run_report(*arguments, suite=suite, batch_size=batch_size)
+    forward, backward, *executed = (
+        sum(attempt.passes[name] for attempt in report.found.attempts)
+        for name in ("forward", "backward", "executed_forward", "executed_backward"))
+    return (functools.partial(autoattack.run, *arguments, suite=suite, batch_size=batch_size),
+            (100 * report.robust_accuracy, forward, backward, sum(executed)))
+
+
+def _pyautoattack(weights, x, y, eps, batch_size):
     import pyautoattack
     import torch
 
@@ -115,7 +125,7 @@ def _pyautoattack(weights, x, y, eps):
     images, labels = cnn.to_torch(x), torch.tensor(y).long()
 
     def run():
-        return attack.run_standard_evaluation(images, labels, batch_size=_EXAMPLES)
+        return attack.run_standard_evaluation(images, labels, batch_size=batch_size)
 
     x_adv, *_ = run()
     robust = (model(x_adv).argmax(1) == labels).float().mean().item()

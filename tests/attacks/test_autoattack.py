@@ -294,9 +294,10 @@ def test_the_drivers_agree():
 
 
 def test_buckets():
-    assert [driver.bucket(n, 250) for n in (250, 126, 125, 63, 32, 9, 1)] == [250, 250, 125, 63, 32, 16, 8]
+    assert [driver.bucket(n, 250) for n in (250, 127, 126, 64, 63, 32, 9, 1)] == [250, 250, 126, 126, 63, 32, 16, 8]
+    assert [driver.bucket(n, 128) for n in (75, 74, 67, 21, 8)] == [128, 74, 74, 24, 8]
     assert [driver.bucket(n, 128, 4) for n in (100, 64, 33, 1)] == [128, 64, 64, 32]
-    assert driver.bucket(3, 5) == 5
+    assert driver.bucket(3, 5) == 5 and driver.bucket(1, 12) == 12
     assert len({driver.bucket(n, 250) for n in range(1, 251)}) <= 6
 
 
