@@ -103,10 +103,15 @@ def _train(experiment: Experiment, workdir: Path) -> None:
     log.say(f"{experiment.system.describe} in {workdir} | advmoe_jax {advmoe_jax.__version__} | "
             f"{jax.process_count()} process(es), {devices} {jax.default_backend()} device(s), "
             f"batch {batch} ({batch // devices} a device) | MACs pathway {cost['pathway']:,} router {cost['router']:,} "
-            f"total {cost['total']:,}")
+            f"total {cost['total']:,}{_dispatch(experiment.system.network)}")
     if config.train.select_on == "test":
         log.warn("train.select_on=test: the best checkpoint is chosen on test images, which is optimistic")
     loop.run(config, workdir, experiment.system, experiment.train, experiment.select, experiment.mesh)
+
+
+def _dispatch(network) -> str:
+    kind = network.module.dispatch.kind
+    return f" | experts: model.dispatch={kind}" if network.num_experts > 1 else ""
 
 
 def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], which: tuple[str, ...],

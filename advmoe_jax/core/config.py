@@ -17,8 +17,8 @@ from advmoe_jax.core import units
 from advmoe_jax.core.errors import UserError, one_of, unknown_name
 from advmoe_jax.core.files import write_text
 
-# These say where things are and what is measured afterwards, not what is trained.
-_FREE = ("eval.", "data.dir", "name")
+# These say where things are, how they are computed and what is measured afterwards, not what is trained.
+_FREE = ("eval.", "data.dir", "name", "model.dispatch")
 
 _ANY, _POSITIVE, _COUNT = (0, math.inf, "0 or more"), (1, math.inf, "1 or more"), (0, math.inf, "0 (all) or more")
 _RANGES = {
@@ -64,7 +64,7 @@ def default() -> ConfigDict:
             routing="layer",  # layer | embedding | global
             router_width=16,
             router_grad="ste_full",  # ste_full | ste_selected | scaled
-            dispatch="all"),  # all experts and one selected | blocks of images that take the same one
+            dispatch="auto"),  # how experts are computed: auto | all | blocks | grouped | host, see ops/dispatch.py
         system=dict(
             name="advmoe",  # a module of advmoe_jax.systems
             loss="trades",  # natural | madry | trades | mart

@@ -4,11 +4,13 @@ params and batch_stats are {"backbone": ..., "router": ...}. B batch, L routed c
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -108,17 +110,19 @@ class Network:
         """
         if not self._has_pathways(route):
             return self.module.apply(variables, x, route, False)
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((variables, x, route)))
+        if self.module.dispatch.kind == "host" and not traced:
+            scores, gate, ids = _choices(_Static(self), variables, x, route)
+            pathway = jax.tree_util.Partial(_pathway, _Static(self))
+            return dispatch.on_host(pathway, variables, x, gate, np.asarray(ids)), _aux([scores], [ids])
         scores = self.module.apply(variables, x, method="scores")
         choice, ids = dispatch.choose(scores, route, 0, self.module.dispatch)
-
-        def pathway(variables, x, choice):
-            return self.module.apply(variables, x, choice, method="pathway")
-
+        pathway = functools.partial(self.module.apply, method="pathway")
         return dispatch.pathways(pathway, variables, x, choice), _aux([scores], [ids])
 
     def _has_pathways(self, route):
         """Whether an image makes one choice for all layers, and only that one is computed."""
-        return (self.num_experts > 1 and self.one_choice and self.module.dispatch.kind == "blocks"
+        return (self.num_experts > 1 and self.one_choice and self.module.dispatch.kind in ("blocks", "host")
                 and route.kind != "soft" and route.grad != "ste_full")
 
     def apply_train(self, variables: dict[str, Any], x: jax.Array, route: routing.Route = routing.hard()
@@ -149,6 +153,17 @@ def _evaluate(static, variables, x, route):
     return static.network.apply(variables, x, route)
 
 
+@jax.jit
+def _choices(static, variables, x, route):
+    scores = static.network.module.apply(variables, x, method="scores")
+    return scores, *routing.gates(scores, route, 0)
+
+
+@jax.jit
+def _pathway(static, variables, x, choice):
+    return static.network.module.apply(variables, x, choice, method="pathway")
+
+
 def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | None = None) -> Network:
     """Builds the network that `config.model` describes.
 
@@ -170,8 +185,11 @@ def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | 
         routed_inputs = tuple(spec.kernel[-2] for spec in specs if spec.routed)
         router = routers.make(cfg, routed_inputs)
         specs += routers.layers(cfg, routed_inputs, image_shape)
-    return Network(_Module(net, router, Dispatch(cfg.dispatch, mesh)), specs, tuple(image_shape), num_classes,
-                   cfg.num_experts, cfg.routing == "global")
+    stored = cfg.num_experts if cfg.experts == "disjoint" else 1 / cfg.model_scale
+    one_choice = cfg.routing == "global"
+    kind = dispatch.pick(cfg.dispatch, stored if cfg.num_experts > 1 else 1, one_choice, jax.default_backend())
+    return Network(_Module(net, router, Dispatch(kind, mesh)), specs, tuple(image_shape), num_classes,
+                   cfg.num_experts, one_choice)
 
 
 def check(cfg) -> None:

@@ -1,9 +1,8 @@
 """The convolution of a routed layer: every image through the filters of its expert, and no others.
 
-Inputs and outputs are in the order of the batch: a block gathers its images, computes while they are in cache, and the
-outputs are put back, so that no filler is seen by a BatchNorm, a residual or a router.
+Inputs and outputs are in the order of the batch.
 
-B batch, H W height and width, I input channels, w channels of an expert, E experts, n blocks of T images, s stride.
+B batch, H W height and width, I input channels, w channels of an expert, E experts, T images in a block, s stride.
 """
 
 import dataclasses
@@ -13,14 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from advmoe_jax.core import mesh as meshes
-from advmoe_jax.ops import plans, routing
+from advmoe_jax.ops import blocks, grouped, plans, routing
 from advmoe_jax.ops.conv import conv2d
 from advmoe_jax.ops.plans import Plan
 
-DISPATCHES = ("all", "blocks")
+DISPATCHES = ("auto", "all", "blocks", "grouped", "host")
+_ENGINES = {"blocks": blocks, "host": blocks, "grouped": grouped}
+_HOST_SIZES = 8  # at most so many compiled sizes
+_OVERHEAD = {True: 1.4, False: 2.0}  # of blocks on CPU, whole pathways and training beside them, or layer by layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +31,28 @@ class Dispatch:
     """How routed layers compute.
 
     Attributes:
-        kind: "all": every expert, of which one is selected; "blocks": each image its own.
+        kind: "all": every expert, of which one is selected; "blocks": each image its own, block after block (CPU);
+            "grouped": all blocks in one launch (TPU); "host": as "blocks", and where an image makes one choice for all
+            layers, outside of traced programs the host sorts the images by expert (serving).
         mesh: of all devices; each of them plans its own images. None: of one.
     """
 
     kind: str = "all"
     mesh: Mesh | None = None
+
+
+def pick(kind: str, stored: float, one_choice: bool, platform: str) -> str:
+    """What "auto" stands for; any other kind stands for itself.
+
+    Args:
+        kind: one of DISPATCHES.
+        stored: how many times as much "all" computes as one expert: C / w with shared channels, E with disjoint ones.
+        one_choice: whether an image makes one choice for all layers.
+        platform: "cpu", "gpu" or "tpu". Accelerators get "all": nothing else was measured on one.
+    """
+    if kind != "auto":
+        return kind
+    return "blocks" if platform == "cpu" and stored > _OVERHEAD[one_choice] else "all"
 
 
 def block_size(batch: int, num_experts: int) -> int:
@@ -45,7 +64,7 @@ def block_size(batch: int, num_experts: int) -> int:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("gate", "plan", "expert"), meta_fields=("grad", "mesh"))
+    jax.tree_util.register_dataclass, data_fields=("gate", "plan", "expert"), meta_fields=("grad", "dispatch"))
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """What a routed layer is told.
@@ -56,14 +75,14 @@ class Choice:
         expert: () int32, the expert that all images take; None if each has its own.
         grad: as Route.grad: with "ste_full" the scores of experts that were not chosen get a gradient too, for which
             they are computed in the backward pass, if anyone asks for it.
-        mesh: as Dispatch.mesh.
+        dispatch: how to compute, on the devices that share the plan.
     """
 
     gate: jax.Array
     plan: Plan | None = None
     expert: jax.Array | None = None
     grad: str = "ste_full"
-    mesh: Mesh | None = None
+    dispatch: Dispatch = Dispatch()
 
 
 def choose(scores: jax.Array, route: routing.Route, layer: int, dispatch: Dispatch) -> tuple[Choice, jax.Array]:
@@ -74,7 +93,7 @@ def choose(scores: jax.Array, route: routing.Route, layer: int, dispatch: Dispat
     mesh = _of(dispatch.mesh, len(ids))
     size = block_size(len(ids) // (mesh.size if mesh else 1), gate.shape[-1])
     plan = _per_device(functools.partial(plans.make, num_experts=gate.shape[-1], size=size), mesh)(ids)
-    return Choice(gate, plan, None, route.grad, mesh), ids
+    return Choice(gate, plan, None, route.grad, Dispatch(dispatch.kind, mesh)), ids
 
 
 def conv(x: jax.Array, kernel: jax.Array, choice: Choice, starts: tuple[int, ...], width: int, stride: int
@@ -98,7 +117,8 @@ def conv(x: jax.Array, kernel: jax.Array, choice: Choice, starts: tuple[int, ...
     if choice.plan is None:
         return routing.mix(conv2d(x, kernel, stride), choice.gate, starts, width)
     kernels = jnp.stack([kernel[..., start:start + width] for start in starts])
-    return _blocks(x, kernels, choice.gate, choice.plan, stride, choice.grad == "ste_full", choice.mesh)
+    return _routed(x, kernels, jax.lax.stop_gradient(kernel), choice.gate, choice.plan, starts, stride,
+                   choice.grad == "ste_full", choice.dispatch)
 
 
 def pathways(apply: Callable[[Any, jax.Array, Choice], jax.Array], variables: Any, x: jax.Array, choice: Choice
@@ -117,9 +137,32 @@ def pathways(apply: Callable[[Any, jax.Array, Choice], jax.Array], variables: An
         def block(rows, expert):
             return apply(variables, x[rows], Choice(gate[rows], expert=expert))
 
-        return _map(block, plan)
+        return blocks.each(block, plan)
 
-    return _per_device(on_device, choice.mesh, replicated=(0,))(variables, x, choice.gate, choice.plan)
+    return _per_device(on_device, choice.dispatch.mesh, replicated=(0,))(variables, x, choice.gate, choice.plan)
+
+
+def on_host(apply: Callable[[Any, jax.Array, Choice], jax.Array], variables: Any, x: jax.Array, gate: jax.Array,
+            ids: np.ndarray) -> np.ndarray:
+    """As `pathways`, for arrays: each expert gets its images in one call, filled up to one of a few sizes.
+
+    Args:
+        apply: as of `pathways`, compiled.
+        variables: of the network.
+        x: (B, H, W, C).
+        gate: (B, E), one-hot in value.
+        ids: (B,) the expert of each image.
+    Returns:
+        (B, K).
+    """
+    step, found = max(1, len(ids) // _HOST_SIZES), {}
+    for expert in np.unique(ids):
+        rows = np.flatnonzero(ids == expert)
+        take = np.resize(rows, -(-len(rows) // step) * step)
+        found[expert] = rows, apply(variables, x[take], Choice(gate[take], expert=jnp.int32(expert)))
+    logits = {expert: np.asarray(y)[:len(rows)] for expert, (rows, y) in found.items()}  # when all of them run
+    order = np.argsort(np.concatenate([rows for rows, _ in found.values()]))
+    return np.concatenate(list(logits.values()))[order]
 
 
 def _of(mesh, batch):
@@ -140,71 +183,34 @@ def _per_device(function, mesh, replicated=(), summed=False):
     return mapped
 
 
-def _rows(plan):
-    """(n, T) rows of the batch that blocks read; a filler reads the last one."""
-    return jnp.minimum(plan.image, plan.place.shape[0] - 1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _routed(x, kernels, stored, gate, plan, starts, stride, counterfactual, dispatch):
+    function = functools.partial(_engine(dispatch).conv, stride=stride)
+    return _per_device(function, dispatch.mesh, replicated=(0,))(kernels, x, plan)
 
 
-def _map(function, plan):
-    """`function` of the rows and the expert of every block that is used; the results in the order of the batch."""
-    arguments = _rows(plan), plan.expert
-    shape = jax.eval_shape(function, *(a[0] for a in arguments))
-
-    def block(inputs):
-        used, arguments = inputs
-        return jax.lax.cond(used, function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *arguments)
-
-    found = jax.lax.map(block, (plan.used, arguments))
-    return found.reshape(-1, *found.shape[2:])[plan.place]
+def _engine(dispatch):
+    return _ENGINES[dispatch.kind]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _blocks(x, kernels, gate, plan, stride, counterfactual, mesh):
-    def on_device(kernels, x, plan):
-        return _map(lambda rows, expert: conv2d(x[rows], kernels[expert], stride), plan)
-
-    return _per_device(on_device, mesh, replicated=(0,))(kernels, x, plan)
+def _routed_fwd(x, kernels, stored, gate, plan, starts, stride, counterfactual, dispatch):
+    y = _routed(x, kernels, stored, gate, plan, starts, stride, counterfactual, dispatch)
+    return y, (x, kernels, stored, gate, plan, y)
 
 
-def _blocks_fwd(x, kernels, gate, plan, stride, counterfactual, mesh):
-    y = _blocks(x, kernels, gate, plan, stride, counterfactual, mesh)
-    return y, (x, kernels, gate, plan, y)
+def _routed_bwd(starts, stride, counterfactual, dispatch, saved, dy):
+    x, kernels, stored, gate, plan, y = saved
+    engine = _engine(dispatch)
 
+    def by(function, *arguments, **how):
+        return _per_device(functools.partial(function, stride=stride), dispatch.mesh, **how)(*arguments)
 
-def _blocks_bwd(stride, counterfactual, mesh, saved, dy):
-    x, kernels, gate, plan, y = saved
-    dx = _per_device(functools.partial(_input_grad, stride), mesh, replicated=(0,))(kernels, x, dy, plan)
-    dkernels = _per_device(functools.partial(_kernel_grad, stride), mesh, replicated=(0,), summed=True)(
-        kernels, x, dy, plan)
+    dx = by(engine.input_grad, kernels, x, dy, plan, replicated=(0,))
+    dkernels = by(engine.kernel_grad, kernels, x, dy, plan, replicated=(0,), summed=True)
+    dgate = gate * jnp.sum(dy * y, (1, 2, 3))[:, None]
     if counterfactual:
-        others = conv2d(x, jnp.concatenate(list(kernels), -1), stride)
-        others = others.reshape(*dy.shape[:3], len(kernels), -1)
-        dgate = jnp.einsum("bhwc,bhwec->be", dy, others)
-    else:
-        dgate = gate * jnp.sum(dy * y, (1, 2, 3))[:, None]
-    return dx, dkernels, dgate.astype(gate.dtype), None
+        dgate += by(functools.partial(engine.gate_grad, starts), kernels, stored, x, dy, plan, replicated=(0, 1))
+    return dx, dkernels, None, dgate.astype(gate.dtype), None
 
 
-def _input_grad(stride, kernels, x, dy, plan):
-    def block(rows, expert):
-        pull = jax.vjp(lambda u: conv2d(u, kernels[expert], stride), x[rows])[1]
-        return pull(dy[rows])[0]
-
-    return _map(block, plan)
-
-
-def _kernel_grad(stride, kernels, x, dy, plan):
-    def block(total, inputs):
-        rows, real, expert, used = inputs
-
-        def add(total):
-            pull = jax.vjp(lambda k: conv2d(x[rows], k, stride), kernels[expert])[1]
-            return total.at[expert].add(pull(jnp.where(real[:, None, None, None], dy[rows], 0))[0])
-
-        return jax.lax.cond(used, add, lambda total: total, total), None
-
-    inputs = _rows(plan), plan.image < len(x), plan.expert, plan.used
-    return jax.lax.scan(block, jnp.zeros_like(kernels), inputs)[0]
-
-
-_blocks.defvjp(_blocks_fwd, _blocks_bwd)
+_routed.defvjp(_routed_fwd, _routed_bwd)

@@ -29,6 +29,11 @@ class Plan(NamedTuple):
     used: jax.Array
 
 
+def rows(plan: Plan) -> jax.Array:
+    """(n, T) rows of the batch that blocks read; a filler reads the last one."""
+    return jnp.minimum(plan.image, plan.place.shape[0] - 1)
+
+
 @functools.partial(jax.jit, static_argnames=("num_experts", "size"))
 def make(ids: jax.Array, num_experts: int, size: int) -> Plan:
     """Plans a batch in floor((B + E (T - 1)) / T) blocks, which hold any load.

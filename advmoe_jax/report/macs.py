@@ -7,8 +7,8 @@ def count(network: Network) -> dict[str, int]:
     """MACs of one image.
 
     Returns:
-        "pathway": the backbone with one expert a layer; "router"; "total", their sum; "executed", what is computed: as
-        "total" with `model.dispatch` "blocks", fillers left out; with "all" every expert, and the router.
+        "pathway": the backbone with one expert a layer; "router"; "total", their sum; "executed", what is computed:
+        with `model.dispatch` "all" every expert and the router, else as "total", fillers left out.
     """
     backbone = [spec for spec in network.layers if spec.path.startswith("backbone/")]
     router = sum(spec.macs for spec in network.layers if spec.path.startswith("router/"))

@@ -1,6 +1,7 @@
 """The loop: evaluate? save? next batch, steps, log one iteration late. One loop for all systems."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from advmoe_jax.core.errors import NonFiniteError, Preempted
 from advmoe_jax.data import pipeline
 from advmoe_jax.train import checkpoint, evaluate, log, preemption
 from advmoe_jax.train.state import State
-from advmoe_jax.train.system import Stage, System
+from advmoe_jax.train.system import Batch, Stage, System
 
 _SECONDS_BETWEEN_LINES = 15
 _COLLAPSED = 0.1  # entropy of the load, mean over iterations; of two experts one then gets over 98 % of the images
@@ -100,20 +101,40 @@ def run(config: ConfigDict, workdir: Path, system: System, train: dict[str, np.n
                         saved.save("last", step, state, {"stage": stage.name})
                     raise Preempted(f"stopped by SIGTERM; saved at step {step} of {total}: "
                                     "the same command continues from there")
-                fresh, batches = {}, {}
-                for update in stage.steps:
-                    if step % update.every:
-                        continue
-                    if update.stream not in batches:
-                        rows = pipeline.batch_indices(stage.indices, batch_size, config.seed, update.stream, step)
-                        batches[update.stream] = meshes.put_batch(mesh, rows, train)
-                    state, batches[update.stream], values = update.run(state, batches[update.stream])
-                    fresh |= {f"{update.name}/{k}": v for k, v in values.items()}
+
+                def batch_of(stream, stage=stage, step=step):
+                    rows = pipeline.batch_indices(stage.indices, batch_size, config.seed, stream, step)
+                    return meshes.put_batch(mesh, rows, train)
+
+                state, fresh = iterate(stage, state, step, batch_of)
                 settle()
                 pending = stage, fresh
                 step += 1
     finally:
         saved.close()
+
+
+def iterate(stage: Stage, state: State, step: int, batch_of: Callable[[str], Batch]
+            ) -> tuple[State, dict[str, jax.Array]]:
+    """Runs the steps of a stage whose turn it is.
+
+    Args:
+        stage: what is trained.
+        state: is donated.
+        step: number of the iteration.
+        batch_of: stream -> its batch of this iteration.
+    Returns:
+        The new state, and the metrics under "STEP/NAME".
+    """
+    metrics, batches = {}, {}
+    for update in stage.steps:
+        if step % update.every:
+            continue
+        if update.stream not in batches:
+            batches[update.stream] = batch_of(update.stream)
+        state, batches[update.stream], values = update.run(state, batches[update.stream])
+        metrics |= {f"{update.name}/{k}": v for k, v in values.items()}
+    return state, metrics
 
 
 def _stage_at(system: System, step: int, batch_size: int) -> tuple[Stage, int]:

@@ -139,6 +139,27 @@ def test_whole_pathways():
     assert len(np.unique(theirs[1]["expert_ids"])) == 2
 
 
+def test_the_host_sorts_what_is_not_traced():
+    variables, x, _ = _inputs(QUICK[1])
+    x = np.resize(x, (33, *SHAPE))
+    with jax.enable_x64(True):
+        ours = _net(QUICK[1], "host").apply(variables, jnp.asarray(x))
+        traced, theirs = (_forward(QUICK[1], kind)(variables, jnp.asarray(x)) for kind in ("host", "all"))
+        fixed = [net(variables, jnp.asarray(x), routing.fixed(np.full(33, 1, np.int32)))[0] for net in (
+            _net(QUICK[1], "host").apply, _forward(QUICK[1], "all"))]
+    for found in (ours, traced):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(*fixed, rtol=1e-10, atol=1e-10)
+
+
+def test_one_launch_a_layer():
+    """`grouped`, in the interpreter."""
+    case = CASES[3]
+    with jax.enable_x64(True):
+        _assert_equal(*(_run(_net(case, kind), case, "ste_full", train=False) for kind in ("grouped", "all")))
+
+
 @pytest.mark.parametrize("batch", [1, 7, 65])
 def test_any_batch_size(batch):
     case = CASES[0]
@@ -147,6 +168,13 @@ def test_any_batch_size(batch):
     with jax.enable_x64(True):
         ours, theirs = (_forward(case, kind)(variables, jnp.asarray(x))[0] for kind in ("blocks", "all"))
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_what_auto_is():
+    assert [dispatch.pick("auto", stored, one_choice, "cpu") for stored, one_choice in (
+        (1, True), (2, False), (2, True), (4, False))] == ["all", "all", "blocks", "blocks"]
+    assert dispatch.pick("auto", 8, True, "gpu") == dispatch.pick("auto", 8, False, "tpu") == "all"
+    assert dispatch.pick("grouped", 1, False, "cpu") == "grouped"
 
 
 def test_block_size():

@@ -31,7 +31,8 @@ CLOSE = dict(rtol=1e-3, atol=1e-3)
 @functools.cache
 def net(num_experts=2, model_scale=.5, *, size=32, classes=10, **changes):
     cfg = config.default().model
-    cfg.update(dict(num_experts=num_experts, model_scale=model_scale, experts="disjoint", routing="global") | changes)
+    cfg.update(dict(num_experts=num_experts, model_scale=model_scale, experts="disjoint", routing="global",
+                    dispatch="all") | changes)
     return network.make(cfg, (size, size, 3), classes)
 
 

@@ -37,3 +37,12 @@ def test_the_fast_suite_has_the_verdicts_of_the_standard_one():
 def test_pgd():
     for name, _, _, agreement, equal in compare.compare_pgd(64):
         assert float(agreement.split()[0]) >= 95 and float(equal) >= 90, name
+
+
+def test_the_released_networks_have_the_sizes_of_the_released_code():
+    from advmoe_jax.bench import released
+    for num_experts, scale, backbone, router in ((1, 1.0, 11_173_962, 0), (1, 0.5, 2_797_610, 0),
+                                                 (2, 0.5, 5_565_450, 269_202)):
+        net = released.ResNet18(num_experts, scale)
+        assert sum(p.numel() for p in net.parameters()) == backbone + router
+        assert router == (sum(p.numel() for p in net.router.parameters()) if net.router else 0)

@@ -34,7 +34,7 @@ def test_experts_and_routers_by_hand():
     inputs = [8, 4, 4, 4, 4, 8, 8, 8, 8, 16, 16, 16, 16, 32, 32, 32]
     router = sum(c * 3 + 3 * 2 for c in inputs)
     assert (pathway, router) == (151_360, 744)
-    assert count((8, 8, 1), width=8, num_experts=2, model_scale=0.5, router_width=3) == {
+    assert count((8, 8, 1), width=8, num_experts=2, model_scale=0.5, router_width=3, dispatch="all") == {
         "pathway": pathway, "router": router, "total": pathway + router, "executed": pathway + routed + router}
 
 

@@ -1,0 +1,60 @@
+"""One routed layer: every expert, blocks of images, and S-Dense, which is one expert for all images.
+
+3x3 convolutions of ResNet-18 at CIFAR shapes, random weights; each expert gets as many images as the others.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from advmoe_jax.bench import nets
+from advmoe_jax.bench.timing import interleaved
+from advmoe_jax.ops import dispatch, routing
+from advmoe_jax.ops.dispatch import Dispatch
+
+_SHAPES = ((32, 64), (16, 128), (8, 256), (4, 512))  # H, C of the dense layer
+_CASES = ((2, 0.5, "shared", 64), (4, 0.5, "disjoint", 128), (8, 0.5, "disjoint", 128), (8, 0.125, "shared", 128))
+
+
+def measure(rounds: int) -> list[dict[str, Any]]:
+    """A row for each number of experts and shape: milliseconds forward, and forward with all gradients."""
+    return [_row(case, shape, rounds) for case in _CASES for shape in _SHAPES]
+
+
+def _row(case, shape, rounds):
+    (num_experts, scale, experts, batch), (height, channels) = case, shape
+    width = int(scale * channels)
+    starts = routing.offsets(num_experts, width, channels, experts)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (batch, height, height, width))
+    stored = num_experts * width if experts == "disjoint" else channels
+    kernel = jax.random.normal(keys[1], (3, 3, width, stored)) / 30
+    dy = jax.random.normal(keys[2], x.shape)
+    ids = nets.load(batch, num_experts, 1, 1 / num_experts)[:, 0]
+    scores = jax.nn.one_hot(ids, num_experts)
+
+    def routed(kind):
+        def layer(x, kernel, scores):
+            choice, _ = dispatch.choose(scores, routing.hard("ste_selected"), 0, Dispatch(kind))
+            return dispatch.conv(x, kernel, choice, starts, width, 1)
+        return layer
+
+    def s_dense(x, kernel, scores):
+        return dispatch.conv2d(x, kernel[..., :width], 1)
+
+    layers = {"all": routed("all"), "blocks": routed("blocks"), "S-Dense": s_dense}
+    row = {"N": num_experts, "r": scale, "experts": experts, "B": batch, "H": height, "C": channels}
+    for what, function in (("forward", lambda layer: layer), ("with gradients", _gradients(dy))):
+        ms = interleaved({name: jax.jit(function(layer)) for name, layer in layers.items()},
+                         (x, kernel, scores), rounds)
+        row |= {f"{what}: S-Dense ms": ms["S-Dense"], f"{what}: all ms": ms["all"], f"{what}: blocks ms": ms["blocks"],
+                f"{what}: all / blocks": ms["all"] / ms["blocks"],
+                f"{what}: blocks / S-Dense": ms["blocks"] / ms["S-Dense"]}
+    return row
+
+
+def _gradients(dy):
+    def of(layer):
+        return lambda *inputs: jax.grad(lambda *i: jnp.sum(layer(*i) * dy), argnums=(0, 1, 2))(*inputs)
+    return of

@@ -1,0 +1,60 @@
+"""Inference of routed networks beside the dense one, and beside the least that it could be: a router and S-Dense.
+
+ResNet-18 at CIFAR shapes with random weights. Choices are given: each expert gets as many images as the others, or the
+first gets 90 % of them. The router always counts. "By blocks" and "by host" are values of `model.dispatch`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+
+from advmoe_jax.bench import nets
+from advmoe_jax.bench.timing import interleaved
+from advmoe_jax.ops import routing
+
+_TWO, _FOUR = dict(num_experts=2, model_scale=0.5), dict(num_experts=4, model_scale=0.25)
+_CASES = (  # what, fields of the model, B
+    ("one choice, ResNet-20 router", dict(routing="global", **_TWO), 64),
+    ("one choice, ResNet-20 router of width 4", dict(routing="global", router_width=4, **_TWO), 64),
+    ("one choice, ResNet-20 router", dict(routing="global", **_FOUR), 128),
+    ("one choice, ResNet-20 router of width 4", dict(routing="global", router_width=4, **_FOUR), 128),
+    ("a choice per layer, layer router", dict(routing="layer", **_TWO), 64),
+    ("a choice per layer, embedding router", dict(routing="embedding", **_TWO), 64))
+
+
+def measure(rounds: int) -> list[dict[str, Any]]:
+    """A row for each case and load: milliseconds of every way to compute, ratios, and the ratio of MACs."""
+    return [row for case in _CASES for row in _rows(*case, rounds)]
+
+
+def _rows(what, model, batch, rounds):
+    x, num_experts = nets.images(batch), model["num_experts"]
+    dense, s_dense = (nets.make(num_experts=1, model_scale=scale) for scale in (1.0, model["model_scale"]))
+    kinds = ("all", "blocks", "host") if model["routing"] == "global" else ("all", "blocks")
+    routed = {kind: nets.make(**model, dispatch=kind) for kind in kinds}
+    net, variables = routed["all"]
+    num_choices = 1 if net.one_choice else sum(spec.routed for spec in net.layers)
+    alone = {"dense": _forward(*dense), "S-Dense": _forward(*s_dense)}
+    if model["routing"] != "layer":
+        alone["router"] = functools.partial(jax.jit(functools.partial(net.module.apply, method="scores")), variables)
+    rows = []
+    for first in (1 / num_experts, 0.9):
+        route = routing.fixed(nets.load(batch, num_experts, num_choices, first))
+        ms = interleaved(alone | {kind: _forward(*of, route) for kind, of in routed.items()}, (x,), rounds)
+        best = min(ms[kind] for kind in kinds if kind != "all")
+        least = ms["S-Dense"] + ms.get("router", 0)
+        counts = [sum(spec.macs for spec in of.layers) for of in (dense[0], net)]
+        rows.append({
+            "what": what, "N": num_experts, "B": batch, "load of the first": f"{100 * first:.0f} %",
+            "dense ms": ms["dense"], "S-Dense ms": ms["S-Dense"], "router ms": ms.get("router", ""),
+            "all ms": ms["all"], "blocks ms": ms["blocks"], "host ms": ms.get("host", ""),
+            "dense / routed": ms["dense"] / best, "by MACs": counts[0] / counts[1],
+            "all / routed": ms["all"] / best, "routed / (router + S-Dense)": best / least})
+    return rows
+
+
+def _forward(net, variables, route=routing.hard()):
+    """x -> (logits, aux), compiled; the host sorts before it calls what is."""
+    apply = net.apply if net.module.dispatch.kind == "host" else jax.jit(net.apply)
+    return lambda x: apply(variables, x, route)

@@ -1,0 +1,96 @@
+"""Iterations of training: AdvMoE and AT(MoE), exact and approximated, beside AT(Dense) and AT(S-Dense).
+
+ResNet-18 at CIFAR shapes, TRADES with a PGD of two steps, batch 32. All share one device and one run; an iteration of
+AdvMoE is both of its levels. Compiling is timed apart, with an empty and with a full compilation cache.
+"""
+
+import functools
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from advmoe_jax.bench import nets
+from advmoe_jax.bench.timing import interleaved
+from advmoe_jax.core import config as configs
+from advmoe_jax.core import find
+from advmoe_jax.core import mesh as meshes
+from advmoe_jax.data import pipeline
+from advmoe_jax.models import network
+from advmoe_jax.train import loop
+
+_BATCH, _EXAMPLES, _ITERATIONS = 32, 320, 2  # timed together, so that a router's turn comes round
+_CHEAP = dict(model__router_grad="ste_selected")
+_SHARED = dict(system__share_batch=True, system__share_attack=True)
+_CONTENDERS = {
+    "AT(Dense)": ("at_dense", {}),
+    "AT(S-Dense)": ("at_sdense", {}),
+    "AT(MoE), all": ("at_moe", dict(model__dispatch="all")),
+    "AT(MoE), blocks": ("at_moe", dict(model__dispatch="blocks")),
+    "AdvMoE, all": ("advmoe", dict(model__dispatch="all")),
+    "AdvMoE, blocks": ("advmoe", dict(model__dispatch="blocks")),
+    "AdvMoE, blocks, router_grad=ste_selected": ("advmoe", dict(model__dispatch="blocks", **_CHEAP)),
+    "AdvMoE, blocks, share_attack": ("advmoe", dict(model__dispatch="blocks", **_SHARED)),
+    "AdvMoE, blocks, router_every=2": ("advmoe", dict(model__dispatch="blocks", system__router_every=2)),
+    "AdvMoE, blocks, all three": (
+        "advmoe", dict(model__dispatch="blocks", system__router_every=2, **_CHEAP, **_SHARED))}
+
+
+def measure(rounds: int) -> list[dict[str, Any]]:
+    """A row for each contender: milliseconds of an iteration, its ratio to AT(Dense), seconds of compiling."""
+    programs, compiling = {}, {}
+    for name, (method, fields) in _CONTENDERS.items():
+        programs[name], compiling[name] = _prepared(method, fields)
+    ms = interleaved(programs, (), rounds)
+    return [{"what": name, "ms": value / _ITERATIONS, "this / AT(Dense)": value / ms["AT(Dense)"],
+             "compile s, cold": compiling[name][0], "warm": compiling[name][1]} for name, value in ms.items()]
+
+
+def _prepared(method: str, fields: dict[str, Any]) -> tuple[Callable[[], Any], tuple[float, float]]:
+    """A function that trains for a few iterations, and the seconds of its first iteration before and after caching."""
+    before = {name: getattr(jax.config, name) for name in (
+        "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")}
+    seconds = []
+    with tempfile.TemporaryDirectory() as cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        for _ in range(2):
+            jax.clear_caches()
+            run = program(method, fields)
+            start = time.perf_counter()
+            jax.block_until_ready(run(1))
+            first = time.perf_counter() - start
+            start = time.perf_counter()
+            jax.block_until_ready(run(1))
+            seconds.append(first - (time.perf_counter() - start))
+    for name, value in before.items():
+        jax.config.update(name, value)
+    return functools.partial(run, _ITERATIONS), tuple(seconds)
+
+
+def program(method: str, fields: dict[str, Any]) -> Callable[[int], Any]:
+    """`run(iterations)`, which trains on random images. `fields` of the config are written with __ for the dot."""
+    cfg = configs.default()
+    configs.set_method(cfg, method)
+    cfg.update_from_flattened_dict({
+        "data.batch_size": _BATCH, **{name.replace("__", "."): value for name, value in fields.items()}})
+    mesh = meshes.make()
+    net = network.make(cfg.model, nets.IMAGE_SHAPE, nets.CLASSES, mesh)
+    system = find.module("systems", cfg.system.name, defines="make").make(cfg, net, np.arange(_EXAMPLES), mesh)
+    numbers = np.random.default_rng(0)
+    arrays = {"image": numbers.integers(0, 256, (_EXAMPLES, *nets.IMAGE_SHAPE), np.uint8),
+              "label": numbers.integers(0, nets.CLASSES, _EXAMPLES)}
+    [stage] = system.stages
+    state = system.init(jax.random.key(0))
+
+    def run(iterations):
+        nonlocal state
+        for step in range(iterations):
+            state, metrics = loop.iterate(stage, state, step, lambda stream, step=step: meshes.put_batch(
+                mesh, pipeline.batch_indices(stage.indices, _BATCH, 0, stream, step), arrays))
+        return metrics
+
+    return run
