@@ -4,4 +4,3 @@ from advmoe_jax._version import __version__ as __version__
 from advmoe_jax.core import xla
 
 xla.set_cpu_flags()
-xla.keep_memory()

@@ -3,6 +3,7 @@
 import argparse
 import glob
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,7 +44,7 @@ def start(flags: argparse.Namespace, overrides: list[str]) -> None:
         if flags.mode == "train":
             _train(experiment, workdir)
         which = (flags.checkpoint,) if flags.checkpoint else ("best", "last")
-        reliable = _evaluate(experiment, workdir, chosen, which, keep=flags.mode == "train")
+        reliable = _evaluate(experiment, workdir, chosen, which, trust=flags.mode == "train")
         if jax.process_index() == 0:
             reports.write([workdir])
         if flags.strict and not reliable:
@@ -97,7 +98,7 @@ def _train(experiment: Experiment, workdir: Path) -> None:
         configs.write(config, workdir / "config.json")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("workdir")
-    xla.use_compilation_cache()
+    _prepare()
     devices, batch = jax.device_count(), config.data.batch_size
     cost = macs.count(experiment.system.network)
     log.say(f"{experiment.system.describe} in {workdir} | advmoe_jax {advmoe_jax.__version__} | "
@@ -109,13 +110,28 @@ def _train(experiment: Experiment, workdir: Path) -> None:
     loop.run(config, workdir, experiment.system, experiment.train, experiment.select, experiment.mesh)
 
 
+def _log_in(folder: Path, about: dict[str, Any]) -> results.FileLog:
+    """The log of an evaluation; process 0 puts the folder in order before others look."""
+    first = jax.process_index() == 0
+    kept = results.FileLog(folder, about) if first else None
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("log")
+    return kept or results.FileLog(folder, about, writes=False)
+
+
+def _prepare() -> None:
+    """What is set once the devices are known."""
+    xla.use_compilation_cache()
+    xla.keep_memory()
+
+
 def _dispatch(network) -> str:
     kind = network.module.dispatch.kind
     return f" | experts: model.dispatch={kind}" if network.num_experts > 1 else ""
 
 
 def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], which: tuple[str, ...],
-              keep: bool) -> bool:
+              trust: bool) -> bool:
     """Attacks checkpoints on the test images and writes what came out.
 
     Args:
@@ -123,15 +139,15 @@ def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], 
         workdir: holds the checkpoints; gets results.json.
         suites: the attacks.
         which: checkpoints, "best", "last" or a step.
-        keep: whether measurements that are there already stay.
+        trust: whether measurements of the step that are there already are known to be of this model.
     Returns:
         Whether the results can be trusted.
     """
     config, system = experiment.config, experiment.system
-    xla.use_compilation_cache()
+    _prepare()
     indices = np.arange(len(experiment.test["label"]))[:config.eval.n or None]
     abstract = loop.abstract_state(system, experiment.mesh)
-    done = {(e["id"], e["step"]): e["unreliable"] for e in results.read(workdir)} if keep else {}
+    done = {(e["id"], e["step"]): e["unreliable"] for e in results.read(workdir)}
     reliable = True
     saved = checkpoint.open_checkpoints(workdir, create=False)
     by_step: dict[int, list[str]] = {}
@@ -141,6 +157,8 @@ def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], 
         "precision": {"verdicts": "float32", "attacks": jax.config.jax_default_matmul_precision or "default"},
         "backend": jax.default_backend(), "n": len(indices),
         "versions": {"advmoe_jax": advmoe_jax.__version__, "jax": jax.__version__}}
+    images = {"images": results.fingerprint({k: v[indices] for k, v in experiment.test.items()}),
+              "versions": everywhere["versions"], "backend": everywhere["backend"]}
     try:
         for name in which:
             by_step.setdefault(saved.step(name), []).append(name)
@@ -150,24 +168,32 @@ def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], 
             for suite in suites:
                 ids = [results.entry_id(common | {"checkpoint": name, "attack": suite.name, "norm": suite.norm,
                                                   "eps": suite.eps, "settings": suite.settings}) for name in names]
-                if all((entry, step) in done for entry in ids):
+                if trust and all((entry, step) in done for entry in ids):
                     reliable &= not done[ids[0], step]
                 else:
-                    todo.append((suite, ids[0]))
+                    todo.append((suite, ids))
             if not todo:
                 continue
             state = saved.restore(names[0], abstract)
-            model = {"step": step, "weights": states.fingerprint(state)}
-            noticed = evaluate.suspicions(system, state, experiment.test, indices, mesh=experiment.mesh,
-                                          seed=config.eval.seed)
-            for suite, entry in todo:
-                log.say(f"attacking the {' and '.join(names)} checkpoint (step {step}) on {len(indices)} test images: "
-                        f"{suite.name}")
-                kept = results.FileLog(workdir / "eval" / entry, model, writes=jax.process_index() == 0)
+            about = images | {"step": step, "weights": states.fingerprint(state)}
+            noticed, earlier = None, ()
+            for suite, ids in todo:
+                what = f"the {' and '.join(names)} checkpoint (step {step}) on {len(indices)} test images: {suite.name}"
+                folder = workdir / "eval" / ids[0]
+                if all((entry, step) in done for entry in ids) and results.is_about(folder, about):
+                    log.say(f"measured before, {what}; delete {folder} to measure it again")
+                    reliable &= not done[ids[0], step]
+                    continue
+                if noticed is None:
+                    noticed = evaluate.suspicions(system, state, experiment.test, indices, mesh=experiment.mesh,
+                                                  seed=config.eval.seed)
+                log.say(f"attacking {what}")
+                kept = _log_in(folder, about)
                 found = evaluate.run(
                     system, state, experiment.test, indices, suite, mesh=experiment.mesh,
                     batch_size=config.eval.batch_size, seed=config.eval.seed, log=kept)
-                record = common | evaluate.summarize(found, suite, system.network.num_experts, noticed)
+                record = common | evaluate.summarize(found, suite, system.network.num_experts, noticed, earlier)
+                earlier += found.attempts
                 reliable &= not record["unreliable"]
                 for flag in record["flags"]:
                     (log.alarm if flag["unreliable"] else log.warn)(

@@ -14,6 +14,7 @@ import pytest
 from tiny import REPO, entries, flags, listing, metrics, saved_steps
 
 from advmoe_jax import main
+from advmoe_jax.attacks import parse
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import find
 from advmoe_jax.core import mesh as meshes
@@ -155,15 +156,59 @@ def test_evaluate_adds_and_removes_nothing(run):
 
 
 def test_evaluate_again_gives_the_same(run):
-    """Measured again, in batches of 8 in place of 16 and 4: the same results, each once."""
-    workdir = run("natural")
+    """Not measured again unless it is deleted; then, in batches of 8 in place of 16 and 4, the same, each once."""
+    workdir, command = run("natural"), ["--mode", "evaluate", "--config.eval.batch_size=8"]
     before = {entry["id"]: entry for entry in entries(workdir)}
-    assert main.main(["--mode", "evaluate", "--workdir", str(workdir), "--config.eval.batch_size=8"]) == 0
+    stored = listing(workdir / "eval"), (workdir / "results.json").read_bytes()
+    assert main.main([*command, "--workdir", str(workdir)]) == 0
+    assert (listing(workdir / "eval"), (workdir / "results.json").read_bytes()) == stored
+    shutil.rmtree(workdir / "eval")
+    assert main.main([*command, "--workdir", str(workdir)]) == 0
     after = {entry["id"]: entry for entry in entries(workdir)}
     assert after.keys() == before.keys()
     for name, entry in after.items():
         assert entry["largest_norm"] == pytest.approx(before[name]["largest_norm"])
         assert entry | {"largest_norm": 0} == before[name] | {"largest_norm": 0}
+
+
+def test_an_unreliable_evaluation_says_so(run, monkeypatch, capsys):
+    """A model that gives probabilities: in red, in results.json, in the report, and by the exit code if asked for."""
+    workdir, apply = run("natural"), network.Network.apply
+
+    def probabilities(*arguments, **more):
+        logits, aux = apply(*arguments, **more)
+        return jax.nn.softmax(logits), aux
+
+    monkeypatch.setattr(network.Network, "apply", probabilities)
+    known = {entry["id"] for entry in entries(workdir)}
+    command = ["--mode", "evaluate", "--workdir", str(workdir), "--checkpoint", "last", "--config.eval.attacks=fgsm",
+               "--config.eval.n=9"]
+    capsys.readouterr()
+    assert main.main(command) == 0
+    said = capsys.readouterr()
+    assert "evaluation UNRELIABLE: the outputs are probabilities" in said.out + said.err
+    [added] = [entry for entry in entries(workdir) if entry["id"] not in known]
+    assert added["unreliable"] and "probabilities" in [flag["name"] for flag in added["flags"]]
+    assert "the outputs are probabilities" in (workdir / "report.md").read_text()
+    assert main.main([*command, "--strict"]) == 3
+
+
+def test_robustbench_and_a_folder_of_another_model(run, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(run("natural"), workdir)
+    command = ["--mode", "evaluate", "--workdir", str(workdir), "--checkpoint", "last", "--config.eval.n=4"]
+    assert main.main([*command, "--config.eval.suite=standard", "--config.eval.eps=0.5"]) == 0
+    entry = entries(workdir)[-1]
+    told = json.loads((workdir / "eval" / entry["id"] / "robustbench.json").read_text())
+    assert told["clean_acc"] == f"{100 * entry['sa']:.2f}" and told["autoattack_acc"] == f"{100 * entry['ra']:.2f}"
+    folder = workdir / "eval" / results.entry_id({
+        "checkpoint": "last", "attack": "fgsm", "norm": "linf", "eps": "0.1", "n": 4, "seed": 0,
+        "settings": parse.attack("fgsm", eps="0.1", norm="linf").settings})
+    folder.mkdir()
+    (folder / "about.json").write_text(json.dumps({"step": 4, "weights": "of another"}))
+    capsys.readouterr()
+    assert main.main([*command, "--config.eval.attacks=fgsm"]) == 2
+    assert "unfinished evaluation of another model" in capsys.readouterr().err
 
 
 def test_eps_of_zero_gives_the_standard_accuracy(run):

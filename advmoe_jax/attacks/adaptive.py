@@ -85,7 +85,8 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
                                   weight=jnp.full(scores.shape[0], phase.weight, x.dtype))
                 if found is not None:
                     rows["init"] = found["x"]
-                program = pgd.Search(config.norm, "uniform", phase.objective, True, config.early_stop)
+                program = pgd.Search(config.norm, "uniform", phase.objective, True, config.early_stop,
+                                     (1 if phase.model in _ONE_PASS else 2, 1))
                 scalars = inputs.scalars | dict(restart=number, step_size=jnp.asarray(step_size, x.dtype))
                 found = driver.run(program, driver.Inputs(phase.model(outputs_fn), rows, scalars), steps + 1,
                                    config.driver)
@@ -173,6 +174,10 @@ def _of(function, *more):
     return lambda outputs_fn: jax.tree_util.Partial(function, outputs_fn, *more)
 
 
+_ALONE, _THROUGH = _of(_constant), _of(_straight)
+_ONE_PASS = (_ALONE, _THROUGH)  # what users get is what is attacked
+
+
 def _everywhere(expert):
     return lambda scores, clean: jnp.full_like(clean, expert)
 
@@ -193,11 +198,11 @@ def _soft_runs(layers, experts):
 
 
 def _router_runs(layers, experts):
-    return [[_Phase(_of(_constant), _OTHER), _Phase(_of(_straight), _TASK)]]
+    return [[_Phase(_ALONE, _OTHER), _Phase(_THROUGH, _TASK)]]
 
 
 def _joint_runs(layers, experts):
-    return [[_Phase(_of(_straight), _BOTH, weight=weight)] for weight in _WEIGHTS]
+    return [[_Phase(_THROUGH, _BOTH, weight=weight)] for weight in _WEIGHTS]
 
 
 def _expert_runs(layers, experts):

@@ -18,7 +18,7 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls
 
 _MOMENTUM = 0.75  # share of the step in an update, the rest goes to the last movement
-_L1_SHRINK, _L1_SMALLEST = 1.5, 10.0
+_L1_SHRINK, _L1_SMALLEST, _L1_JUDGED = 1.5, 10.0, 0.04  # the last is the share of the steps between judgements
 _L1_PHASES = ((3, 0.3), (2, 0.3), (1, 0.4))  # budgets in eps, and shares of the steps
 NORMS = balls.NORMS
 
@@ -74,6 +74,8 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
         UserError: a setting is out of range.
     """
     eps = settings.budget("apgd", config, NORMS, num_steps=1, restarts=1, targets=0, eot=0)
+    if config.loss == "kl":
+        raise UserError("apgd has loss=kl: expected a loss of labels, one of ce, dlr, margin")
     if not 0 <= config.rho <= 1:
         raise UserError(f"apgd has rho={config.rho}: expected 0 to 1")
     if config.targets and config.loss not in objectives.TARGETED:
@@ -85,8 +87,9 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
         counts = [math.ceil(share * config.num_steps) for _, share in _L1_PHASES[:2]]
         phases = [(factor, n) for (factor, _), n in zip(_L1_PHASES, [*counts, config.num_steps - sum(counts)])]
 
-    programs = [_APGD(config.norm, objective, steps, config.rho, config.eot, config.quirks, continued=len(phases) > 1,
-                      stops=config.early_stop and i == len(phases) - 1) for i, (_, steps) in enumerate(phases)]
+    is_l1, last = config.norm == "l1", len(phases) - 1
+    programs = [_APGD(config.norm, objective, 0 if is_l1 else steps, config.rho, config.eot, config.quirks,
+                      stops=config.early_stop and i == last) for i, (_, steps) in enumerate(phases)]
 
     def attack(logits_fn, key, x, y):
         logits_fn = objectives.partial(logits_fn)
@@ -97,10 +100,14 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
             rows = inputs.rows | {"keys": rng.fold_in(inputs.rows["keys"], number)}
             if config.targets:
                 rows["y"] = rows["y"], rows.pop("targets")[:, number // config.restarts]
-            for program, (factor, _) in zip(programs, phases):
-                found = driver.run(program, inputs._replace(rows=rows, scalars=dict(eps=factor * eps)),
-                                   program.num_steps + 1, config.driver)
-                rows["init"] = found.pop("best")
+            for i, (program, (factor, steps)) in enumerate(zip(programs, phases)):
+                scalars = dict(eps=factor * eps)
+                if is_l1:
+                    rows.setdefault("init", rows["x"])
+                    scalars |= dict(every=max(int(_L1_JUDGED * steps), 1), is_first=i == 0, is_only=last == 0)
+                found = driver.run(program, inputs._replace(rows=rows, scalars=scalars), steps + 1, config.driver)
+                best = found.pop("best")
+                rows = rows | {"init": best} if is_l1 else rows
             return found
 
         inputs = driver.Inputs(logits_fn, rows | ({"targets": targets} if config.targets else {}), None)
@@ -123,7 +130,11 @@ def checkpoints(num_steps: int) -> list[tuple[int, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class _APGD:
-    """One run as a `driver.Program`; step i looks at iterate i, judges the step size, and moves."""
+    """One run as a `driver.Program`; step i looks at iterate i, judges the step size, and moves.
+
+    For l1 the number of steps is in the scalar "every", so that phases share a program; "is_first" says whether they
+    start at random or at the row "init", and "is_only" whether there is one phase.
+    """
 
     norm: str
     objective: objectives.Objective
@@ -131,7 +142,6 @@ class _APGD:
     rho: float
     eot: int
     quirks: bool
-    continued: bool
     stops: bool
 
     @property
@@ -141,10 +151,9 @@ class _APGD:
     def start(self, inputs: driver.Inputs) -> Any:
         rows, eps = inputs.rows, inputs.scalars["eps"]
         x = rows["x"]
-        if "init" in rows:
-            x_adv = balls.project(rows["init"], x, eps, self.norm)
-        else:
-            x_adv = _random_start(rows["keys"], x, eps, self.norm)
+        x_adv = _random_start(rows["keys"], x, eps, self.norm)
+        if self.norm == "l1":
+            x_adv = jnp.where(inputs.scalars["is_first"], x_adv, balls.project(rows["init"], x, eps, self.norm))
         zero, no = jnp.zeros(x.shape[0], x.dtype), jnp.zeros(x.shape[0], bool)
         carry = dict(
             x=x_adv, previous=x_adv, best=x_adv, best_grad=jnp.zeros_like(x), best_loss=zero - jnp.inf,
@@ -152,8 +161,9 @@ class _APGD:
         if self.norm == "l1":
             moved = balls.moved(x_adv, x)
             size = x[0].size
-            return carry | dict(kept=moved / size / 1.5 if self.continued else zero + 0.2,
-                                moved=moved if self.continued else zero + size)
+            is_only = inputs.scalars["is_only"]
+            return carry | dict(kept=jnp.where(is_only, zero + 0.2, moved / size / 1.5),
+                                moved=jnp.where(is_only, zero + size, moved))
         return carry | dict(loss=zero, increases=zero, checked_loss=zero, reduced=~no)
 
     def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
@@ -198,8 +208,7 @@ class _APGD:
         """Adapts the step size in place; gives the rows that go back to their best iterate."""
         eps = inputs.scalars["eps"]
         if self.norm == "l1":
-            every = max(int(0.04 * self.num_steps), 1)
-            due = (i > 0) & (i % every == 0)
+            due = (i > 0) & (i % inputs.scalars["every"] == 0)
             x = inputs.rows["x"]
             moved = balls.moved(now["best"], x)
             sparser = moved < 0.95 * now["moved"]

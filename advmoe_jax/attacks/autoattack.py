@@ -5,6 +5,7 @@ Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -57,6 +58,7 @@ def run_report(logits_fn: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax
     Args:
         logits_fn: (B, H, W, C) images in [0, 1] -> (B, K) logits; normalisation is part of it. Best a
             `jax.tree_util.Partial(apply, variables)`: the weights of a plain closure are constants of every program.
+            With suite "rand", or attacks with eot, a random model: (images, keys (B,)) -> logits.
         x: (B, H, W, C) floats in [0, 1].
         y: (B,) whole numbers, the labels.
         eps: budget in units of [0, 1], a number or a fraction such as "8/255".
@@ -64,6 +66,8 @@ def run_report(logits_fn: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax
         key: of all randomness; jax.random.key(0) unless given.
         suite: a name in attacks.suites, or a list of attacks.
         batch_size: images at a time.
+    Warns:
+        Each sign that the result cannot be trusted; see `Report.flags`.
     Raises:
         UserError: images outside [0, 1] or not finite, labels or logits of another shape or range, or eps given in
             0-255 units.
@@ -72,7 +76,8 @@ def run_report(logits_fn: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax
     units.eps(eps, norm)
     chosen = suites.together(suite, norm, eps)
     logits_fn, key = objectives.partial(logits_fn), jax.random.key(0) if key is None else key
-    x, y = _checked(logits_fn, x, y)
+    is_random = any(getattr(spec.config, "eot", 0) for spec in chosen.specs)
+    x, y = _checked(logits_fn, x, y, is_random)
     batch_size = min(units.whole(batch_size, 1, "batch_size"), len(x))
 
     def source(rows):
@@ -81,22 +86,26 @@ def run_report(logits_fn: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax
     outputs_fn = jax.tree_util.Partial(_without_aux, logits_fn)
     log = verdicts.Memory()
     found = verdicts.run({"none": outputs_fn}, source, np.arange(len(x)), y, chosen.specs, key=key,
-                         batch_size=batch_size, survivors_only=True, log=log)
+                         batch_size=batch_size, survivors_only=True, log=log, is_random=is_random)
     broken = verdicts.adversarial(found, log)
     x_adv = x.copy()
     if len(broken["index"]):
         x_adv[broken["index"]] = broken["x_adv"]
     head = jnp.asarray(x[:flags.MOST_IMAGES]), jnp.asarray(y[:flags.MOST_IMAGES])
     robust = found.survivors()
-    return Report(x_adv, robust, float(found.correct.mean()), float(robust.mean()), found,
-                  flags.of_model(logits_fn, *head, key) + flags.of_attempts(found))
+    judged = jax.tree_util.Partial(verdicts.one_draw, logits_fn, key) if is_random else logits_fn
+    noticed = flags.of_model(judged, *head, key) + flags.of_attempts(found)
+    for flag in noticed:
+        if flag.unreliable:
+            warnings.warn(f"evaluation UNRELIABLE: {flag.reason}", stacklevel=2)
+    return Report(x_adv, robust, float(found.correct.mean()), float(robust.mean()), found, noticed)
 
 
-def _without_aux(logits_fn, x):
-    return logits_fn(x), {}
+def _without_aux(logits_fn, *inputs):
+    return logits_fn(*inputs), {}
 
 
-def _checked(logits_fn, x, y) -> tuple[np.ndarray, np.ndarray]:
+def _checked(logits_fn, x, y, is_random) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels as arrays, after one look at everything that is usually wrong with them."""
     x, y = np.asarray(x), np.asarray(y)
     if x.ndim != 4 or x.shape[0] == 0:
@@ -110,7 +119,14 @@ def _checked(logits_fn, x, y) -> tuple[np.ndarray, np.ndarray]:
                         "into logits_fn")
     if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
         raise UserError(f"y is of type {y.dtype} and shape {y.shape}: expected whole numbers of shape {x.shape[:1]}")
-    logits = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct(x.shape, jnp.float32))
+    keys = (jax.eval_shape(lambda: jax.random.split(jax.random.key(0), len(x))),) if is_random else ()
+    try:
+        logits = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct(x.shape, jnp.float32), *keys)
+    except TypeError as error:
+        if not is_random or "argument" not in str(error):
+            raise
+        raise UserError("logits_fn takes no keys: expected (images, keys) -> logits for attacks with eot, which "
+                        "average over a random model's draws; a deterministic one needs none") from None
     shape = getattr(logits, "shape", None)
     if shape is None or len(shape) != 2 or shape[0] != len(x) or shape[1] < 2:
         raise UserError(f"logits_fn gives {shape or type(logits).__name__} for {len(x)} images: expected ({len(x)}, K) "

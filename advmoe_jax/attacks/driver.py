@@ -89,6 +89,7 @@ class Ledger:
 
 _ledger: contextvars.ContextVar[Ledger | None] = contextvars.ContextVar("ledger", default=None)
 _real: contextvars.ContextVar[tuple[int | None, int | None]] = contextvars.ContextVar("real", default=(None, None))
+_open: contextvars.ContextVar[int | None] = contextvars.ContextVar("open", default=None)
 
 
 @contextlib.contextmanager
@@ -113,6 +114,16 @@ def real_rows(count: int, full: int) -> Iterator[None]:
         yield
     finally:
         _real.reset(token)
+
+
+@contextlib.contextmanager
+def _needed(rows):
+    """Says how many rows of a batch count, where they are not its first."""
+    token = _open.set(rows)
+    try:
+        yield
+    finally:
+        _open.reset(token)
 
 
 def count(cost: tuple[int, int], rows: int) -> None:
@@ -225,11 +236,12 @@ def _run_in_chunks(program, inputs, num_steps, on_host):
     size = batch = _size(inputs.rows)
     where = np.arange(size)  # the row of `whole` that each row of `carry` is, or `size` for a filler
     real, full = _real_and_full(size)
+    still_open = min(real, _open.get() or size)
     rows, i = inputs.rows, 0
     while i < num_steps:
         end = min(i + _CHUNK, num_steps) if program.stops else num_steps
         if ledger := _ledger.get():
-            ledger.add(program.cost, end - i, int((where < real).sum()), batch)
+            ledger.add(program.cost, end - i, still_open, batch)
         now = inputs._replace(rows=rows)
         if on_host:
             for step in range(i, end):
@@ -242,6 +254,7 @@ def _run_in_chunks(program, inputs, num_steps, on_host):
         going = np.flatnonzero(~meshes.fetch(_done(program, carry)) & (where < real))
         if len(going) == 0:
             break
+        still_open = min(still_open, len(going))
         if (smaller := bucket(len(going), full, _devices(rows))) < batch:
             whole = carry if batch == size else scatter(whole, carry, where)
             take = filled(going, smaller)
@@ -285,7 +298,8 @@ def rounds(one: Callable[[Inputs, int], dict[str, jax.Array]], inputs: Inputs, w
         if len(going) == 0:
             break
         if (batch := bucket(len(going), full, _devices(inputs.rows))) >= size:
-            worst = _worse(worst, one(inputs, number))
+            with _needed(len(going)):
+                worst = _worse(worst, one(inputs, number))
             continue
         take = filled(going, batch)
         with real_rows(len(going), full):

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from advmoe_jax.attacks import driver, objectives, pgd, settings
 from advmoe_jax.attacks.objectives import Objective
 from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import one_of
+from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.ops import balls, losses
 
 NORMS = balls.NORMS
 TAKES = "outputs"  # see parse.Spec
+_SURE, _TEMPERATURE = 0.8, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Config:
         mode: "average": the loss of the mean of the members' logits.
             "probabilities": the loss of the mean of their probabilities.
             "each": the mean of the members' losses.
+            "best": the least of the members' losses, so that every member falls.
+            "soft": the loss of the mean of their probabilities by how likely each exit is: a sigmoid of its confidence
+            over 0.8, at temperature 0.1, in place of the rule.
             "member": the loss of one member after the other.
             "force": confidence in a wrong class at the first exit, so that nothing else is asked.
             "delay": the entropy of all exits, so that every member is used; it raises the cost, and succeeds where the
@@ -64,7 +68,10 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
 
     def attack(outputs_fn, key, x, y):
         outputs_fn = objectives.partial(outputs_fn)
-        members = jax.eval_shape(outputs_fn, x)[1]["member_logits"].shape[1] if config.mode == "member" else 1
+        aux = jax.eval_shape(outputs_fn, x)[1]
+        if "member_logits" not in aux:
+            raise UserError("exits attacks the members of an ensemble: expected a model with member_logits")
+        members = aux["member_logits"].shape[1] if config.mode == "member" else 1
         rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
         inputs = driver.Inputs(outputs_fn, rows, dict(
             eps=jnp.asarray(eps, x.dtype), step_size=jnp.asarray(step_size, x.dtype)))
@@ -97,6 +104,20 @@ def _each(outputs, y):
     return jnp.mean(jax.vmap(losses.cross_entropy, (1, None), 1)(outputs[1]["member_logits"], y[0]), -1)
 
 
+def _best(outputs, y):
+    return jnp.min(jax.vmap(losses.cross_entropy, (1, None), 1)(outputs[1]["member_logits"], y[0]), -1)
+
+
+def _soft(outputs, y):
+    log_p = jax.nn.log_softmax(outputs[1]["member_logits"])
+    leave = (jnp.exp(jnp.max(log_p, -1)) - _SURE) / _TEMPERATURE
+    stay = jnp.cumsum(jax.nn.log_sigmoid(-leave), 1)
+    reached = jnp.concatenate([jnp.zeros_like(stay[:, :1]), stay[:, :-1]], 1)
+    weights = reached + jax.nn.log_sigmoid(leave).at[:, -1].set(0)  # the last member always answers
+    mean = jax.nn.logsumexp(weights[..., None] + log_p, 1)
+    return -jnp.take_along_axis(mean, y[0][:, None], -1)[:, 0]
+
+
 def _member(outputs, y):
     logits = outputs[1]["member_logits"]
     return losses.cross_entropy(jnp.take_along_axis(logits, y[1][:, None, None], 1)[:, 0], y[0])
@@ -117,6 +138,6 @@ def _succeeds(outputs, y):
 
 
 _OBJECTIVES = {name: Objective(loss, _succeeds) for name, loss in (
-    ("average", _average), ("probabilities", _probabilities), ("each", _each), ("member", _member), ("force", _force),
-    ("delay", _delay))}
+    ("average", _average), ("probabilities", _probabilities), ("each", _each), ("best", _best), ("soft", _soft),
+    ("member", _member), ("force", _force), ("delay", _delay))}
 MODES = tuple(_OBJECTIVES)

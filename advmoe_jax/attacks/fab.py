@@ -66,14 +66,15 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
         logits_fn = objectives.partial(logits_fn)
         rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
         planes = 1 if config.targets else jax.eval_shape(logits_fn, x).shape[-1]
+        program = _FAB(config.norm, planes, config.beyond, config.early_stop)
         worst, targets = objectives.clean(logits_fn, rows, config.targets)
 
         def one(inputs, number):
             rows = inputs.rows | {"keys": rng.fold_in(inputs.rows["keys"], number)}
             if config.targets:
                 rows["target"] = rows.pop("targets")[:, number // config.restarts]
-            program = _FAB(config.norm, planes, config.beyond, number % config.restarts == 0, config.early_stop)
-            return driver.run(program, inputs._replace(rows=rows), config.num_steps, config.driver)
+            scalars = inputs.scalars | {"is_first": number % config.restarts == 0}
+            return driver.run(program, inputs._replace(rows=rows, scalars=scalars), config.num_steps, config.driver)
 
         inputs = driver.Inputs(logits_fn, rows | ({"targets": targets} if config.targets else {}),
                                dict(eps=jnp.asarray(eps, x.dtype)))
@@ -85,12 +86,11 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class _FAB:
-    """One run as a `driver.Program`; planes is 1 with a target, else K."""
+    """One run as a `driver.Program`; planes is 1 with a target, else K. The scalar "is_first" says where it starts."""
 
     norm: str
     planes: int
     beyond: str
-    fresh: bool
     stops: bool
 
     @property
@@ -99,12 +99,11 @@ class _FAB:
 
     def start(self, inputs: driver.Inputs) -> Any:
         x, eps = inputs.rows["x"], inputs.scalars["eps"]
-        u = x
-        if not self.fresh:
-            draw = jax.random.uniform if self.norm == "linf" else jax.random.normal
-            limits = (-1, 1) if self.norm == "linf" else ()
-            noise = jax.vmap(lambda k: draw(k, x.shape[1:], x.dtype, *limits))(inputs.rows["keys"])
-            u = jnp.clip(x + eps / 2 * noise / balls.norm(noise, self.norm)[:, None, None, None], 0, 1)
+        draw = jax.random.uniform if self.norm == "linf" else jax.random.normal
+        limits = (-1, 1) if self.norm == "linf" else ()
+        noise = jax.vmap(lambda k: draw(k, x.shape[1:], x.dtype, *limits))(inputs.rows["keys"])
+        away = jnp.clip(x + eps / 2 * noise / balls.norm(noise, self.norm)[:, None, None, None], 0, 1)
+        u = jnp.where(inputs.scalars["is_first"], x, away)
         return dict(x=u, **minimal.none_yet(x), within=jnp.zeros(x.shape[0], bool))
 
     def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
@@ -139,8 +138,9 @@ class _FAB:
                 return jnp.sum(gap), gap
 
             grad, gap = jax.grad(total, has_aux=True)(u)
-            return gap, grad.reshape(size, -1)
+            return gap, jnp.nan_to_num(grad).reshape(size, -1)
         gaps, normals = minimal.differences(inputs.logits_fn, u, y)
+        normals = jnp.nan_to_num(normals)
         dual = {"linf": "l1", "l2": "l2", "l1": "linf"}[self.norm]
         lengths = jnp.stack([balls.norm(normal.reshape(u.shape), dual) for normal in jnp.moveaxis(normals, 1, 0)], 1)
         nearest = jnp.argmin(jnp.where(jnp.isinf(gaps), jnp.inf, jnp.abs(gaps) / (lengths + 1e-12)), -1)

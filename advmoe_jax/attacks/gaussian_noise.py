@@ -14,6 +14,7 @@ from advmoe_jax.attacks import sampling
 
 NORMS = ("l2", "l1")  # the largest number of all, which is linf, says little about Gaussian noise
 TAKES = "values"  # see parse.Spec
+FIXED_BY = "sigma"  # whatever norm and eps are
 
 
 @dataclasses.dataclass(frozen=True)

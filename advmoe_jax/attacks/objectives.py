@@ -76,8 +76,8 @@ def logits_fn(outputs_fn: Callable) -> jax.tree_util.Partial:
     return jax.tree_util.Partial(_first, outputs_fn)
 
 
-def _first(outputs_fn, x):
-    return outputs_fn(x)[0]
+def _first(outputs_fn, *inputs):
+    return outputs_fn(*inputs)[0]
 
 
 def clean(logits_fn: jax.tree_util.Partial, rows: dict[str, Any], targets: int, noisy: bool = False

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-from advmoe_jax.core import find
-from advmoe_jax.core.errors import UserError, unknown_name
+from advmoe_jax.core import find, units
+from advmoe_jax.core.errors import UserError, one_of, unknown_name
+from advmoe_jax.ops import balls
 
 _ITEM = re.compile(r"\s*(?P<name>\w+)(\((?P<options>[^()]*)\))?(\s|$)")
 
@@ -28,6 +29,7 @@ class Spec:
             x -> (logits, aux); "routed", (x, route) -> (logits, aux) of a routed model.
         all_images: whether it is run on images that are misclassified when clean too, since papers count those that it
             makes right.
+        unbounded: whether it changes images by a strength of its own, and keeps to no norm.
     """
 
     name: str
@@ -36,6 +38,17 @@ class Spec:
     label: str
     takes: str = "logits"
     all_images: bool = False
+    unbounded: bool = False
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """{norm: eps} of which each image keeps one; empty if there are none."""
+        if self.unbounded:
+            return {}
+        names = {norm: f"eps_{norm}" for norm in balls.NORMS if hasattr(self.config, f"eps_{norm}")}
+        if norm := getattr(self.config, "norm", ""):
+            names = {norm: "eps"}
+        return {norm: units.eps(getattr(self.config, name), norm) for norm, name in names.items()}
 
     @property
     def settings(self) -> dict[str, str]:
@@ -54,13 +67,20 @@ def attack(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), **sett
         UserError: no such attack, no such setting, or a value out of range.
     """
     module = find.module("attacks", name, defines="make")
-    fields = {field.name for field in dataclasses.fields(module.Config)}
-    for setting in settings:
+    fields = {field.name: field.type for field in dataclasses.fields(module.Config)}
+    for setting, value in settings.items():
         if setting not in fields:
             raise unknown_name(f"setting of {name}", setting, fields)
+        if fields[setting] is bool:
+            settings[setting] = one_of(f"{setting} of {name}", str(value).lower(), ("true", "false")) == "true"
+        elif fields[setting] is float and isinstance(value, str):
+            settings[setting] = units.number(value, f"{name}'s {setting}")
+    fixed = getattr(module, "FIXED_BY", "")
+    if settings.get(fixed):
+        defaults = {}
     config = module.Config(**{k: v for k, v in defaults.items() if k in fields} | settings)
     return Spec(name, config, module.make(config), module.label(config), getattr(module, "TAKES", "logits"),
-                getattr(module, "ALL_IMAGES", False))
+                getattr(module, "ALL_IMAGES", False), bool(fixed and units.number(getattr(config, fixed))))
 
 
 def attacks(text: str, **defaults: Any) -> tuple[Spec, ...]:

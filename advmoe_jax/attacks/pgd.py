@@ -101,7 +101,7 @@ class Search:
     objective: objectives.Objective
     keep_best: bool
     stops: bool
-    cost = (1, 1)
+    cost: tuple[int, int] = (1, 1)
 
     def start(self, inputs: driver.Inputs) -> Any:
         x, eps = inputs.rows["x"], inputs.scalars["eps"]

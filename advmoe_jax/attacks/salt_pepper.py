@@ -13,6 +13,7 @@ from advmoe_jax.attacks import sampling
 
 NORMS = ("l2", "l1")
 TAKES = "values"  # see parse.Spec
+FIXED_BY = "amount"  # whatever norm and eps are
 
 
 @dataclasses.dataclass(frozen=True)

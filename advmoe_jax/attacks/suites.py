@@ -32,6 +32,12 @@ _COLUMNS = {
     "union": "pgd(norm=linf,eps=0.03) pgd(norm=l2,eps=0.5) pgd(norm=l1,eps=12)",
     "natural": _NATURAL,
     "advmoe": "pgd(norm=linf,eps=8/255,num_steps=50)",
+    "advmoe-released": "pgd(norm=linf,eps=8/255,num_steps=10,step_size=2/255)",
+    **{f"madry-{steps}": f"pgd(num_steps={steps},step_size=2/255)" for steps in (7, 10, 20)},
+    "hydra": "pgd(num_steps=10,step_size=2/255)",
+    "harp": "pgd(num_steps=50,step_size=2.5 eps/steps)",
+    "cw-linf-harp": "pgd(num_steps=20,step_size=2/255,loss=margin)",
+    "cw-linf-dverge": "pgd(num_steps=50,step_size=0.2 eps,loss=margin)",
     "srgkp": _SRGKP.format(std=""),
     "srgkp-imagenet": f"normalized(eps_sd=0.001{_IMAGENET}) {_SRGKP.format(std=_IMAGENET)}",
     "mol-cifar": _MOL.format(l1=16, more=_NATURAL), "mol-tiny": _MOL.format(l1=12, more=_NATURAL)}

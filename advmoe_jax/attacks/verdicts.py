@@ -5,8 +5,9 @@ returned. m images, B of them in a batch.
 """
 
 import dataclasses
+import functools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from advmoe_jax.attacks import driver, objectives
 from advmoe_jax.attacks.parse import Spec
 from advmoe_jax.core import mesh as meshes
-from advmoe_jax.core import rng, units
+from advmoe_jax.core import rng
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls, losses
 
@@ -103,7 +104,7 @@ class Found:
 
 def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.ndarray, label: np.ndarray,
         specs: Sequence[Spec], *, key: jax.Array, batch_size: int, survivors_only: bool, log: Log | None = None,
-        routed: jax.tree_util.Partial | None = None) -> Found:
+        routed: jax.tree_util.Partial | None = None, is_random: bool = False) -> Found:
     """Runs every attack through every view; those that know of routes, or see no gradient, once.
 
     Attack keys are folded from the index of the image, so that nothing depends on the batch. Images that are
@@ -120,35 +121,47 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
         survivors_only: whether only the worst case counts, or each attack alone too.
         log: what an earlier run found is taken from there, what this one finds is added.
         routed: (x, route) -> (logits, aux) of a routed model.
+        is_random: whether views take keys (B,) too. Attacks that average over draws get them all; verdicts, and other
+            attacks, know one draw that is the same for all images.
     Raises:
         UserError: an attack needs a routed model and this is none; or it returned images outside its
             budget, which count for nothing.
     """
     log = Memory() if log is None else log
-    judge = next(iter(views.values()))
-    clean = _join([_judged(judge, batch, batch["image"], None, mask) for batch, mask in _batches(
-        source, index, batch_size)])
+    drawn = {name: jax.tree_util.Partial(one_draw, view, rng.stream(key, "verdict")) if is_random else view
+             for name, view in views.items()}
+    judge = next(iter(drawn.values()))
+    fits = _Fitting(batch_size)
+    clean = _join(list(fits.batches(index, functools.partial(_clean, judge, source))))
     found = Found(index, label, clean, ())
     logged: dict[int, list] = {}
     for record, arrays in log.read():
         logged.setdefault(record["attempt"], []).append((record, arrays))
-    for number, (spec, view, model) in enumerate(_plan(specs, views, routed)):
+    for number, (spec, view, model) in enumerate(_plan(specs, drawn, routed, views if is_random else None)):
         stands = found.survivors() if survivors_only else found.correct
         if spec.all_images:
             stands = np.ones_like(stands)
         parts = list(logged.get(number, ()))
         todo = stands & ~np.isin(index, [i for _, arrays in parts for i in arrays["index"]])
-        for part in _attack(spec, number, view, model, judge, source, index[todo], key, batch_size):
+        attack = functools.partial(_attack, spec, number, view, model, judge, source, key)
+        for part in fits.batches(index[todo], attack):
             log.add(*part)
             parts.append(part)
         found = dataclasses.replace(found, attempts=(*found.attempts, _attempt(spec, view, found, stands, parts)))
     return found
 
 
-def _plan(specs, views, routed):
+def _without_keys(outputs_fn, x, keys):
+    return outputs_fn(x)[0]
+
+
+def _plan(specs, views, routed, with_keys):
     """(attack, name of the view, what it attacks) of every attempt."""
     for spec in specs:
-        if spec.takes == "outputs":
+        if getattr(spec.config, "eot", 0):
+            yield from ((spec, view, objectives.logits_fn(with_keys[view]) if with_keys else jax.tree_util.Partial(
+                _without_keys, outputs_fn)) for view, outputs_fn in views.items())
+        elif spec.takes == "outputs":
             yield from ((spec, view, outputs_fn) for view, outputs_fn in views.items())
         elif spec.takes == "logits":
             yield from ((spec, view, objectives.logits_fn(outputs_fn)) for view, outputs_fn in views.items())
@@ -160,30 +173,52 @@ def _plan(specs, views, routed):
             yield spec, "routes", routed
 
 
-def _attack(spec, number, view, model, judge, source, index, key, batch_size):
-    """Yields a record and arrays for each batch."""
+@dataclasses.dataclass
+class _Fitting:
+    """Cuts images into batches of a size that is halved for good when the devices have no memory for one."""
+
+    size: int
+
+    def batches(self, index, work):
+        """Yields work(rows, size) for at most `size` of `index` after the other."""
+        first, devices = 0, jax.device_count()
+        while first < len(index):
+            rows = index[first:first + self.size]
+            try:
+                found = work(rows, self.size)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error) or self.size <= devices:
+                    raise
+                self.size = -(-self.size // (2 * devices)) * devices
+                continue
+            yield found
+            first += len(rows)
+
+
+def _clean(judge, source, rows, size):
+    batch, mask = _batch(source, rows, size)
+    return _judged(judge, batch, batch["image"], None, mask)
+
+
+def _attack(spec, number, view, model, judge, source, key, rows, size):
+    """A record and arrays of one batch."""
     root = jax.random.fold_in(rng.stream(key, f"attack_eval/{spec.name}"), 0)
-    first = 0
-    while first < len(index):
-        rows = index[first:first + batch_size]
-        start = time.perf_counter()
-        try:
-            with driver.counted() as passes, driver.real_rows(len(rows), batch_size):
-                [(batch, mask)] = _batches(source, rows, batch_size)
-                x, y = batch["image"], batch["label"]
-                goal = _logits(judge, x) if getattr(spec.config, "loss", "") == "kl" else y
-                x_adv = spec.run(model, rng.per_example(root, batch["index"]), x, goal)
-                judged = _judged(judge, batch, x_adv, spec, mask)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or batch_size == 1:
-                raise
-            batch_size = -(-batch_size // 2)
-            continue
-        broken = judged["label"] != meshes.fetch(y)[mask]
-        yield ({"attempt": number, "attack": spec.label, "view": view, "images": len(rows), "broken": int(broken.sum()),
-                "seconds": round(time.perf_counter() - start, 3), "passes": dataclasses.asdict(passes)},
-               {"index": rows, **judged, "x_adv": meshes.fetch(x_adv)[mask]})
-        first += len(rows)
+    start = time.perf_counter()
+    with driver.counted() as passes, driver.real_rows(len(rows), size):
+        batch, mask = _batch(source, rows, size)
+        x, y = batch["image"], batch["label"]
+        goal = _logits(judge, x) if getattr(spec.config, "loss", "") == "kl" else y
+        x_adv = spec.run(model, rng.per_example(root, batch["index"]), x, goal)
+        judged = _judged(judge, batch, x_adv, spec, mask)
+    broken = judged["label"] != meshes.fetch(y)[mask]
+    return ({"attempt": number, "attack": spec.label, "view": view, "images": len(rows), "broken": int(broken.sum()),
+             "seconds": round(time.perf_counter() - start, 3), "passes": dataclasses.asdict(passes)},
+            {"index": rows, **judged, "x_adv": meshes.fetch(x_adv)[mask]})
+
+
+def one_draw(random_fn: Callable, key: jax.Array, x: jax.Array) -> Any:
+    """A random model `(x, keys) -> ...` with the same key for every image."""
+    return random_fn(x, jnp.broadcast_to(key, x.shape[:1]))
 
 
 def _attempt(spec, view, found, stands, parts) -> Attempt:
@@ -214,12 +249,10 @@ def adversarial(found: Found, log: Log) -> Arrays:
     return {"index": index, "x_adv": np.stack([kept[i] for i in index.tolist()]) if kept else np.zeros(0, np.float32)}
 
 
-def _batches(source, index, batch_size):
-    """Batches and masks of what is no filler; the last one has one of a few sizes."""
-    for first in range(0, len(index), batch_size):
-        rows = index[first:first + batch_size]
-        size = driver.bucket(len(rows), batch_size, jax.device_count())
-        yield source(driver.filled(rows, size)), np.arange(size) < len(rows)
+def _batch(source, rows, full):
+    """Images and labels, and the mask of what is no filler; the last batch has one of a few sizes."""
+    size = driver.bucket(len(rows), full, jax.device_count())
+    return source(driver.filled(rows, size)), np.arange(size) < len(rows)
 
 
 @jax.jit
@@ -256,12 +289,11 @@ def _judged(judge, batch, x_adv, spec, mask) -> Arrays:
 
 
 def _check_budget(spec, finite, low, high, sizes):
-    norm = getattr(spec.config, "norm", "")
-    eps = units.eps(spec.config.eps, norm) if norm else float("inf")
-    size = float(np.max(sizes[norm])) if norm else 0.0
-    kept = getattr(spec.config, "beyond", "") == "keep"
-    if not (finite and low >= 0 and high <= 1 and (kept or size <= eps * _SLACK[0] + _SLACK[1])):
-        raise UserError(f"{spec.label} left its budget: {norm or 'no'} norm {size:.6g} for eps {eps:.6g}, pixels "
+    budgets = {} if getattr(spec.config, "beyond", "") == "keep" else spec.budgets
+    within = [sizes[norm] <= eps * _SLACK[0] + _SLACK[1] for norm, eps in budgets.items()]
+    if not (finite and low >= 0 and high <= 1 and (not within or np.all(np.any(within, 0)))):
+        norms = ", ".join(f"{norm} norm {np.max(sizes[norm]):.6g} for eps {eps:.6g}" for norm, eps in budgets.items())
+        raise UserError(f"{spec.label} left its budget: {norms or 'no norm'}, pixels "
                         f"{low:.6g} to {high:.6g} for 0 to 1; its result is discarded")
 
 

@@ -5,7 +5,7 @@ import json
 import jax
 
 import advmoe_jax
-from advmoe_jax.core import cli, find, tables
+from advmoe_jax.core import cli, find, tables, xla
 from advmoe_jax.core.errors import UserError
 
 
@@ -21,6 +21,7 @@ def main(argv=None) -> int:
 def _show(flags):
     if flags.rounds < 1:
         raise UserError(f"--rounds is {flags.rounds}: expected 1 or more")
+    xla.keep_memory()
     rows = find.module("bench", flags.name, defines="measure", kind="benchmark").measure(flags.rounds)
     circumstances = {"advmoe_jax": advmoe_jax.__version__, "jax": jax.__version__,
                      "device": jax.devices()[0].device_kind, "rounds": flags.rounds}

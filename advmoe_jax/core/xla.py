@@ -1,4 +1,4 @@
-"""Settings of XLA and of the memory under it that must be in place before a backend starts."""
+"""Settings of XLA, of its compilation cache, and of the memory under it."""
 
 import ctypes
 import importlib.metadata
@@ -20,15 +20,17 @@ def set_cpu_flags() -> None:
 
 
 def keep_memory() -> None:
-    """Has glibc keep what is freed for what is allocated next, unless the user has configured malloc.
+    """On CPU, has glibc keep what is freed for what is allocated next, unless the user has configured malloc.
 
     A program on CPU gets its temporaries from malloc, which maps large ones anew in every call: the kernel then
     clears all their pages again, which was measured to take a third of the time of an attack's step. The process stays
-    as large as it once was.
+    as large as it once was, which is for the command lines to decide, and not for an import.
     """
+    import jax
+
     configured = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt and not configured:
+    if mallopt and not configured and jax.default_backend() == "cpu":
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_TOP_PAD, 2**28)

@@ -1,6 +1,7 @@
 """results.json: the index of everything that was measured in a workdir, and the details beside it."""
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -52,28 +53,51 @@ def read(workdir: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def fingerprint(arrays: dict[str, np.ndarray]) -> str:
+    """A hash of images and labels, sixteen hexadecimal digits."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        found.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return found.hexdigest()[:16]
+
+
+def is_about(folder: Path, about: dict[str, Any]) -> bool | None:
+    """Whether what is in eval/<id> was measured on the same model, images and versions; None if nothing is there."""
+    stored = Path(folder) / "about.json"
+    return json.loads(stored.read_text()) == json.loads(json.dumps(about)) if stored.exists() else None
+
+
 class FileLog:
     """A verdicts.Log in a folder: log.jsonl, and parts/ with the arrays of each of its lines.
 
+    What a finished evaluation left is replaced.
+
     Args:
         folder: eval/<id> of a workdir.
-        about: what is evaluated, such as the step and a hash of the weights.
-        writes: whether this process writes, one of a cluster does.
+        about: what is evaluated: the step, hashes of the weights and of the images, versions.
+        writes: whether this process writes, one of a cluster does, and before others look.
     Raises:
         UserError: the folder holds an unfinished evaluation of something else.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any], writes: bool = True):
         self.folder, self._writes = Path(folder), writes
-        stored, finished = self.folder / "about.json", (self.folder / "summary.json").exists()
-        if not finished and stored.exists() and json.loads(stored.read_text()) != about:
-            raise UserError(f"{self.folder} holds an unfinished evaluation of another model: expected "
-                            f"{', '.join(f'{k} {v}' for k, v in about.items())}; delete the folder to start it anew")
-        self._records = [] if finished else files.read_json_lines(self.folder / "log.jsonl")
+        finished = (self.folder / "summary.json").exists()
+        if not finished and is_about(self.folder, about) is False:
+            raise UserError(f"{self.folder} holds an unfinished evaluation of another model, other images or versions: "
+                            f"expected {', '.join(f'{k} {v}' for k, v in about.items())}; delete the folder to start "
+                            "it anew")
+        self._records = files.read_json_lines(self.folder / "log.jsonl")
+        whole = all(self._part(number).exists() for number in range(len(self._records)))
+        if finished and not (whole and is_about(self.folder, about)):
+            self._records = []
+            if writes:
+                aside = self.folder.with_name(f"{self.folder.name}.replaced")
+                shutil.rmtree(aside, ignore_errors=True)
+                self.folder.rename(aside)  # at once: what is half deleted could be taken for something else
+                shutil.rmtree(aside)
         if writes:
-            if finished:
-                shutil.rmtree(self.folder)
-            files.write_json(stored, about)
+            files.write_json(self.folder / "about.json", about)
 
     def read(self) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
         """All that was added, oldest first."""

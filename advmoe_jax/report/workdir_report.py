@@ -18,6 +18,7 @@ _ROUTING = ("Load: share of the clean test images that each expert gets. Entropy
             "them.")
 _ATTEMPTS = ("Robust accuracy = worst case per example. The attacks of a suite, in order: images that they were given, "
              "that they broke, and the robust accuracy after them.")
+_MORE = {"ra": "RA alone %", "accuracy": "accuracy %"}
 _OF_ALL = "Accuracy: as SR-GKP's tables have it, with images that were wrong when clean and are right after the attack."
 _VIEWS = {"none": "router constant"}
 
@@ -84,14 +85,14 @@ def attempt_tables(run: Run) -> list[Table]:
     found = []
     for entry in run.entries:
         if len({attempt["attack"] for attempt in entry["attempts"]}) > 1:
-            of_all = any("accuracy" in attempt for attempt in entry["attempts"])
+            more = {column: name for name, column in _MORE.items() if any(name in a for a in entry["attempts"])}
             rows = [(a["attack"], _VIEWS.get(a["view"], a["view"]), str(a["attacked"]), str(a["broken"]),
                      tables.percent(a["ra_after"]), f"{a['seconds']:.1f}",
-                     *([tables.percent(a["accuracy"]) if "accuracy" in a else ""] if of_all else []))
+                     *(tables.percent(a[name]) if name in a else "" for name in more.values()))
                     for a in entry["attempts"]]
             found.append(Table(f"{runs.attack_title(entry)}, {entry['checkpoint']} checkpoint",
-                               ("attack", "gradient", "images", "broken", "RA after %", "s",
-                                *(["accuracy %"] if of_all else [])), rows, (_OF_ALL,) if of_all else ()))
+                               ("attack", "gradient", "images", "broken", "RA after %", "s", *more), rows,
+                               (_OF_ALL,) if "accuracy %" in more else ()))
     return found
 
 

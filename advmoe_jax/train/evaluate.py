@@ -66,7 +66,8 @@ def run(system: System, state: State, arrays: dict[str, np.ndarray], indices: np
         routed=system.routed_fn(state) if system.routed_fn else None)
 
 
-def summarize(found: Found, suite: Suite, num_experts: int, noticed: tuple[Flag, ...] = ()) -> dict[str, Any]:
+def summarize(found: Found, suite: Suite, num_experts: int, noticed: tuple[Flag, ...] = (),
+              earlier: tuple[verdicts.Attempt, ...] = ()) -> dict[str, Any]:
     """The record of a run: rates as fractions in [0, 1] with Wilson 95 % intervals.
 
     Args:
@@ -74,8 +75,9 @@ def summarize(found: Found, suite: Suite, num_experts: int, noticed: tuple[Flag,
         suite: as given to it.
         num_experts: E.
         noticed: from `suspicions`.
+        earlier: attempts of other suites on the same model and images, which should not have missed what these found.
     """
-    noticed += flags.of_attempts(found)
+    noticed += flags.of_attempts(dataclasses.replace(found, attempts=(*earlier, *found.attempts)))
     n, robust = len(found.index), found.survivors()
     attempts, stands = [], found.correct
     for attempt in found.attempts:
@@ -86,6 +88,8 @@ def summarize(found: Found, suite: Suite, num_experts: int, noticed: tuple[Flag,
             "attacked": int(attempt.attacked.sum()),
             "broken": int((attempt.attacked & found.correct & ~survives).sum()),
             "ra_after": float(stands.mean()), "seconds": round(attempt.seconds, 2), **attempt.passes})
+        if not suite.survivors_only:
+            attempts[-1]["ra"] = float(survives.mean())
         if attempt.spec.all_images:
             attempts[-1]["accuracy"] = float((attempt.after["label"] == found.label).mean())
     record = {
@@ -94,7 +98,8 @@ def summarize(found: Found, suite: Suite, num_experts: int, noticed: tuple[Flag,
         "n": n, "sa": float(found.correct.mean()), "sa_interval": wilson(found.correct.sum(), n),
         "ra": float(robust.mean()), "ra_interval": wilson(robust.sum(), n),
         "ra_by_view": {} if suite.survivors_only else {
-            attempt.view: float(found.survivors([attempt]).mean()) for attempt in found.attempts},
+            view: float(found.survivors([attempt for attempt in found.attempts if attempt.view == view]).mean())
+            for view in dict.fromkeys(attempt.view for attempt in found.attempts)},
         "unreliable": any(flag.unreliable for flag in noticed),
         "flags": [dataclasses.asdict(flag) for flag in noticed], "attempts": attempts,
         "largest_norm": _largest_norm(found.attempts),

@@ -192,6 +192,54 @@ def test_a_batch_that_does_not_fit_is_halved():
     assert len(found.survivors()) == COUNT
 
 
+def test_what_did_not_fit_once_is_not_tried_again(monkeypatch):
+    """From the clean pass on; what is too large for one image a device is an error."""
+    sizes, predict = [], verdicts._predict
+
+    def greedy(outputs_fn, x, y, limit=8):
+        sizes.append(x.shape[0])
+        if x.shape[0] > limit:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return predict(outputs_fn, x, y)
+
+    monkeypatch.setattr(verdicts, "_predict", greedy)
+    _run(suites.together("fgsm pgd(num_steps=2)", "linf", "0.05"), batch_size=32)
+    assert sizes[:3] == [32, 16, 8] and max(sizes[3:]) == 8
+    monkeypatch.setattr(verdicts, "_predict", functools.partial(greedy, limit=0))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        _run(suites.together("fgsm", "linf", "0.05"), batch_size=32)
+
+
+def test_noise_of_a_fixed_strength_has_no_budget():
+    for text in ("gaussian_noise(sigma=0.2,draws=2)", "salt_pepper(amount=1/4,draws=1)"):
+        found, record = _found(text)
+        assert 0.05 < np.max(found.attempts[0].after["linf"]) and 0 < record["ra"] < record["sa"]
+
+
+def test_columns_of_a_suite(three_views):
+    """Each attack's own accuracy, and through each view that of all its attacks."""
+    suite = suites.Suite("two", suites.together(f"fgsm {PGD}", "linf", "0.05").specs, False)
+    found = _run(suite, views=VIEWS)
+    record = evaluate.summarize(found, suite, 2)
+    for attempt, told in zip(found.attempts, record["attempts"], strict=True):
+        assert told["ra"] == found.survivors([attempt]).mean()
+    for view in VIEWS:
+        both = [attempt for attempt in found.attempts if attempt.view == view]
+        assert len(both) == 2 and record["ra_by_view"][view] == found.survivors(both).mean()
+    assert record["ra"] == found.survivors().mean() <= min(record["ra_by_view"].values())
+
+
+def test_suites_of_one_command_watch_each_other():
+    """PGD through a dead gradient finds nothing; Square beside it does, and the accuracy cannot be trusted."""
+    gradient, blind = suites.alone("pgd(num_steps=2) square(num_queries=60)", "linf", "0.2")
+    found = _run(gradient, views=("ste_selected",))
+    assert not evaluate.summarize(found, gradient, 2)["unreliable"]
+    second = _run(blind, views=("ste_selected",))
+    assert not evaluate.summarize(second, blind, 2)["unreliable"]
+    record = evaluate.summarize(second, blind, 2, earlier=found.attempts)
+    assert [flag["name"] for flag in record["flags"]] == ["black_box_wins"] and record["unreliable"]
+
+
 def test_expert_load(three_views):
     found, record = three_views
     load = np.array(record["load"])
