@@ -71,7 +71,9 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
         raise UserError("pgd has early_stop=True and keep='last': expected keep='best', which it may stop at")
     eps = settings.budget("pgd", config, NORMS, num_steps=1, restarts=1)
     step_size = units.step_size(config.step_size, eps, config.num_steps, config.norm)
-    program = Search(config.norm, config.start, objectives.get(config.loss), config.keep == "best", config.early_stop)
+    looks_at_last = config.keep == "best" or config.restarts > 1
+    program = Search(config.norm, config.start, objectives.get(config.loss), config.keep == "best", config.early_stop,
+                     looks_at_last=looks_at_last)
 
     def attack(logits_fn, key, x, y):
         rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
@@ -80,7 +82,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
 
         def one(inputs, restart):
             started = inputs._replace(scalars=inputs.scalars | {"restart": restart})
-            return driver.run(program, started, config.num_steps + 1, config.driver)
+            return driver.run(program, started, config.num_steps + looks_at_last, config.driver)
 
         worst = driver.none_yet(x)
         return jax.lax.stop_gradient(driver.rounds(one, inputs, worst, config.restarts, config.early_stop)["x"])
@@ -92,6 +94,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
 class Search:
     """One restart as a `driver.Program`; step i looks at iterate i and then moves, in vain after the last look.
 
+    Without `looks_at_last` the result is where the last step moved to, of which nothing is known.
     Rows are "keys", "x", "y"; "init", images to start from, if there are any; and "route", what the model takes beside
     the image, if it takes anything. Scalars are "eps", "step_size", "restart".
     """
@@ -102,6 +105,7 @@ class Search:
     keep_best: bool
     stops: bool
     cost: tuple[int, int] = (1, 1)
+    looks_at_last: bool = True
 
     def start(self, inputs: driver.Inputs) -> Any:
         x, eps = inputs.rows["x"], inputs.scalars["eps"]
@@ -138,7 +142,7 @@ class Search:
         return carry[1]["broken"]
 
     def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
-        return carry[1]
+        return carry[1] if self.looks_at_last else carry[1] | {"x": carry[0]}
 
     def _keys(self, inputs):
         return rng.fold_in(inputs.rows["keys"], inputs.scalars["restart"])

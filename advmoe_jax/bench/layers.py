@@ -3,6 +3,7 @@
 3x3 convolutions of ResNet-18 at CIFAR shapes, random weights; each expert gets as many images as the others.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from advmoe_jax.bench import nets
 from advmoe_jax.bench.timing import interleaved
 from advmoe_jax.ops import dispatch, routing
+from advmoe_jax.ops.conv import conv2d
 from advmoe_jax.ops.dispatch import Dispatch
 
 _SHAPES = ((32, 64), (16, 128), (8, 256), (4, 512))  # H, C of the dense layer
@@ -41,20 +43,26 @@ def _row(case, shape, rounds):
         return layer
 
     def s_dense(x, kernel, scores):
-        return dispatch.conv2d(x, kernel[..., :width], 1)
+        return conv2d(x, kernel, 1)
 
     layers = {"all": routed("all"), "blocks": routed("blocks"), "S-Dense": s_dense}
+    kernels = dict.fromkeys(layers, kernel) | {"S-Dense": kernel[..., :width]}
     row = {"N": num_experts, "r": scale, "experts": experts, "B": batch, "H": height, "C": channels}
-    for what, function in (("forward", lambda layer: layer), ("with gradients", _gradients(dy))):
-        ms = interleaved({name: jax.jit(function(layer)) for name, layer in layers.items()},
-                         (x, kernel, scores), rounds)
+    for what, function in (("forward", _forward), ("with gradients", _gradients)):
+        ms = interleaved({name: functools.partial(jax.jit(function(layer)), dy, x, kernels[name], scores)
+                          for name, layer in layers.items()}, (), rounds)
         row |= {f"{what}: S-Dense ms": ms["S-Dense"], f"{what}: all ms": ms["all"], f"{what}: blocks ms": ms["blocks"],
                 f"{what}: all / blocks": ms["all"] / ms["blocks"],
                 f"{what}: blocks / S-Dense": ms["blocks"] / ms["S-Dense"]}
     return row
 
 
-def _gradients(dy):
-    def of(layer):
-        return lambda *inputs: jax.grad(lambda *i: jnp.sum(layer(*i) * dy), argnums=(0, 1, 2))(*inputs)
-    return of
+def _forward(layer):
+    return lambda dy, *inputs: layer(*inputs)
+
+
+def _gradients(layer):
+    """The value too, or the forward pass of a layer that does not need it for its gradients is dropped."""
+    def run(dy, *inputs):
+        return jax.value_and_grad(lambda *i: jnp.sum(layer(*i) * dy), argnums=(0, 1, 2))(*inputs)
+    return run

@@ -1,6 +1,7 @@
 """The networks that benchmarks time: ResNet-18 at CIFAR shapes with random weights, and choices of a given load."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from advmoe_jax.core import config
@@ -8,14 +9,32 @@ from advmoe_jax.models import network
 from advmoe_jax.models.network import Network
 
 IMAGE_SHAPE, CLASSES = (32, 32, 3), 10
+MODEL = {"model.width": 64, "model.depth": 18}
 
 
 def make(**model) -> tuple[Network, dict]:
     """A network and its variables. `model`: fields of `config.model` that differ from the default."""
-    cfg = config.default().model
-    cfg.update(model)
-    net = network.make(cfg, IMAGE_SHAPE, CLASSES)
+    cfg = config.default()
+    cfg.update_from_flattened_dict(MODEL)
+    cfg.model.update(model)
+    net = network.make(cfg.model, IMAGE_SHAPE, CLASSES)
     return net, jax.jit(net.init)(jax.random.key(0))
+
+
+def settled(net: Network, variables: dict) -> dict:
+    """Variables with the statistics of random images, and a router of one choice that spreads them over the experts:
+    fresh ones send all to one, which costs less."""
+    x = images(32)
+    train = jax.jit(net.apply_train)
+    _, aux, stats = train(variables, x)
+    # Training keeps 0.9 of the old statistics; those of the batch alone are wanted.
+    stats = jax.tree.map(lambda old, new: old + (new - old) / 0.1, variables["batch_stats"], stats)
+    variables = {"params": dict(variables["params"]), "batch_stats": stats}
+    if net.one_choice:
+        scores = aux["router_logits"][:, 0]
+        fc = variables["params"]["router"]["fc"]
+        variables["params"]["router"] |= {"fc": fc | {"bias": fc["bias"] - jnp.median(scores, 0)}}
+    return variables
 
 
 def images(batch: int) -> jax.Array:

@@ -56,6 +56,7 @@ def _forward(rounds):
 
     def in_jax(**model):
         net, variables = nets.make(**model)
+        variables = nets.settled(net, variables)
         return functools.partial(jax.jit(net.apply), variables, x)
 
     theirs = {name: functools.partial(in_torch, net.eval()) for name, net in _torch_nets().items()}
@@ -72,9 +73,11 @@ def _training(rounds):
 
     x, y = torch.rand(_TRAINING, 3, *nets.IMAGE_SHAPE[:2]), torch.randint(0, nets.CLASSES, (_TRAINING,))
     theirs = {name: functools.partial(released.trainer(net.train()), x, y) for name, net in _torch_nets().items()}
+    theirs["MoE with logs"] = functools.partial(released.trainer(_torch_nets()["MoE"].train(), logs=True), x, y)
     ours = {"Dense": ("Dense", train.program("at_dense", {})),
             "S-Dense": ("S-Dense", train.program("at_sdense", {})),
             "AdvMoE, as released": ("MoE", train.program("advmoe", _RELEASED)),
-            "AdvMoE, as the paper": ("MoE", train.program("advmoe", {}))}
+            "AdvMoE, as the paper": ("MoE", train.program("advmoe", {})),
+            "AdvMoE, as the paper; torch with its passes for logs": ("MoE with logs", train.program("advmoe", {}))}
     ours = {name: (other, functools.partial(run, 1)) for name, (other, run) in ours.items()}
     return _rows(f"iteration, batch {_TRAINING}", theirs, ours, rounds)

@@ -2,7 +2,7 @@
 
 As OPTML-Group/Robust-MoE-CNN trains a CIFAR ResNet-18: every expert of a routed convolution is computed, a mask of the
 one choice of a ResNet-20 router drops all but one; one batch, the backbone's step first, then the router's with an
-attack of its own. Its forward passes for logging are left out. Images (B, 3, H, W), scores (B, E).
+attack of its own. Images (B, 3, H, W), scores (B, E).
 """
 
 import torch
@@ -104,20 +104,13 @@ def _kl(clean, adversarial):
     return functional.kl_div(functional.log_softmax(adversarial, 1), functional.softmax(clean, 1), reduction="sum")
 
 
-def _attack(models, x):
-    """PGD on the sum of the KL divergences of `models`, in evaluation mode."""
-    for model in models:
-        model.eval()
-    with torch.no_grad():
-        clean = [model(x) for model in models]
+def _attack(x, targets):
+    """PGD on the sum of KL(target || scores) of some models in evaluation mode. `targets` are (model, its target)."""
     x_adv = x + 0.001 * torch.randn_like(x)
     for _ in range(_STEPS):
         x_adv.requires_grad_()
-        loss = sum(_kl(scores, model(x_adv)) for scores, model in zip(clean, models))
-        [grad] = torch.autograd.grad(loss, x_adv)
+        [grad] = torch.autograd.grad(sum(_kl(target, model(x_adv)) for model, target in targets), x_adv)
         x_adv = (x_adv.detach() + _STEP_SIZE * grad.sign()).clamp(x - _EPS, x + _EPS).clamp(0, 1)
-    for model in models:
-        model.train()
     return x_adv
 
 
@@ -127,26 +120,40 @@ def _descend(optimizer, loss):
     optimizer.step()
 
 
-def trainer(model: ResNet18):
-    """`step(x, y)`: one iteration of TRADES, and of the router's training by label modulo N where there is a router."""
+def trainer(model: ResNet18, logs: bool = False):
+    """`step(x, y)`: one iteration of TRADES, and of the router's training by label modulo N where there is a router.
+
+    The learning rate is 0, so that a model can be timed for long. With `logs` also the two forward passes of the model
+    that the released code spends on logging.
+    """
     def sgd(parameters):
-        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
+        return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=5e-4)
 
     router = model.router
     routing = set() if router is None else set(router.parameters())
     backbone_sgd = sgd([p for p in model.parameters() if p not in routing])
     router_sgd = None if router is None else sgd(router.parameters())
-    attacked = [model] if router is None else [model, router]
+
+    def attack(x, scores):
+        model.eval()
+        with torch.no_grad():
+            targets = [(model, model(x))]
+        x_adv = _attack(x, targets if router is None else [*targets, (router, scores.detach())])
+        model.train()
+        return x_adv
 
     def step(x, y):
-        x_adv = _attack(attacked, x)
+        scores = None if router is None else router(x)
+        x_adv = attack(x, scores)
         clean, adversarial = model(x), model(x_adv)
         loss = functional.cross_entropy(clean, y) + _BETA * _kl(clean, adversarial) / len(x)
         _descend(backbone_sgd, loss)
         if router is not None:
-            x_adv = _attack(attacked, x)
-            clean, adversarial = router(x), router(x_adv)
-            loss = _BETA * (functional.cross_entropy(clean, y % clean.shape[1]) + _kl(clean, adversarial) / len(x))
-            _descend(router_sgd, loss)
+            x_adv = attack(x, scores)
+            attacked = router(x_adv)
+            loss = functional.cross_entropy(scores, y % scores.shape[1]) + _kl(scores, attacked) / len(x)
+            _descend(router_sgd, _BETA * loss)
+        if logs:
+            model(x), model(x_adv)
 
     return step

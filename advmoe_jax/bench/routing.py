@@ -42,15 +42,16 @@ def _rows(what, model, batch, rounds):
     for first in (1 / num_experts, 0.9):
         route = routing.fixed(nets.load(batch, num_experts, num_choices, first))
         ms = interleaved(alone | {kind: _forward(*of, route) for kind, of in routed.items()}, (x,), rounds)
-        best = min(ms[kind] for kind in kinds if kind != "all")
+        auto = nets.make(**model)[0].module.dispatch.kind
         least = ms["S-Dense"] + ms.get("router", 0)
         counts = [sum(spec.macs for spec in of.layers) for of in (dense[0], net)]
         rows.append({
             "what": what, "N": num_experts, "B": batch, "load of the first": f"{100 * first:.0f} %",
             "dense ms": ms["dense"], "S-Dense ms": ms["S-Dense"], "router ms": ms.get("router", ""),
             "all ms": ms["all"], "blocks ms": ms["blocks"], "host ms": ms.get("host", ""),
-            "dense / routed": ms["dense"] / best, "by MACs": counts[0] / counts[1],
-            "all / routed": ms["all"] / best, "routed / (router + S-Dense)": best / least})
+            "auto is": auto, "dense / auto": ms["dense"] / ms[auto],
+            "by MACs": counts[0] / counts[1], "all / blocks": ms["all"] / ms["blocks"],
+            "auto / (router + S-Dense)": ms[auto] / least})
     return rows
 
 

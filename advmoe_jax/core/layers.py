@@ -37,7 +37,7 @@ class LayerSpec:
 
     @property
     def stored_macs(self) -> int:
-        """Multiply-accumulates of all the stored channels, as the `all` dispatch executes them."""
+        """Multiply-accumulates of all the stored channels."""
         return math.prod(self.kernel) * math.prod(self.out_size)
 
 

@@ -110,8 +110,7 @@ class Network:
         """
         if not self._has_pathways(route):
             return self.module.apply(variables, x, route, False)
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((variables, x, route)))
-        if self.module.dispatch.kind == "host" and not traced:
+        if self.module.dispatch.kind == "host" and _is_here((variables, x, route)):
             scores, gate, ids = _choices(_Static(self), variables, x, route)
             pathway = jax.tree_util.Partial(_pathway, _Static(self))
             return dispatch.on_host(pathway, variables, x, gate, np.asarray(ids)), _aux([scores], [ids])
@@ -151,6 +150,12 @@ class _Static:
 
 def _evaluate(static, variables, x, route):
     return static.network.apply(variables, x, route)
+
+
+def _is_here(tree):
+    """Whether all arrays of a pytree are known, and on one device."""
+    return not any(isinstance(leaf, jax.core.Tracer) or (isinstance(leaf, jax.Array) and len(leaf.devices()) > 1)
+                   for leaf in jax.tree.leaves(tree))
 
 
 @jax.jit

@@ -114,10 +114,12 @@ def conv(x: jax.Array, kernel: jax.Array, choice: Choice, starts: tuple[int, ...
         start = jnp.asarray(starts)[choice.expert]
         y = conv2d(x, jax.lax.dynamic_slice_in_dim(kernel, start, width, 3), stride)
         return y * jnp.take(choice.gate, choice.expert, axis=1)[:, None, None, None]
+    windows = [kernel[..., start:start + width] for start in starts]
+    if len(starts) * width < kernel.shape[-1]:  # some stored channels belong to no expert
+        kernel, starts = jnp.concatenate(windows, -1), tuple(range(0, len(starts) * width, width))
     if choice.plan is None:
         return routing.mix(conv2d(x, kernel, stride), choice.gate, starts, width)
-    kernels = jnp.stack([kernel[..., start:start + width] for start in starts])
-    return _routed(x, kernels, jax.lax.stop_gradient(kernel), choice.gate, choice.plan, starts, stride,
+    return _routed(x, jnp.stack(windows), jax.lax.stop_gradient(kernel), choice.gate, choice.plan, starts, stride,
                    choice.grad == "ste_full", choice.dispatch)
 
 
@@ -143,7 +145,7 @@ def pathways(apply: Callable[[Any, jax.Array, Choice], jax.Array], variables: An
 
 
 def on_host(apply: Callable[[Any, jax.Array, Choice], jax.Array], variables: Any, x: jax.Array, gate: jax.Array,
-            ids: np.ndarray) -> np.ndarray:
+            ids: np.ndarray) -> jax.Array:
     """As `pathways`, for arrays: each expert gets its images in one call, filled up to one of a few sizes.
 
     Args:
@@ -155,14 +157,14 @@ def on_host(apply: Callable[[Any, jax.Array, Choice], jax.Array], variables: Any
     Returns:
         (B, K).
     """
-    step, found = max(1, len(ids) // _HOST_SIZES), {}
+    step, found = -(-len(ids) // _HOST_SIZES), {}
     for expert in np.unique(ids):
         rows = np.flatnonzero(ids == expert)
         take = np.resize(rows, -(-len(rows) // step) * step)
         found[expert] = rows, apply(variables, x[take], Choice(gate[take], expert=jnp.int32(expert)))
     logits = {expert: np.asarray(y)[:len(rows)] for expert, (rows, y) in found.items()}  # when all of them run
     order = np.argsort(np.concatenate([rows for rows, _ in found.values()]))
-    return np.concatenate(list(logits.values()))[order]
+    return jnp.asarray(np.concatenate(list(logits.values()))[order])
 
 
 def _of(mesh, batch):

@@ -4,9 +4,9 @@ An implicit matrix product: for each of the k * k taps, the window of a block's 
 filters of its expert (I, w), summed in float32. The blocks of a plan are sorted by expert, so that filters are fetched
 when the expert changes and filters' gradients are summed where they lie.
 
-Written for TPU. It compiles for it and agrees with `ops.blocks` in interpret mode, but was never timed on one; this is
-why `model.dispatch=auto` does not take it. Elsewhere it runs in interpret mode, which is slow. Arguments as in
-`ops.blocks`.
+Written for TPU: it lowers to Mosaic, and agrees with `ops.blocks` in interpret mode, which is how it runs elsewhere,
+slowly. It was never compiled for a TPU to the end, nor timed on one, and the images of a block must fit into its vector
+memory: at 32x32x64 those of 8 do not. This is why `model.dispatch=auto` does not take it. Arguments as in `ops.blocks`.
 """
 
 import functools
@@ -25,7 +25,7 @@ from advmoe_jax.ops.plans import Plan
 def conv(kernels: jax.Array, x: jax.Array, plan: Plan, stride: int) -> jax.Array:
     """(B, H / s, W / s, w)."""
     p = kernels.shape[1] // 2
-    y = _conv(_gather(x, plan), kernels, plan.expert, stride, ((p, p), (p, p)))
+    y = _conv(_gather(x, plan), kernels, plan.expert, plan.used, stride, ((p, p), (p, p)))
     return y.reshape(-1, *y.shape[2:])[plan.place]
 
 
@@ -37,7 +37,7 @@ def input_grad(kernels: jax.Array, x: jax.Array, dy: jax.Array, plan: Plan, stri
                  for size, out in zip(x.shape[1:3], dy.shape[1:3]))
     dilated = lax.pad(_gather(dy, plan), jnp.zeros((), dy.dtype),
                       ((0, 0, 0),) * 2 + ((0, 0, stride - 1),) * 2 + ((0, 0, 0),))
-    dx = _conv(dilated, jnp.flip(kernels, (1, 2)).swapaxes(3, 4), plan.expert, 1, pads)
+    dx = _conv(dilated, jnp.flip(kernels, (1, 2)).swapaxes(3, 4), plan.expert, plan.used, 1, pads)
     return dx.reshape(-1, *dx.shape[2:])[plan.place]
 
 
@@ -95,25 +95,27 @@ def _tile(width):
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "pads"))
-def _conv(x, kernels, expert, stride, pads):
-    """(n, T, H, W, I), (E, k, k, I, w), (n,) -> (n, T, H', W', w)."""
+def _conv(x, kernels, expert, used, stride, pads):
+    """(n, T, H, W, I), (E, k, k, I, w), (n,), (n,) -> (n, T, H', W', w), undefined where a block is not used."""
     k, width = kernels.shape[1], kernels.shape[-1]
     x, out = _phases(x, k, stride, pads)
     tile = _tile(width)
 
-    def body(_, x_ref, kernel_ref, y_ref):
-        total = sum(jnp.dot(_window(x_ref, tap, stride, out), kernel_ref[0, tap[0], tap[1]],
-                            preferred_element_type=_sum_type(x)) for tap in _taps(k))
-        y_ref[0] = total.astype(y_ref.dtype).reshape(y_ref.shape[1:])
+    def body(_, used_ref, x_ref, kernel_ref, y_ref):
+        @pl.when(used_ref[pl.program_id(0)] > 0)
+        def _():
+            total = sum(jnp.dot(_window(x_ref, tap, stride, out), kernel_ref[0, tap[0], tap[1]],
+                                preferred_element_type=_sum_type(x)) for tap in _taps(k))
+            y_ref[0] = total.astype(y_ref.dtype).reshape(y_ref.shape[1:])
 
     return pl.pallas_call(
         body, grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=(len(x), width // tile),
-            in_specs=[pl.BlockSpec((1, *x.shape[1:]), lambda b, c, expert: (b, *[0] * 6)),
-                      pl.BlockSpec((1, *kernels.shape[1:4], tile), lambda b, c, expert: (expert[b], 0, 0, 0, c))],
-            out_specs=pl.BlockSpec((1, x.shape[1], *out, tile), lambda b, c, expert: (b, 0, 0, 0, c))),
+            num_scalar_prefetch=2, grid=(len(x), width // tile),
+            in_specs=[pl.BlockSpec((1, *x.shape[1:]), lambda b, c, *_: (b, *[0] * 6)),
+                      pl.BlockSpec((1, *kernels.shape[1:4], tile), lambda b, c, expert, _: (expert[b], 0, 0, 0, c))],
+            out_specs=pl.BlockSpec((1, x.shape[1], *out, tile), lambda b, c, *_: (b, 0, 0, 0, c))),
         out_shape=jax.ShapeDtypeStruct((*x.shape[:2], *out, width), x.dtype),
-        interpret=jax.default_backend() != "tpu")(expert, x, kernels)
+        interpret=jax.default_backend() != "tpu")(expert, used.astype(jnp.int32), x, kernels)
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "k", "num_experts"))
@@ -133,7 +135,7 @@ def _kernel_grad(x, dy, expert, stride, k, num_experts):
         y = dy_ref[0].reshape(-1, tile)
         for i, j in _taps(k):
             grad_ref[0, i, j] += jnp.dot(_window(x_ref, (i, j), stride, out).T, y,
-                                         preferred_element_type=_sum_type(x)).astype(grad_ref.dtype)
+                                         preferred_element_type=_sum_type(x))
 
     return pl.pallas_call(
         body, grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -141,5 +143,5 @@ def _kernel_grad(x, dy, expert, stride, k, num_experts):
             in_specs=[pl.BlockSpec((1, *x.shape[1:]), lambda c, b, expert: (b, *[0] * 6)),
                       pl.BlockSpec((1, *dy.shape[1:4], tile), lambda c, b, expert: (b, 0, 0, 0, c))],
             out_specs=pl.BlockSpec((1, k, k, channels, tile), lambda c, b, expert: (expert[b], 0, 0, 0, c))),
-        out_shape=jax.ShapeDtypeStruct((num_experts, k, k, channels, width), x.dtype),
-        interpret=jax.default_backend() != "tpu")(expert, x, dy)
+        out_shape=jax.ShapeDtypeStruct((num_experts, k, k, channels, width), _sum_type(x)),
+        interpret=jax.default_backend() != "tpu")(expert, x, dy).astype(x.dtype)

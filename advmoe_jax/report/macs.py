@@ -13,6 +13,6 @@ def count(network: Network) -> dict[str, int]:
     backbone = [spec for spec in network.layers if spec.path.startswith("backbone/")]
     router = sum(spec.macs for spec in network.layers if spec.path.startswith("router/"))
     pathway = sum(spec.macs for spec in backbone)
-    stored = sum(spec.stored_macs for spec in backbone)
+    stored = sum(min(spec.stored_macs, network.num_experts * spec.macs) for spec in backbone)
     return {"pathway": pathway, "router": router, "total": pathway + router,
             "executed": (stored if network.module.dispatch.kind == "all" else pathway) + router}

@@ -163,7 +163,7 @@ def build(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh, u
     one_of("system.router_loss", cfg.system.router_loss, ROUTER_LOSSES)
     per_epoch = pipeline.steps_per_epoch(len(indices), cfg.data.batch_size)
     length = units.steps(cfg.train.length, per_epoch, what="train.length")
-    optimizers = {group: optim.make(cfg.optim[group], max(1, per_epoch // u.every), -(-length // u.every))
+    optimizers = {group: optim.make(cfg.optim[group], per_epoch, length, u.every)
                   for u in updates for group in u.owns}
 
     def fresh(key):

@@ -22,7 +22,7 @@ def make(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh) ->
 
     Two fields change the algorithm to make an iteration cheaper: with `system.share_attack` the level that comes second
     takes the adversarial images of the first, made before that one's update; the router is updated in every
-    `system.router_every`-th iteration alone, its schedule being as much shorter.
+    `system.router_every`-th iteration alone.
 
     Raises:
         UserError: the network has one expert, or the loss has no adversary.

@@ -22,9 +22,11 @@ def make(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh) ->
     if cfg.system.router_loss == "label_mod":
         raise UserError("system.router_loss=label_mod is a loss of the router's own update, which system.name=standard "
                         "does not have: expected trades, or system.name=advmoe")
-    if cfg.system.share_attack or cfg.system.router_every > 1:
-        raise UserError("system.share_attack and system.router_every are of two levels, and system.name=standard has "
-                        "one: expected false and 1, or system.name=advmoe")
+    one_level = {"share_batch": False, "share_attack": False, "router_every": 1, "order": "router_first"}
+    for field, value in one_level.items():
+        if cfg.system[field] != value:
+            raise UserError(f"system.{field} is {cfg.system[field]}, which is for two levels, and system.name=standard "
+                            f"has one: expected {value}, or system.name=advmoe")
     kind = "MoE" if network.num_experts > 1 else "Dense" if cfg.model.model_scale == 1 else "S-Dense"
     name = f"natural {kind}" if cfg.system.loss == "natural" else f"AT({kind}) by {cfg.system.loss}"
     return build(cfg, network, indices, mesh, (Update("train", network.groups, "data"),), name)

@@ -34,15 +34,18 @@ def schedule(cfg, steps_per_epoch: int, total_steps: int) -> Callable:
     return lambda step: base(step) * (jnp.minimum(1, (step + 1) / warmup) if warmup else 1)
 
 
-def make(cfg, steps_per_epoch: int, total_steps: int) -> optax.GradientTransformation:
+def make(cfg, steps_per_epoch: int, total_steps: int, every: int = 1) -> optax.GradientTransformation:
     """SGD with momentum and coupled weight decay on all parameters, as PyTorch's.
 
     Args:
         cfg: fields learning_rate, momentum, weight_decay, schedule, warmup, and clip_norm, the largest global
             gradient norm (0 for no clipping).
+        steps_per_epoch, total_steps: of training.
+        every: in which of its steps parameters are updated: every one, every second, ...
     """
+    rate = schedule(cfg, steps_per_epoch, total_steps)
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm > 0 else optax.identity(),
         optax.add_decayed_weights(cfg.weight_decay),
         optax.trace(cfg.momentum),
-        optax.scale_by_learning_rate(schedule(cfg, steps_per_epoch, total_steps)))
+        optax.scale_by_learning_rate(lambda count: rate(every * count)))

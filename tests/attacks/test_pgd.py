@@ -199,6 +199,22 @@ def test_l2_moves_on_a_dead_gradient():
     np.testing.assert_array_equal(_attack(_masked, weights, x, y, **settings | dict(norm="linf")), x)
 
 
+def test_the_last_iterate_needs_no_look():
+    """With one restart: it is where K steps lead, by K passes; more restarts are compared."""
+    weights, x, y = _curved()
+    last = {}
+    for restarts in (1, 2):
+        with driver.counted() as ledger:
+            last[restarts] = _attack(_mlp, weights, x, y, norm="linf", eps=0.05, num_steps=3, keep="last",
+                                     restarts=restarts)
+        assert ledger.forward == {1: 3, 2: 8}[restarts] * len(x)
+    best = _attack(_mlp, weights, x, y, norm="linf", eps=0.05, num_steps=3, step_size="0.01 eps", keep="best")
+    same = _attack(_mlp, weights, x, y, norm="linf", eps=0.05, num_steps=3, step_size="0.01 eps", keep="last")
+    hit = np.argmax(_mlp(weights, best), -1) != y
+    assert np.mean(np.all(best == same, (1, 2, 3)) | hit) > 0.9  # tiny steps: the last iterate is the best one
+    assert not np.array_equal(last[1], x)
+
+
 def test_kl_objective_moves_away_from_the_clean_distribution():
     weights, x, _ = _curved()
     clean = _mlp(weights, x)

@@ -44,7 +44,7 @@ def _net(case, kind, mesh=None):
 
 
 @functools.cache
-def _inputs(case, train=False):
+def _inputs(case, train=False, batch=BATCH):
     """Variables in float64 with scores that spread over the experts, images, cotangents of logits and of scores."""
     numbers = np.random.default_rng(0)
     with jax.enable_x64(False):
@@ -52,17 +52,17 @@ def _inputs(case, train=False):
     variables = jax.tree.map(lambda leaf: numbers.standard_normal(leaf.shape) * min(1, np.sqrt(
         2 / max(np.prod(leaf.shape[:-1]), 1))), variables)
     variables["batch_stats"] = jax.tree.map(lambda leaf: 1 + leaf**2, variables["batch_stats"])
-    x = numbers.uniform(0, 1, (BATCH, *SHAPE))
+    x = numbers.uniform(0, 1, (batch, *SHAPE))
     if case[0] == "global":  # centre its scores, or all images take one expert
         net = _net(case, "all")
         scores = (net.apply_train if train else net.apply)(variables, x)[1]["router_logits"][:, 0]
         variables["params"]["router"]["fc"]["bias"] -= np.asarray(scores.mean(0))
-    return variables, x, numbers.standard_normal((BATCH, CLASSES))
+    return variables, x, numbers.standard_normal((batch, CLASSES))
 
 
-def _run(net, case, grad, train, detach=False):
+def _run(net, case, grad, train, detach=False, batch=BATCH):
     """Logits, choices, statistics, and gradients to parameters and images of a sum over all outputs."""
-    variables, x, cotangent = _inputs(case, train)
+    variables, x, cotangent = _inputs(case, train, batch)
     route = routing.hard(grad, detach)
     if net.module.dispatch.mesh is not None:
         x, cotangent = (jax.device_put(a, meshes.by_example(net.module.dispatch.mesh)) for a in (x, cotangent))
@@ -105,6 +105,20 @@ def test_blocks_are_exact(case, grads, train):
             ids = theirs[0][1]["expert_ids"]
             assert len(np.unique(ids)) > 1, "more than one expert is used"
             _assert_equal(_run(_net(case, "blocks"), case, grad, train), theirs)
+
+
+@pytest.mark.parametrize("case, batch, devices", [
+    pytest.param(CASES[3], 13, 1, id="one"), pytest.param(CASES[0], 20, 4, id="four"),
+    pytest.param(CASES[2], 13, 1, id="eight-experts", marks=pytest.mark.slow),
+    pytest.param(CASES[5], 20, 4, id="global-four", marks=pytest.mark.slow)])
+def test_fillers_and_empty_blocks(case, batch, devices, monkeypatch):
+    """Blocks of 4 that no expert fills, of a batch that they do not divide."""
+    monkeypatch.setattr(dispatch, "block_size", lambda *_: 4)
+    mesh = meshes.make() if devices == 4 else None
+    with jax.enable_x64(True):
+        ours, theirs = (_run(_net(case, kind, on), case, "ste_full", True, devices == 4, batch)
+                        for kind, on in (("blocks", mesh), ("all", None)))
+    _assert_equal(ours, theirs)
 
 
 @pytest.mark.slow

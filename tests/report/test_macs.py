@@ -11,10 +11,14 @@ S_DENSE = dict(num_experts=1, model_scale=0.5)
 IMAGENET = dict(shape=(224, 224, 3), classes=1000, stem="imagenet")
 
 
-def count(shape=(32, 32, 3), classes=10, **fields):
+def _cfg(**fields):
     cfg = configs.default().model
     cfg.update(fields)
-    return macs.count(network.make(cfg, shape, classes))
+    return cfg
+
+
+def count(shape=(32, 32, 3), classes=10, **fields):
+    return macs.count(network.make(_cfg(**fields), shape, classes))
 
 
 def test_dense_by_hand():
@@ -25,6 +29,13 @@ def test_dense_by_hand():
     total = stem + stage1 + others + 32 * 10
     assert total == 137_792
     assert count((8, 8, 1), width=4, **DENSE) == {"pathway": total, "router": 0, "total": total, "executed": total}
+
+
+def test_channels_of_no_expert_are_not_computed():
+    fields = dict(width=16, num_experts=2, model_scale=0.25)
+    every, own = (count((8, 8, 1), dispatch=kind, **fields) for kind in ("all", "blocks"))
+    routed = sum(spec.macs for spec in network.make(_cfg(**fields), (8, 8, 1), 10).layers if spec.routed)
+    assert every["executed"] == every["total"] + routed and own["executed"] == own["total"]
 
 
 def test_experts_and_routers_by_hand():

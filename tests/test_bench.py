@@ -1,0 +1,56 @@
+"""Every benchmark runs, on tiny networks, and its ratios are those of its times."""
+
+import pytest
+
+from advmoe_jax.bench import layers, nets, reference, routing, train
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(nets, "MODEL", {"model.width": 8, "model.depth": 10, "model.router_width": 4})
+    monkeypatch.setattr(nets, "IMAGE_SHAPE", (8, 8, 3))
+
+
+def test_a_load_is_what_was_asked_for():
+    found = nets.load(40, 4, 3, 0.7)
+    assert found.shape == (40, 3) and [(found[:, 0] == e).sum() for e in range(4)] == [28, 4, 4, 4]
+
+
+def test_settled_routers_use_both_experts():
+    net, variables = nets.make(num_experts=2, model_scale=0.5, routing="global")
+    ids = net.apply(nets.settled(net, variables), nets.images(32))[1]["expert_ids"]
+    assert 0.2 < ids.mean() < 0.8
+
+
+def test_layers(monkeypatch):
+    monkeypatch.setattr(layers, "_SHAPES", ((4, 8),))
+    monkeypatch.setattr(layers, "_CASES", layers._CASES[:1])
+    [row] = layers.measure(1)
+    assert row["forward: all / blocks"] == row["forward: all ms"] / row["forward: blocks ms"]
+
+
+@pytest.mark.slow
+def test_routing(monkeypatch):
+    monkeypatch.setattr(routing, "_CASES", [(what, model, 8) for what, model, _ in routing._CASES[::4]])
+    rows = routing.measure(1)
+    assert len(rows) == 4 and all(row["dense / auto"] == row["dense ms"] / row[f"{row['auto is']} ms"] for row in rows)
+
+
+@pytest.mark.slow
+def test_train(monkeypatch):
+    monkeypatch.setattr(train, "_BATCH", 8)
+    few = {name: train._CONTENDERS[name] for name in ("AT(Dense)", "AdvMoE, blocks, all three")}
+    monkeypatch.setattr(train, "_CONTENDERS", few)
+    rows = {row["what"]: row for row in train.measure(1)}
+    assert rows["AT(Dense)"]["this / AT(Dense)"] == 1 and rows.keys() == few.keys()
+    assert all(row["compile s, warm"] < row["compile s, cold"] for row in rows.values())
+
+
+@pytest.mark.slow
+def test_reference(monkeypatch):
+    pytest.importorskip("torch", reason="needs the torch extra")
+    monkeypatch.setattr(train, "_BATCH", 8)
+    monkeypatch.setattr(reference, "_TRAINING", 8)
+    monkeypatch.setattr(reference, "_FORWARD", 8)
+    rows = reference.measure(1)
+    assert len(rows) == 8 and all(row["torch / ours"] == row["torch ms"] / row["ours ms"] for row in rows)
