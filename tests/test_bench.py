@@ -16,6 +16,7 @@ def test_a_load_is_what_was_asked_for():
     assert found.shape == (40, 3) and [(found[:, 0] == e).sum() for e in range(4)] == [28, 4, 4, 4]
 
 
+@pytest.mark.slow
 def test_settled_routers_use_both_experts():
     net, variables = nets.make(num_experts=2, model_scale=0.5, routing="global")
     ids = net.apply(nets.settled(net, variables), nets.images(32))[1]["expert_ids"]

@@ -10,12 +10,12 @@ from tiny import TIMEOUT, assert_same_bits, entries, flags, logged, metrics, pro
 
 LENGTH = dict(train__length="30 steps", train__eval_every="10 steps", train__save_every="5 steps",
               eval__attacks="fgsm", system__loss="madry")  # which compile soonest
-METHODS = ("advmoe", pytest.param("at_sdense", marks=pytest.mark.slow))
+METHODS = ("at_sdense", pytest.param("advmoe", marks=pytest.mark.slow))
 DAMAGES = ("truncated arrays", *(pytest.param(name, marks=pytest.mark.slow) for name in (
     "no arrays", "truncated metadata", "no metadata", "empty folder")))
 
 
-def finish(workdir, method="advmoe", name="last"):
+def finish(workdir, method="at_sdense", name="last"):
     """Runs the command to its end; gives what it printed."""
     folder = workdir.parent
     with process(flags(workdir, method, **LENGTH), folder=folder, name=name) as running:
@@ -29,7 +29,7 @@ def complete(tmp_path_factory):
     folder = tmp_path_factory.mktemp("complete")
 
     @functools.cache
-    def trained(method="advmoe"):
+    def trained(method="at_sdense"):
         finish(folder / method, method)
         assert saved_steps(folder / method) == [25, 30]
         return folder / method
@@ -37,7 +37,7 @@ def complete(tmp_path_factory):
     return trained
 
 
-def kill_at(condition, workdir, name, number=signal.SIGKILL, method="advmoe"):
+def kill_at(condition, workdir, name, number=signal.SIGKILL, method="at_sdense"):
     """Starts the command, sends a signal as soon as the condition holds; gives the exit code and stderr."""
     with process(flags(workdir, method, **LENGTH), folder=workdir.parent, name=name) as running:
         wait_until(condition, running, name)

@@ -108,7 +108,7 @@ def test_blocks_are_exact(case, grads, train):
 
 
 @pytest.mark.parametrize("case, batch, devices", [
-    pytest.param(CASES[3], 13, 1, id="one"), pytest.param(CASES[0], 20, 4, id="four"),
+    pytest.param(CASES[3], 13, 1, id="one", marks=pytest.mark.slow), pytest.param(CASES[0], 20, 4, id="four"),
     pytest.param(CASES[2], 13, 1, id="eight-experts", marks=pytest.mark.slow),
     pytest.param(CASES[5], 20, 4, id="global-four", marks=pytest.mark.slow)])
 def test_fillers_and_empty_blocks(case, batch, devices, monkeypatch):
@@ -167,6 +167,7 @@ def test_the_host_sorts_what_is_not_traced():
     np.testing.assert_allclose(*fixed, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_one_launch_a_layer():
     """`grouped`, in the interpreter."""
     case = CASES[3]
