@@ -14,8 +14,8 @@ import advmoe_jax
 from advmoe_jax.attacks import parse, suites, verdicts
 from advmoe_jax.attacks.suites import Suite
 from advmoe_jax.core import config as configs
+from advmoe_jax.core import files, xla
 from advmoe_jax.core import mesh as meshes
-from advmoe_jax.core import xla
 from advmoe_jax.core.errors import UnreliableError, UserError, one_of
 from advmoe_jax.report import macs, reports, results
 from advmoe_jax.systems.assemble import Experiment, assemble
@@ -157,7 +157,7 @@ def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], 
         "precision": {"verdicts": "float32", "attacks": jax.config.jax_default_matmul_precision or "default"},
         "backend": jax.default_backend(), "n": len(indices),
         "versions": {"advmoe_jax": advmoe_jax.__version__, "jax": jax.__version__}}
-    images = {"images": results.fingerprint({k: v[indices] for k, v in experiment.test.items()}),
+    images = {"images": files.fingerprint({k: v[indices] for k, v in experiment.test.items()})[:16],
               "versions": everywhere["versions"], "backend": everywhere["backend"]}
     try:
         for name in which:
@@ -168,21 +168,22 @@ def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], 
             for suite in suites:
                 ids = [results.entry_id(common | {"checkpoint": name, "attack": suite.name, "norm": suite.norm,
                                                   "eps": suite.eps, "settings": suite.settings}) for name in names]
-                if trust and all((entry, step) in done for entry in ids):
+                known = all((entry, step) in done for entry in ids)
+                if trust and known:
                     reliable &= not done[ids[0], step]
                 else:
-                    todo.append((suite, ids))
+                    todo.append((suite, ids[0], known))
             if not todo:
                 continue
             state = saved.restore(names[0], abstract)
-            about = images | {"step": step, "weights": states.fingerprint(state)}
+            about = images | {"step": step, "weights": states.fingerprint(state)[:16]}
             noticed, earlier = None, ()
-            for suite, ids in todo:
+            for suite, entry, known in todo:
                 what = f"the {' and '.join(names)} checkpoint (step {step}) on {len(indices)} test images: {suite.name}"
-                folder = workdir / "eval" / ids[0]
-                if all((entry, step) in done for entry in ids) and results.is_about(folder, about):
+                folder = workdir / "eval" / entry
+                if known and results.is_about(folder, about):
                     log.say(f"measured before, {what}; delete {folder} to measure it again")
-                    reliable &= not done[ids[0], step]
+                    reliable &= not done[entry, step]
                     continue
                 if noticed is None:
                     noticed = evaluate.suspicions(system, state, experiment.test, indices, mesh=experiment.mesh,

@@ -224,16 +224,16 @@ def test_a_suite_is_one_worst_case(run):
     workdir = run("advmoe")
     known = {entry["id"] for entry in entries(workdir)}
     assert main.main(["--mode", "evaluate", "--workdir", str(workdir), "--checkpoint", "last",
-                      "--config.eval.suite=fgsm square(num_queries=20)",
+                      "--config.eval.suite=fgsm apgd(num_steps=3) square(num_queries=20)",
                       "--config.eval.eps=0,0.05,0.1"]) == 0
     added = [entry for entry in entries(workdir) if entry["id"] not in known]
     assert [entry["eps"] for entry in added] == ["0", "0.05", "0.1"]
-    assert all(entry["attack"] == "fgsm+square-20" and entry["ra_by_view"] == {} for entry in added)
+    assert all(entry["attack"] == "fgsm+apgd-ce-3+square-20" and entry["ra_by_view"] == {} for entry in added)
     assert added[0]["ra"] == added[0]["sa"] and added[0]["sa"] >= added[1]["ra"] >= added[2]["ra"]
     for entry in added:
         attempts = entry["attempts"]
         assert [attempt["attack"] for attempt in attempts] == [
-            *["fgsm"] * 3, "square-20"]
+            *["fgsm"] * 3, *["apgd-ce-3"] * 3, "square-20"]
         left = round(entry["sa"] * 20)
         for attempt in attempts:
             assert attempt["attacked"] == left
@@ -243,7 +243,7 @@ def test_a_suite_is_one_worst_case(run):
         with np.load(folder / "examples.npz") as examples, np.load(folder / "adversarial.npz") as adversarial:
             broken = examples["index"][examples["broken_by"] >= 0]
             assert adversarial["index"].tolist() == broken.tolist()
-        for name, count in (("examples.csv", 20), ("summary.csv", 4)):
+        for name, count in (("examples.csv", 20), ("summary.csv", 7)):
             lines = (folder / name).read_text().splitlines()
             assert len(lines) == count + 1 and len({line.count(",") for line in lines}) == 1
     assert "![curve.png](curve.png)" in (workdir / "report.md").read_text() and (workdir / "curve.png").exists()

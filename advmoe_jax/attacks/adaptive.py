@@ -86,7 +86,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
                 if found is not None:
                     rows["init"] = found["x"]
                 program = pgd.Search(config.norm, "uniform", phase.objective, True, config.early_stop,
-                                     (1 if phase.model in _ONE_PASS else 2, 1))
+                                     cost=(phase.passes, 1))
                 scalars = inputs.scalars | dict(restart=number, step_size=jnp.asarray(step_size, x.dtype))
                 found = driver.run(program, driver.Inputs(phase.model(outputs_fn), rows, scalars), steps + 1,
                                    config.driver)
@@ -162,20 +162,18 @@ _TASK, _OTHER, _BOTH, _ON_PATH = (Objective(loss, _succeeds) for loss in (_task,
 
 @dataclasses.dataclass(frozen=True)
 class _Phase:
-    """A part of a run: what is attacked, what is raised, routes by (scores, clean choices) -> (B, L), and a weight."""
+    """A part of a run: what is attacked, what is raised, routes by (scores, clean choices) -> (B, L), a weight, and
+    the forward passes of a look: two where users get something else than what is attacked."""
 
     model: Callable[[Any], jax.tree_util.Partial]
     objective: Objective
     route: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     weight: float = 0.0
+    passes: int = 1
 
 
 def _of(function, *more):
     return lambda outputs_fn: jax.tree_util.Partial(function, outputs_fn, *more)
-
-
-_ALONE, _THROUGH = _of(_constant), _of(_straight)
-_ONE_PASS = (_ALONE, _THROUGH)  # what users get is what is attacked
 
 
 def _everywhere(expert):
@@ -194,26 +192,26 @@ def _turned(rank):
 
 
 def _soft_runs(layers, experts):
-    return [[_Phase(_of(_mixed, jnp.float32(t)), _TASK) for t in _TEMPERATURES]]
+    return [[_Phase(_of(_mixed, jnp.float32(t)), _TASK, passes=2) for t in _TEMPERATURES]]
 
 
 def _router_runs(layers, experts):
-    return [[_Phase(_ALONE, _OTHER), _Phase(_THROUGH, _TASK)]]
+    return [[_Phase(_of(_constant), _OTHER), _Phase(_of(_straight), _TASK)]]
 
 
 def _joint_runs(layers, experts):
-    return [[_Phase(_THROUGH, _BOTH, weight=weight)] for weight in _WEIGHTS]
+    return [[_Phase(_of(_straight), _BOTH, weight=weight)] for weight in _WEIGHTS]
 
 
 def _expert_runs(layers, experts):
     turned = min(_PATHS, layers) if layers > 1 else 0
     routes = [*map(_everywhere, range(experts)), *map(_turned, range(turned))]
-    return [[_Phase(_of(_fixed), _ON_PATH, route, weight=1.0)] for route in routes]
+    return [[_Phase(_of(_fixed), _ON_PATH, route, weight=1.0, passes=2)] for route in routes]
 
 
 def _transfer_runs(layers, experts):
-    even = _Phase(_of(_mixed, jnp.float32(1e3)), _TASK)
-    return [[_Phase(_of(_fixed), _TASK, _everywhere(e))] for e in range(experts)] + [[even]]
+    even = _Phase(_of(_mixed, jnp.float32(1e3)), _TASK, passes=2)
+    return [[_Phase(_of(_fixed), _TASK, _everywhere(e), passes=2)] for e in range(experts)] + [[even]]
 
 
 _RUNS = {"soft": _soft_runs, "router": _router_runs, "joint": _joint_runs, "expert": _expert_runs,

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr
 
 from advmoe_jax.core import mesh as meshes
+from advmoe_jax.core import tree as trees
 from advmoe_jax.core.errors import one_of
 
 DRIVERS = ("auto", "unroll", "device", "host")
@@ -88,8 +88,7 @@ class Ledger:
 
 
 _ledger: contextvars.ContextVar[Ledger | None] = contextvars.ContextVar("ledger", default=None)
-_real: contextvars.ContextVar[tuple[int | None, int | None]] = contextvars.ContextVar("real", default=(None, None))
-_open: contextvars.ContextVar[int | None] = contextvars.ContextVar("open", default=None)
+_rows: contextvars.ContextVar["_Rows | None"] = contextvars.ContextVar("rows", default=None)
 
 
 @contextlib.contextmanager
@@ -103,38 +102,36 @@ def counted() -> Iterator[Ledger]:
         _ledger.reset(token)
 
 
+class _Rows(NamedTuple):
+    """Of a batch: the first `real` rows are no fillers, `needed` of them count, `full` is the batch of the sizes."""
+
+    real: int
+    full: int
+    needed: int
+
+
 @contextlib.contextmanager
-def real_rows(count: int, full: int) -> Iterator[None]:
+def real_rows(count: int, full: int, needed: int | None = None) -> Iterator[None]:
     """Says that the rows from `count` on are fillers while it is open: they are neither counted nor waited for.
 
-    The sizes in which rows go on are those of a batch of `full`.
+    The sizes in which rows go on are those of a batch of `full`. `needed` says how many rows count, where not all do.
     """
-    token = _real.set((count, full))
+    token = _rows.set(_Rows(count, full, count if needed is None else needed))
     try:
         yield
     finally:
-        _real.reset(token)
-
-
-@contextlib.contextmanager
-def _needed(rows):
-    """Says how many rows of a batch count, where they are not its first."""
-    token = _open.set(rows)
-    try:
-        yield
-    finally:
-        _open.reset(token)
+        _rows.reset(token)
 
 
 def count(cost: tuple[int, int], rows: int) -> None:
     """Counts one pass that no program makes, such as the clean one."""
     if ledger := _ledger.get():
-        ledger.add(cost, 1, _real_and_full(rows)[0], rows)
+        ledger.add(cost, 1, _rows_of(rows).real, rows)
 
 
-def _real_and_full(size):
-    real, full = _real.get()
-    return min(size, real or size), full or size
+def _rows_of(size):
+    real, full, needed = _rows.get() or (size, size, size)
+    return _Rows(min(real, size), full, min(needed, size))
 
 
 @functools.partial(jax.jit, static_argnames=("program",))
@@ -182,23 +179,16 @@ def _loops_well(program, inputs):
     """Whether all convolutions of a step have images in NHWC and kernels in HWIO."""
     carry = jax.eval_shape(_start, program, inputs)
     steps = _steps.trace(program, inputs, carry, np.int32(0), np.int32(0)).jaxpr
-    return all(tuple(numbers) == _QUICK_IN_LOOPS for numbers in _convolutions(steps.jaxpr))
+    return all(tuple(equation.params["dimension_numbers"]) == _QUICK_IN_LOOPS for equation in equations(steps.jaxpr)
+               if equation.primitive is jax.lax.conv_general_dilated_p)
 
 
-def _convolutions(jaxpr):
-    """The dimension numbers of all convolutions."""
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a traced program, those inside of others too."""
     for equation in jaxpr.eqns:
-        if equation.primitive is jax.lax.conv_general_dilated_p:
-            yield equation.params["dimension_numbers"]
-        for part in jax.tree.leaves(list(equation.params.values())):
-            part = getattr(part, "jaxpr", part)
-            if isinstance(part, Jaxpr):
-                yield from _convolutions(part)
-
-
-def is_traced(tree: Any) -> bool:
-    """Whether a pytree holds values that are not known yet."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+        yield equation
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 def run(program: Program, inputs: Inputs, num_steps: int, driver: str = "auto") -> Any:
@@ -213,7 +203,7 @@ def run(program: Program, inputs: Inputs, num_steps: int, driver: str = "auto") 
             and a convolution of the step, such as the gradient of one that autodiff made, is slow in loops there.
     """
     inputs = _as_jax(inputs)
-    traced = is_traced(inputs)
+    traced = trees.is_traced(inputs)
     if one_of("driver", driver, DRIVERS) == "auto":
         if traced:
             driver = "unroll" if num_steps <= _MAX_UNROLLED + 1 else "device"
@@ -235,13 +225,12 @@ def _run_in_chunks(program, inputs, num_steps, on_host):
     carry = whole = _start(program, inputs)
     size = batch = _size(inputs.rows)
     where = np.arange(size)  # the row of `whole` that each row of `carry` is, or `size` for a filler
-    real, full = _real_and_full(size)
-    still_open = min(real, _open.get() or size)
+    real, full, needed = _rows_of(size)
     rows, i = inputs.rows, 0
     while i < num_steps:
         end = min(i + _CHUNK, num_steps) if program.stops else num_steps
         if ledger := _ledger.get():
-            ledger.add(program.cost, end - i, still_open, batch)
+            ledger.add(program.cost, end - i, needed, batch)
         now = inputs._replace(rows=rows)
         if on_host:
             for step in range(i, end):
@@ -254,7 +243,7 @@ def _run_in_chunks(program, inputs, num_steps, on_host):
         going = np.flatnonzero(~meshes.fetch(_done(program, carry)) & (where < real))
         if len(going) == 0:
             break
-        still_open = min(still_open, len(going))
+        needed = min(needed, len(going))
         if (smaller := bucket(len(going), full, _devices(rows))) < batch:
             whole = carry if batch == size else scatter(whole, carry, where)
             take = filled(going, smaller)
@@ -286,19 +275,19 @@ def rounds(one: Callable[[Inputs, int], dict[str, jax.Array]], inputs: Inputs, w
     """
     inputs = _as_jax(inputs)
     size = _size(inputs.rows)
-    real, full = _real_and_full(size)
+    real, full, _ = _rows_of(size)
     for number in range(num_rounds):
         if not stops:
             worst = worse(worst, one(inputs, number))
             continue
-        if is_traced((inputs, worst)):
+        if trees.is_traced((inputs, worst)):
             worst = select(worst["broken"], worst, worse(worst, one(inputs, number)))
             continue
         going = np.flatnonzero(~meshes.fetch(worst["broken"])[:real])
         if len(going) == 0:
             break
         if (batch := bucket(len(going), full, _devices(inputs.rows))) >= size:
-            with _needed(len(going)):
+            with real_rows(real, full, len(going)):
                 worst = _worse(worst, one(inputs, number))
             continue
         take = filled(going, batch)

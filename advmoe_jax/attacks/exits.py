@@ -96,16 +96,24 @@ def _average(outputs, y):
 
 def _probabilities(outputs, y):
     log_p = jax.nn.log_softmax(outputs[1]["member_logits"])
-    mean = jax.nn.logsumexp(log_p, 1) - jnp.log(log_p.shape[1])
-    return -jnp.take_along_axis(mean, y[0][:, None], -1)[:, 0]
+    return _surprise(jax.nn.logsumexp(log_p, 1) - jnp.log(log_p.shape[1]), y)
+
+
+def _surprise(log_p, y):
+    return -jnp.take_along_axis(log_p, y[0][:, None], -1)[:, 0]
+
+
+def _losses(outputs, y):
+    """(B, M)."""
+    return jax.vmap(losses.cross_entropy, (1, None), 1)(outputs[1]["member_logits"], y[0])
 
 
 def _each(outputs, y):
-    return jnp.mean(jax.vmap(losses.cross_entropy, (1, None), 1)(outputs[1]["member_logits"], y[0]), -1)
+    return jnp.mean(_losses(outputs, y), -1)
 
 
 def _best(outputs, y):
-    return jnp.min(jax.vmap(losses.cross_entropy, (1, None), 1)(outputs[1]["member_logits"], y[0]), -1)
+    return jnp.min(_losses(outputs, y), -1)
 
 
 def _soft(outputs, y):
@@ -114,8 +122,7 @@ def _soft(outputs, y):
     stay = jnp.cumsum(jax.nn.log_sigmoid(-leave), 1)
     reached = jnp.concatenate([jnp.zeros_like(stay[:, :1]), stay[:, :-1]], 1)
     weights = reached + jax.nn.log_sigmoid(leave).at[:, -1].set(0)  # the last member always answers
-    mean = jax.nn.logsumexp(weights[..., None] + log_p, 1)
-    return -jnp.take_along_axis(mean, y[0][:, None], -1)[:, 0]
+    return _surprise(jax.nn.logsumexp(weights[..., None] + log_p, 1), y)
 
 
 def _member(outputs, y):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import objectives, pgd
+from advmoe_jax.attacks import driver, objectives, pgd
 from advmoe_jax.attacks.verdicts import Found
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng
@@ -59,7 +59,7 @@ def of_model(logits_fn: jax.tree_util.Partial, x: jax.Array, y: jax.Array, key: 
         share = np.mean(~np.isfinite(logits).all(-1))
         return (Flag("not_finite", f"{share:.0%} of the clean images have a NaN or infinite logit: expected none"),)
     found = [_randomised(logits_fn, x, logits), _probabilities(logits), _batch(logits_fn, x, logits),
-             _zero_gradient(logits_fn, x, y, logits), _gradient(logits_fn, x, y, key),
+             _dead_gradient(logits_fn, x, y, logits), _gradient(logits_fn, x, y, key),
              _shattered(logits_fn, x, y, key, logits), _unbounded(logits_fn, x, y, key, logits),
              *_budgets(logits_fn, x, y, key, logits), _few_classes(logits), _dynamic(logits_fn, x)]
     return tuple(filter(None, found))
@@ -143,7 +143,7 @@ def _batch(logits_fn, x, logits):
     return None
 
 
-def _zero_gradient(logits_fn, x, y, logits):
+def _dead_gradient(logits_fn, x, y, logits):
     slopes = [meshes.fetch(_slope(loss, logits_fn, x, y, logits)) for loss in (losses.cross_entropy, losses.dlr)]
     correct = logits.argmax(-1) == meshes.fetch(y)
     for name, what, dead in (
@@ -244,16 +244,9 @@ def _few_classes(logits):
 
 def _dynamic(logits_fn, x):
     """Looks for randomness and callbacks in the traced program."""
-    names = {str(name) for name in _primitives(jax.make_jaxpr(logits_fn)(x).jaxpr)}
+    names = {str(equation.primitive) for equation in driver.equations(jax.make_jaxpr(logits_fn)(x).jaxpr)}
     used = sorted(names & set(_RANDOM)) + sorted(name for name in names if "callback" in name)
     if used:
         return Flag("dynamic", f"the model uses {', '.join(used)}: expected a pure function of the image, or "
                                "suite=rand for a random one", unreliable=False)
     return None
-
-
-def _primitives(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation.primitive
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from _primitives(inner)

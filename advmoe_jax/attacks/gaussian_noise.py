@@ -55,7 +55,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     Raises:
         UserError: a setting is out of range.
     """
-    return sampling.attack_by(noise, NORMS, config, "sigma", "gaussian_noise")
+    return sampling.attack_by(noise, NORMS, config, FIXED_BY, "gaussian_noise")
 
 
 def noise(key: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:

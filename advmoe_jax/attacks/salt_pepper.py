@@ -53,7 +53,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
         UserError: a setting is out of range.
     """
     noise = pixel_noise if config.whole_pixels else channel_noise
-    return sampling.attack_by(noise, NORMS, config, "amount", "salt_pepper")
+    return sampling.attack_by(noise, NORMS, config, FIXED_BY, "salt_pepper")
 
 
 def pixel_noise(key: jax.Array, x: jax.Array, amount: jax.Array) -> jax.Array:

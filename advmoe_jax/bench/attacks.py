@@ -31,7 +31,7 @@ def _images(count):
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """A row for each contender: milliseconds, and those of ours with the best convolution over them.
+    """A row for each contender: milliseconds, and those of our first one over them.
 
     For AutoAttack also the robust accuracy, and how many rows went through the network, forward and backward: those
     that needed it, and with fillers.

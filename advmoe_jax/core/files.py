@@ -1,5 +1,6 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and hashes of what they hold."""
 
+import hashlib
 import io
 import json
 import os
@@ -70,3 +71,11 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def fingerprint(arrays: dict[str, Any]) -> str:
+    """sha256 in hex over the bytes of arrays, by name."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        found.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8))
+    return found.hexdigest()

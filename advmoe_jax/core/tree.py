@@ -1,4 +1,4 @@
-"""Paths of leaves as text, for messages, masks and imports."""
+"""What is asked of pytrees: paths of leaves as text, sizes, whether they are known yet."""
 
 from typing import Any
 
@@ -15,6 +15,11 @@ def path_name(path: tuple) -> str:
 def named_leaves(tree: PyTree) -> dict[str, Any]:
     """{"a/b/c": leaf} in the order of `jax.tree.leaves`."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def is_traced(tree: PyTree) -> bool:
+    """Whether a pytree holds values that are not known yet."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def size(tree: PyTree) -> int:

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from advmoe_jax.core import find
+from advmoe_jax.core import tree as trees
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.core.layers import LayerSpec
 from advmoe_jax.models import router as routers
@@ -154,8 +155,8 @@ def _evaluate(static, variables, x, route):
 
 def _is_here(tree):
     """Whether all arrays of a pytree are known, and on one device."""
-    return not any(isinstance(leaf, jax.core.Tracer) or (isinstance(leaf, jax.Array) and len(leaf.devices()) > 1)
-                   for leaf in jax.tree.leaves(tree))
+    return not trees.is_traced(tree) and all(
+        len(leaf.devices()) == 1 for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
 
 
 @jax.jit
@@ -190,9 +191,9 @@ def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | 
         routed_inputs = tuple(spec.kernel[-2] for spec in specs if spec.routed)
         router = routers.make(cfg, routed_inputs)
         specs += routers.layers(cfg, routed_inputs, image_shape)
-    stored = cfg.num_experts if cfg.experts == "disjoint" else 1 / cfg.model_scale
+    every = cfg.num_experts if cfg.experts == "disjoint" else min(cfg.num_experts, 1 / cfg.model_scale)
     one_choice = cfg.routing == "global"
-    kind = dispatch.pick(cfg.dispatch, stored if cfg.num_experts > 1 else 1, one_choice, jax.default_backend())
+    kind = dispatch.pick(cfg.dispatch, every, one_choice, jax.default_backend())
     return Network(_Module(net, router, Dispatch(kind, mesh)), specs, tuple(image_shape), num_classes,
                    cfg.num_experts, one_choice)
 

@@ -41,18 +41,18 @@ class Dispatch:
     mesh: Mesh | None = None
 
 
-def pick(kind: str, stored: float, one_choice: bool, platform: str) -> str:
+def pick(kind: str, every: float, one_choice: bool, platform: str) -> str:
     """What "auto" stands for; any other kind stands for itself.
 
     Args:
         kind: one of DISPATCHES.
-        stored: how many times as much "all" computes as one expert: C / w with shared channels, E with disjoint ones.
+        every: how many times as much "all" computes as one expert: E, or C / w where that is less and channels shared.
         one_choice: whether an image makes one choice for all layers.
         platform: "cpu", "gpu" or "tpu". Accelerators get "all": nothing else was measured on one.
     """
     if kind != "auto":
         return kind
-    return "blocks" if platform == "cpu" and stored > _OVERHEAD[one_choice] else "all"
+    return "blocks" if platform == "cpu" and every > _OVERHEAD[one_choice] else "all"
 
 
 def block_size(batch: int, num_experts: int) -> int:

@@ -1,7 +1,6 @@
 """results.json: the index of everything that was measured in a workdir, and the details beside it."""
 
 import csv
-import hashlib
 import io
 import json
 import re
@@ -51,14 +50,6 @@ def read(workdir: Path) -> list[dict[str, Any]]:
         index, name = missing[0]
         raise UserError(f"{path} is damaged: entry {index} has no {name!r}; {advice}")
     return entries
-
-
-def fingerprint(arrays: dict[str, np.ndarray]) -> str:
-    """A hash of images and labels, sixteen hexadecimal digits."""
-    found = hashlib.sha256()
-    for name in sorted(arrays):
-        found.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return found.hexdigest()[:16]
 
 
 def is_about(folder: Path, about: dict[str, Any]) -> bool | None:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from advmoe_jax.core import files, tree
 
 
 @functools.partial(
@@ -39,11 +39,9 @@ class State:
 
 
 def fingerprint(state: State) -> str:
-    """A hash of the parameters and statistics, eight hexadecimal digits."""
-    found = 0
-    for leaf in jax.tree.leaves(state.variables):
-        found = zlib.crc32(np.asarray(leaf.addressable_data(0)).tobytes(), found)
-    return f"{found:08x}"
+    """sha256 in hex over the parameters and statistics."""
+    return files.fingerprint({name: leaf.addressable_data(0) for name, leaf in tree.named_leaves(
+        state.variables).items()})
 
 
 def fresh(variables: dict[str, Any], optimizers: dict[str, Any]) -> State:

@@ -11,6 +11,7 @@ from advmoe_jax.train.state import State
 
 Batch = dict[str, jax.Array]
 
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One update of an iteration.

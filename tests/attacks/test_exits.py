@@ -43,7 +43,7 @@ def _robust(x_adv):
 
 
 @pytest.mark.parametrize("norm", exits.NORMS)
-@pytest.mark.parametrize("mode", ["average", "probabilities", "each", "member", "force"])
+@pytest.mark.parametrize("mode", ["average", "probabilities", "each", "best", "soft", "member", "force"])
 def test_breaks_the_dynamic_rule_within_the_budget(mode, norm):
     eps = {"linf": EPS, "l2": 0.35, "l1": 1.5}[norm]
     x_adv = _attack(mode, norm=norm, eps=eps)

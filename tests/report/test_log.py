@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from advmoe_jax.core import files
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.report import results
 
@@ -48,5 +49,5 @@ def test_a_finished_one_is_replaced(tmp_path):
 
 def test_fingerprint():
     arrays = {"image": np.arange(6).reshape(2, 3), "label": np.array([0, 1])}
-    assert results.fingerprint(arrays) == results.fingerprint(dict(reversed(arrays.items())))
-    assert results.fingerprint(arrays) != results.fingerprint(arrays | {"label": np.array([1, 0])})
+    assert files.fingerprint(arrays) == files.fingerprint(dict(reversed(arrays.items())))
+    assert files.fingerprint(arrays) != files.fingerprint(arrays | {"label": np.array([1, 0])})
