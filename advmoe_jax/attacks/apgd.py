@@ -88,7 +88,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
         phases = [(factor, n) for (factor, _), n in zip(_L1_PHASES, [*counts, config.num_steps - sum(counts)])]
 
     is_l1, last = config.norm == "l1", len(phases) - 1
-    programs = [_APGD(config.norm, objective, 0 if is_l1 else steps, config.rho, config.eot, config.quirks,
+    programs = [Program(config.norm, objective, 0 if is_l1 else steps, config.rho, config.eot, config.quirks,
                       stops=config.early_stop and i == last) for i, (_, steps) in enumerate(phases)]
 
     def attack(logits_fn, key, x, y):
@@ -129,7 +129,7 @@ def checkpoints(num_steps: int) -> list[tuple[int, int]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _APGD:
+class Program:
     """One run as a `driver.Program`; step i looks at iterate i, judges the step size, and moves.
 
     For l1 the number of steps is in the scalar "every", so that phases share a program; "is_first" says whether they

@@ -26,6 +26,9 @@ _STEP = 1e-2  # l2 length of a finite difference
 _NEAR = 1e-3  # linf size of a step that should change a gradient little
 _BUDGETS = (0.01, 0.03, 0.1, 0.3)
 _DRAWS = 10
+_RESTARTS = 3
+_CLIMB = 20  # steps
+_MOST_MISSED = 0.05  # of the images, by an attack that should have found them
 _MOST_WON = 0.002  # AutoAttack's
 _RANDOM = ("random_bits", "threefry2x32", "random_wrap", "random_seed", "rng_bit_generator", "rng_uniform")
 
@@ -61,7 +64,7 @@ def of_model(logits_fn: jax.tree_util.Partial, x: jax.Array, y: jax.Array, key: 
     found = [_randomised(logits_fn, x, logits), _probabilities(logits), _batch(logits_fn, x, logits),
              _dead_gradient(logits_fn, x, y, logits), _gradient(logits_fn, x, y, key),
              _shattered(logits_fn, x, y, key, logits), _unbounded(logits_fn, x, y, key, logits),
-             *_budgets(logits_fn, x, y, key, logits), _few_classes(logits), _dynamic(logits_fn, x)]
+             *_on_budgets(logits_fn, x, y, key, logits), _few_classes(logits), _dynamic(logits_fn, x)]
     return tuple(filter(None, found))
 
 
@@ -198,30 +201,89 @@ def _shattered(logits_fn, x, y, key, logits):
     return None
 
 
-def _budgets(logits_fn, x, y, key, logits):
-    """PGD must break no less with a larger budget, and nothing may be left that noise of the same size breaks."""
+def _on_budgets(logits_fn, x, y, key, logits):
+    """What PGD of ten steps leaves at several budgets, and what else should not have broken it."""
     correct, keys = logits.argmax(-1) == meshes.fetch(y), rng.rowwise(rng.stream(key, "budgets"), x.shape[0])
-    stands = {}
-    for eps in _BUDGETS:
-        stands[eps] = correct & _stands(logits_fn, x, y, keys, eps, num_steps=10)
-        in_one = stands[eps] & ~_stands(logits_fn, x, y, keys, eps, num_steps=1, step_size="1 eps")
-        if in_one.mean() > 0.05:
-            yield Flag("single_step_wins", f"one step of linf {eps:g} broke {in_one.mean():.0%} of the images that ten "
-                                           "steps had left: expected at most 5 %, the gradients may be masked")
-            break
-        by_noise = np.zeros_like(correct)
+    stands = {eps: correct & _stands(logits_fn, x, y, keys, eps, num_steps=10) for eps in _BUDGETS}
+    yield _single_step(logits_fn, x, y, keys, stands)
+    yield _noise(logits_fn, x, y, keys, stands)
+    yield _monotone(stands)
+    half = min(stands, key=lambda eps: abs(stands[eps].mean() - correct.mean() / 2))
+    yield _restarts(logits_fn, x, y, keys, half, stands[half])
+    yield from _climb(logits_fn, x, y, half, correct)
+
+
+def _single_step(logits_fn, x, y, keys, stands):
+    for eps, left in stands.items():
+        in_one = left & ~_stands(logits_fn, x, y, keys, eps, num_steps=1, step_size="1 eps")
+        if in_one.mean() > _MOST_MISSED:
+            return Flag("single_step_wins", f"one step of linf {eps:g} broke {in_one.mean():.0%} of the images that ten "
+                                            f"steps had left: expected at most {_MOST_MISSED:.0%}, the gradients may be "
+                                            "masked")
+    return None
+
+
+def _noise(logits_fn, x, y, keys, stands):
+    for eps, left in stands.items():
+        by_noise = np.zeros_like(left)
         for number in range(_DRAWS):
-            by_noise |= stands[eps] & ~_correct(logits_fn, _noisy(rng.fold_in(keys, number), x, eps), y)
-        if by_noise.mean() > 0.05:
-            yield Flag("noise_wins", f"random noise of linf {eps:g} broke {by_noise.mean():.0%} of the images that PGD "
-                                     "had left at that budget: expected at most 5 %, the gradients may be masked")
-            break
+            by_noise |= left & ~_correct(logits_fn, _noisy(rng.fold_in(keys, number), x, eps), y)
+        if by_noise.mean() > _MOST_MISSED:
+            return Flag("noise_wins", f"random noise of linf {eps:g} broke {by_noise.mean():.0%} of the images that PGD "
+                                      f"had left at that budget: expected at most {_MOST_MISSED:.0%}, the gradients may "
+                                      "be masked")
+    return None
+
+
+def _monotone(stands):
     for small, large in itertools.pairwise(stands):
-        if stands[large].mean() > stands[small].mean() + 0.05:
-            yield Flag("not_monotone", f"{stands[large].mean():.0%} of the images stand PGD with linf {large:g} and "
-                                       f"{stands[small].mean():.0%} with {small:g}: expected no more with the larger "
-                                       "budget, the attack misses what is there")
-            break
+        if stands[large].mean() > stands[small].mean() + _MOST_MISSED:
+            return Flag("not_monotone", f"{stands[large].mean():.0%} of the images stand PGD with linf {large:g} and "
+                                        f"{stands[small].mean():.0%} with {small:g}: expected no more with the larger "
+                                        "budget, the attack misses what is there")
+    return None
+
+
+def _restarts(logits_fn, x, y, keys, eps, left):
+    others = [_stands(logits_fn, x, y, rng.fold_in(keys, number), eps, num_steps=10) for number in range(_RESTARTS)]
+    gain = np.mean(left & ~np.all(others, 0))
+    if gain > _MOST_MISSED:
+        return Flag("restarts_win", f"{_RESTARTS} other starts of PGD with linf {eps:g} broke {gain:.0%} of the images "
+                                    f"that the first had left: expected at most {_MOST_MISSED:.0%}, attack with more "
+                                    "restarts", unreliable=False)
+    return None
+
+
+@jax.jit
+def _uphill(u, x, grad, eps):
+    return balls.project(u + eps / 4 * jnp.sign(grad), x, eps, "linf")
+
+
+def _climb(logits_fn, x, y, eps, correct):
+    """PGD from the clean image, looked at in every step."""
+    u, margins, dead = x, [], []
+    for _ in range(_CLIMB + 1):
+        logits = _call(logits_fn, u)
+        grad = _slope(losses.margin, logits_fn, u, y, logits)
+        margins.append(losses.margin(logits, y))
+        dead.append(jnp.all(grad == 0, (1, 2, 3)))
+        u = _uphill(u, x, grad, eps)
+    margins, dead = meshes.fetch(jnp.stack(margins)), meshes.fetch(jnp.stack(dead))
+    broken = np.logical_or.accumulate(~(margins <= 0))
+    stuck = np.mean((dead & ~broken)[1:, correct].any(0)) if correct.any() else 0
+    if stuck > 0.01:
+        yield Flag("zero_gradient_later", f"the gradient becomes exactly zero on the way of {stuck:.0%} of the correct "
+                                          "images, before they are broken: expected at most 1 %, gradient attacks stop")
+    kept = np.mean(margins[-1] - margins[0] > 0.5 * (margins.max(0) - margins[0]))
+    if kept < 0.75:
+        yield Flag("loss_does_not_rise", f"after {_CLIMB} steps of linf {eps:g} the margin of {kept:.0%} of the images "
+                                         "is above half of the most that it rose: expected over 75 %, steps along the "
+                                         "gradient do not lead up")
+    late = np.mean(broken[-1] & ~broken[_CLIMB // 2])
+    if late > _MOST_MISSED:
+        yield Flag("not_converged", f"steps {_CLIMB // 2 + 1} to {_CLIMB} of PGD with linf {eps:g} broke {late:.0%} of "
+                                    f"the images: expected at most {_MOST_MISSED:.0%}, attack with more steps",
+                   unreliable=False)
 
 
 def _unbounded(logits_fn, x, y, key, logits):

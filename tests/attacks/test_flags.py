@@ -67,6 +67,31 @@ _flat_spots.defvjp(lambda x: (x, None), lambda _, dy: (
     jnp.where((jnp.arange(dy.shape[0]) % 4 == 0)[:, None, None, None], jnp.nan, dy),))
 
 
+def _changed_backward(change):
+    """The identity, whose gradient (B, H, W, C) at x is `change(x, gradient)`."""
+    identity = jax.custom_vjp(lambda x: x)
+    identity.defvjp(lambda x: (x, x), lambda x, dy: (change(x, dy),))
+    return identity
+
+
+def _pixel_by_pixel(weights, x):
+    """Shows the gradient of a pixel once the one before it has moved."""
+    _, clean, _ = _case()
+    nearest = clean[jnp.argmin(jnp.abs(x[:, None] - clean[None]).max((2, 3, 4)), -1)]
+    moved = (jnp.abs(x - nearest) > 1e-6).reshape(x.shape[0], -1)
+    shown = jnp.concatenate([jnp.ones_like(moved[:, :1]), moved[:, :-1]], 1).reshape(x.shape)
+    return _net(weights, jnp.where(shown, x, jax.lax.stop_gradient(x)))
+
+
+def _frozen_away_from_clean(weights, x):
+    _, clean, _ = _case()
+    away = jnp.abs(x[:, None] - clean[None]).max((2, 3, 4)).min(-1) > 1e-3
+    return _net(weights, jnp.where(away[:, None, None, None], jax.lax.stop_gradient(x), x))
+
+
+_turning = _changed_backward(lambda x, dy: dy * jnp.sign(jnp.sin(1e3 * x[:, :1, :1])))
+
+
 def test_an_honest_model_has_none():
     assert _flags(_net) == set()
 
@@ -82,6 +107,9 @@ def test_an_honest_model_has_none():
     (lambda w, x: _net(w, jax.lax.stop_gradient(x)), "unbounded_attack_fails"),
     (lambda w, x: _net(w, x + 0.05 * jnp.sin(1e4 * x)), "shattered_gradient"),
     (lambda w, x: _net(w, 2 * jax.lax.stop_gradient(x) - x), "noise_wins"),
+    (lambda w, x: _net(w, 2 * jax.lax.stop_gradient(x) - x), "loss_does_not_rise"),
+    (_frozen_away_from_clean, "zero_gradient_later"),
+    (_pixel_by_pixel, "not_converged"), (lambda w, x: _net(w, _turning(x)), "restarts_win"),
     (_only_near, "not_monotone"),
     (lambda w, x: _net(w, x)[:, :3], "few_classes"),
     (lambda w, x: jnp.where(x.mean((1, 2, 3))[:, None] > 0.5, jnp.nan, _net(w, x)), "not_finite")])

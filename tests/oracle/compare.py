@@ -6,6 +6,8 @@ Prints Markdown. The adversarial images of both sides are checked in the torch n
 """
 
 import argparse
+import functools
+import itertools
 import pathlib
 import sys
 import time
@@ -18,9 +20,11 @@ import numpy as np
 import robust_cnn
 import torch
 from pyautoattack import AutoAttack
+from pyautoattack.autopgd_base import APGDAttack
+from torch.nn.functional import cross_entropy
 
 import advmoe_jax
-from advmoe_jax.attacks import autoattack, parse
+from advmoe_jax.attacks import apgd, autoattack, driver, objectives, parse
 from advmoe_jax.bench import cnn
 from advmoe_jax.ops import balls
 
@@ -37,6 +41,10 @@ MINIMAL = {
 """Norm, our settings, foolbox's attack, and the most that the ratio of the medians may be; the least is its inverse."""
 
 
+NAMES = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+"""Of norms, in the reference."""
+
+
 def case(n, seed=7):
     """The trained weights, our network with them, and n images with labels."""
     weights = robust_cnn.trained()
@@ -49,7 +57,7 @@ def in_foolbox(ours):
 
 def reference(model, x, y, norm, eps, attacks, queries, seed=0):
     """x_adv (n, H, W, C) of pyautoattack."""
-    attack = AutoAttack(model, norm={"linf": "Linf", "l2": "L2", "l1": "L1"}[norm], eps=eps, version="custom",
+    attack = AutoAttack(model, norm=NAMES[norm], eps=eps, version="custom",
                         attacks=attacks, seed=seed, device="cpu")
     attack.apgd.n_restarts = 5 if norm == "l1" else 1
     attack.apgd_targeted.n_target_classes = 5 if norm == "l1" else 9
@@ -126,6 +134,41 @@ def compare_pgd(n):
     return rows
 
 
+def compare_iterates(n, same=22, num_steps=100):
+    """APGD from the same start: images whose first `same` iterates agree to 1e-4, and whose best losses agree to 1 %;
+    before them the largest difference of the clean gradients, over the largest gradient."""
+    weights, ours, x, y = case(n)
+    theirs, rows = cnn.in_torch(weights), []
+    for norm, loss in itertools.product(("linf", "l2"), ("ce", "dlr")):
+        eps = robust_cnn.EPS[norm]
+        program = apgd.Program(norm, objectives.get(loss), num_steps, rho=0.75, eot=0, quirks=True, stops=False)
+        inputs = driver.Inputs(ours, dict(keys=jax.random.split(jax.random.key(0), n), x=x, y=y), dict(eps=eps))
+        carry = program.start(inputs)
+        start = np.asarray(carry["x"])
+        ahead, found = jax.jit(functools.partial(program.step, inputs)), []
+        for i in range(num_steps + 1):
+            found.append(np.asarray(carry["x"]))
+            carry = ahead(carry, i)
+        attack = APGDAttack(theirs, n_iter=num_steps, norm=NAMES[norm], eps=eps, loss=loss, eot_iter=1, device="cpu")
+        attack.init_hyperparam(cnn.to_torch(x))
+        criterion = attack.dlr_loss if loss == "dlr" else functools.partial(cross_entropy, reduction="none")
+        images, labels = cnn.to_torch(x).requires_grad_(), torch.from_numpy(y).long()
+        [grad] = torch.autograd.grad(criterion(theirs(images), labels).sum(), images)
+        grad = np.nan_to_num(cnn.from_torch(grad))
+        differ = np.abs(jax.grad(lambda u: jnp.sum(objectives.get(loss).loss(ours(u), y)))(x) - grad).max() / np.abs(grad).max()
+        looked = []
+        hook = theirs.register_forward_pre_hook(lambda _, images: looked.append(cnn.from_torch(images[0].detach())))
+        _, _, best, _ = attack.attack_single_run(cnn.to_torch(x), labels, cnn.to_torch(start))
+        hook.remove()
+        apart = np.abs(np.stack(found[:same]) - np.stack(looked[:same])).max((0, 2, 3, 4))
+        best, ours_best = best.numpy(), np.asarray(carry["best_loss"])
+        close = np.abs(ours_best - best) <= 0.01 * np.abs(best)
+        asked = " (95)" if loss == "ce" else ""
+        rows.append((f"apgd-{loss}, {norm}", f"{differ:.1e} (1e-05)", f"{100 * np.mean(apart < 1e-4):.1f}{asked}",
+                     f"{100 * np.mean(close):.1f}{asked}", f"{ours_best.mean():.5f}", f"{best.mean():.5f}"))
+    return rows
+
+
 def compare_fast(n):
     """Rows of a table: AutoAttack and `fast`, which leaves an image alone once it is broken."""
     _, ours, x, y = case(n, seed=9)
@@ -176,6 +219,14 @@ equal to 1e-5, all in percent; a sign that rounding turns over sends an image el
     show(("attack", "norm", "ours", "foolbox", "ratio (asked)", "not found, ours", "not found, foolbox"),
          compare_distances(flags.n))
     show(("attack", "ours", "foolbox", "agreement % (asked)", "equal %"), compare_pgd(flags.n))
+    print("""
+# The course of APGD from the same start
+
+The largest difference of a gradient at the clean images, over the largest gradient; then shares of the images in
+percent: those whose first 22 iterates are equal to 1e-4, and those whose best loss is equal to 1 %; then the means of
+the best losses. In parentheses what is asked for. The DLR loss jumps where two logits change places: its courses part.
+""")
+    show(("attack", "gradients differ", "equal iterates %", "equal losses %", "loss, ours", "loss, pyautoattack"), compare_iterates(flags.n))
     print(f"""
 # The suite `fast` beside `standard`
 

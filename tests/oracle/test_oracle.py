@@ -28,6 +28,12 @@ def test_distances():
         assert int(missed) <= int(missed_by_theirs), name
 
 
+def test_iterates():
+    for name, gradients, *shares in compare.compare_iterates(64):
+        assert float(gradients.split()[0]) <= 1e-5, name
+        assert "dlr" in name or all(float(share.split()[0]) >= 95 for share in shares[:2]), name
+
+
 def test_the_fast_suite_has_the_verdicts_of_the_standard_one():
     for norm, standard, fast, differ, passes, fewer, *_ in compare.compare_fast(64):
         assert standard == fast and differ == "0", norm
