@@ -217,9 +217,9 @@ def _single_step(logits_fn, x, y, keys, stands):
     for eps, left in stands.items():
         in_one = left & ~_stands(logits_fn, x, y, keys, eps, num_steps=1, step_size="1 eps")
         if in_one.mean() > _MOST_MISSED:
-            return Flag("single_step_wins", f"one step of linf {eps:g} broke {in_one.mean():.0%} of the images that ten "
-                                            f"steps had left: expected at most {_MOST_MISSED:.0%}, the gradients may be "
-                                            "masked")
+            return Flag("single_step_wins", f"one step of linf {eps:g} broke {in_one.mean():.0%} of the images that "
+                                            f"ten steps had left: expected at most {_MOST_MISSED:.0%}, the gradients "
+                                            "may be masked")
     return None
 
 
@@ -229,9 +229,9 @@ def _noise(logits_fn, x, y, keys, stands):
         for number in range(_DRAWS):
             by_noise |= left & ~_correct(logits_fn, _noisy(rng.fold_in(keys, number), x, eps), y)
         if by_noise.mean() > _MOST_MISSED:
-            return Flag("noise_wins", f"random noise of linf {eps:g} broke {by_noise.mean():.0%} of the images that PGD "
-                                      f"had left at that budget: expected at most {_MOST_MISSED:.0%}, the gradients may "
-                                      "be masked")
+            return Flag("noise_wins", f"random noise of linf {eps:g} broke {by_noise.mean():.0%} of the images that "
+                                      f"PGD had left at that budget: expected at most {_MOST_MISSED:.0%}, the "
+                                      "gradients may be masked")
     return None
 
 

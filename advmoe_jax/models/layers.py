@@ -1,25 +1,50 @@
 """Layers that the backbones share. B batch, H W height and width, I input, O output, E experts, w expert width."""
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax import lax
 
-from advmoe_jax.ops import conv, dispatch, routing
+from advmoe_jax.ops import batch_norm, conv, dispatch, routing
 from advmoe_jax.ops.dispatch import Choice
 
 # Kaiming normal, fan out: the initialiser of the released AdvMoE code. For a routed kernel the fan counts all
 # stored channels.
 kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
-# BatchNorm as PyTorch sets it (its momentum 0.1 is 0.9 here). Running variances are biased, PyTorch's are not.
-batch_norm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+_KEPT = 0.9  # of running statistics in an update
 
 Choose = Callable[[jax.Array], Choice]
 """Given the input (B, H, W, I) of a routed layer, what its images take; called once a layer, in order."""
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation as PyTorch sets it, but that running variances are biased.
+
+    Attributes:
+        is_affine: whether it learns a scale and a bias.
+    """
+
+    is_affine: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """(B, ..., C) -> the same shape, by the batch's statistics in training and by running ones else."""
+        shape = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape) if self.is_affine else jnp.ones(shape, x.dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape) if self.is_affine else jnp.zeros(shape, x.dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        var = self.variable("batch_stats", "var", jnp.ones, shape)
+        if not train:
+            return batch_norm.scaled(x, mean.value, lax.rsqrt(var.value + batch_norm.EPSILON) * scale, bias)
+        y, *found = batch_norm.normalize(x, scale, bias)
+        if not self.is_initializing():
+            for running, now in zip((mean, var), found):
+                running.value = _KEPT * running.value + (1 - _KEPT) * now
+        return y
 
 
 class Conv(nn.Module):
@@ -97,4 +122,4 @@ def scaled_width(channels: int, model_scale: float) -> int:
 
 def global_average_pool(x: jax.Array) -> jax.Array:
     """(B, H, W, C) -> (B, C)."""
-    return jnp.mean(x, axis=(1, 2))
+    return batch_norm.sum_pixels(x) / (x.shape[1] * x.shape[2])

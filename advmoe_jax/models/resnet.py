@@ -17,10 +17,10 @@ from flax import linen as nn
 from advmoe_jax.core.errors import one_of
 from advmoe_jax.core.layers import LayerSpec
 from advmoe_jax.models.layers import (
+    BatchNorm,
     Choose,
     Conv,
     RoutedConv,
-    batch_norm,
     global_average_pool,
     scaled_width,
     stored_channels,
@@ -80,7 +80,7 @@ class ResNet(nn.Module):
         """(B, H, W, C) images in [0, 1] -> (B, K) logits."""
         imagenet = self.stem == "imagenet"
         x = Conv(self.stem_width, 7 if imagenet else 3, 2 if imagenet else 1, name="conv1")(x)
-        x = nn.relu(batch_norm(use_running_average=not train, name="bn1")(x))
+        x = nn.relu(BatchNorm(name="bn1")(x, train))
         if imagenet:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for block in self.blocks():
@@ -112,7 +112,7 @@ class BasicBlock(nn.Module):
             return Conv(block.width, size, stride, name=name)(x)
 
         def norm(x, name):
-            return batch_norm(use_running_average=not train, name=name)(x)
+            return BatchNorm(name=name)(x, train)
 
         y = nn.relu(norm(conv(x, "conv1", stride=block.stride), "bn1"))
         y = norm(conv(y, "conv2"), "bn2")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from advmoe_jax.core.layers import LayerSpec
-from advmoe_jax.models.layers import Conv, batch_norm, global_average_pool
+from advmoe_jax.models.layers import BatchNorm, Conv, global_average_pool
 
 ROUTINGS = ("layer", "embedding", "global")
 
@@ -54,7 +54,7 @@ class Head(nn.Module):
     def __call__(self, features: jax.Array, train: bool) -> jax.Array:
         """(B, C) -> (B, E)."""
         features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-        h = batch_norm(use_running_average=not train, use_scale=False, use_bias=False, name="bn")(features)
+        h = BatchNorm(is_affine=False, name="bn")(features, train)
         h = jnp.tanh(nn.Dense(self.hidden, name="hidden")(h))
         return nn.Dense(self.num_experts, name="scores")(h)
 
@@ -86,13 +86,13 @@ class EmbeddingRouter(nn.Module):
 
     def setup(self):
         self.convs = [Conv(self.width * 2**i, 3, 2, name=f"conv{i + 1}") for i in range(2)]
-        self.norms = [batch_norm(name=f"bn{i + 1}") for i in range(2)]
+        self.norms = [BatchNorm(name=f"bn{i + 1}") for i in range(2)]
         self.head = Head(self.num_experts * self.num_layers, 4 * self.width)
 
     def scores_image(self, x: jax.Array, train: bool) -> jax.Array:
         """(B, H, W, C) images -> (B, L, E)."""
         for conv, norm in zip(self.convs, self.norms):
-            x = nn.relu(norm(conv(x), use_running_average=not train))
+            x = nn.relu(norm(conv(x), train))
         return self.head(global_average_pool(x), train).reshape(-1, self.num_layers, self.num_experts)
 
 
@@ -110,7 +110,7 @@ class GlobalRouter(nn.Module):
         """(B, H, W, C) images -> (B, 1, E)."""
 
         def norm(x, name):
-            return batch_norm(use_running_average=not train, name=name)(x)
+            return BatchNorm(name=name)(x, train)
 
         x = nn.relu(norm(Conv(self.width, name="conv1")(x), "bn1"))
         for stage in range(3):

@@ -83,6 +83,7 @@ def _input_grad(dy, kernel, stride, shape):
 def _kernel_grad(x, dy, stride, k):
     """Convolution of the images with the cotangents, the batch taking the part of the channels."""
     p = k // 2
+    x, dy = lax.optimization_barrier((x, dy))  # what made them would be computed again while they are transposed
     pads = [(p, k - 1 - size - p + (out - 1) * stride + 1) for size, out in zip(x.shape[1:3], dy.shape[1:3])]
     grad = lax.conv_general_dilated(
         x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), pads,

@@ -1,0 +1,70 @@
+"""Batch normalisation against flax's, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from advmoe_jax.models.layers import BatchNorm
+from advmoe_jax.ops import batch_norm
+
+SHAPES = [(6, 5, 4, 3), (7, 11), (4, 1, 1, 2)]
+
+
+@pytest.fixture(autouse=True)
+def _in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def _normal(seed, shape):
+    return 3 + 2 * jax.random.normal(jax.random.key(seed), shape, jnp.float64)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("is_affine", [True, False])
+def test_values_statistics_and_gradients_are_those_of_flax(shape, is_affine):
+    x, weights = _normal(0, shape), _normal(1, shape)
+    ours = BatchNorm(is_affine)
+    theirs = nn.BatchNorm(momentum=0.9, epsilon=1e-5, use_scale=is_affine, use_bias=is_affine, dtype=jnp.float64,
+                          param_dtype=jnp.float64)
+    variables = jax.tree.map(lambda leaf: _normal(2, leaf.shape), ours.init(jax.random.key(0), x, True))
+    stats = jax.tree.map(jnp.abs, variables["batch_stats"])
+    params = variables.get("params", {})
+
+    def loss(apply, params, x):
+        y, updated = apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
+        return jnp.sum(weights * jnp.sin(y)), (y, updated["batch_stats"])
+
+    def train(apply):
+        return jax.value_and_grad(lambda *inputs: loss(apply, *inputs), argnums=(0, 1), has_aux=True)(params, x)
+
+    ours_found = train(lambda v, x, **how: ours.apply(v, x, True, **how))
+    theirs_found = train(lambda v, x, **how: theirs.apply(v, x, use_running_average=False, **how))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), ours_found, theirs_found)
+    fixed = {"params": params, "batch_stats": stats}
+    np.testing.assert_allclose(ours.apply(fixed, x, False), theirs.apply(fixed, x, use_running_average=True), 1e-12)
+
+
+def test_the_gradient_of_the_gradient():
+    x, weights = _normal(0, (5, 3, 2)), _normal(1, (5, 3, 2))
+    scale, bias = jnp.ones(2), jnp.zeros(2)
+
+    def slope(normalize):
+        def value(x):
+            return jnp.sum(weights * jnp.sin(normalize(x)))
+        return jax.grad(lambda x: jnp.sum(jax.grad(value)(x)**2))(x)
+
+    def plainly(x):
+        mean, var = (statistic(x, (0, 1), keepdims=True) for statistic in (jnp.mean, jnp.var))
+        return (x - mean) / jnp.sqrt(var + batch_norm.EPSILON)
+
+    plain = slope(plainly)
+    np.testing.assert_allclose(slope(lambda x: batch_norm.normalize(x, scale, bias)[0]), plain, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_sum_over_pixels(shape):
+    x = _normal(0, shape)
+    np.testing.assert_allclose(batch_norm.sum_pixels(x), x.reshape(shape[0], -1, shape[-1]).sum(1), rtol=1e-13)
