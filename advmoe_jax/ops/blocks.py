@@ -6,12 +6,14 @@ w channels of an expert, k kernel size, E experts, n blocks of T images, s strid
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from advmoe_jax.ops import conv as convs
 from advmoe_jax.ops import plans
-from advmoe_jax.ops.conv import conv2d
 from advmoe_jax.ops.plans import Plan
 
 
@@ -26,31 +28,29 @@ def conv(kernels: jax.Array, x: jax.Array, plan: Plan, stride: int) -> jax.Array
     Returns:
         (B, H / s, W / s, w).
     """
-    return each(lambda rows, expert: conv2d(x[rows], kernels[expert], stride), plan)
+    return _by_expert(kernels.__getitem__, lambda kernel, rows: convs.conv2d(x[rows], kernel, stride), plan)
 
 
 def input_grad(kernels: jax.Array, x: jax.Array, dy: jax.Array, plan: Plan, stride: int) -> jax.Array:
     """The gradient of `conv` to x, given that to its output."""
-    def block(rows, expert):
-        pull = jax.vjp(lambda u: conv2d(u, kernels[expert], stride), x[rows])[1]
-        return pull(dy[rows])[0]
+    def compute(turned, rows):
+        return convs.input_grad(dy[rows], turned, stride, (*rows.shape, *x.shape[1:]))
 
-    return each(block, plan)
+    return _by_expert(lambda expert: convs.turned(kernels[expert]), compute, plan)
 
 
 def kernel_grad(kernels: jax.Array, x: jax.Array, dy: jax.Array, plan: Plan, stride: int) -> jax.Array:
     """The gradient of `conv` to the kernels, given that to its output."""
-    def block(total, inputs):
-        rows, real, expert, used = inputs
+    rows, is_image = plans.rows(plan), plan.image < len(x)
 
-        def add(total):
-            pull = jax.vjp(lambda k: conv2d(x[rows], k, stride), kernels[expert])[1]
-            return total.at[expert].add(pull(jnp.where(real[:, None, None, None], dy[rows], 0))[0])
+    def expert(_, blocks):
+        def add(i, total):
+            real = jnp.where(is_image[i][:, None, None, None], dy[rows[i]], 0)
+            return total + convs.kernel_grad(x[rows[i]], real, stride, kernels.shape[1])
 
-        return jax.lax.cond(used, add, lambda total: total, total), None
+        return None, lax.fori_loop(*blocks, add, jnp.zeros_like(kernels[0]))
 
-    inputs = plans.rows(plan), plan.image < len(x), plan.expert, plan.used
-    return jax.lax.scan(block, jnp.zeros_like(kernels), inputs)[0]
+    return lax.scan(expert, None, _ranges(plan))[1]
 
 
 def gate_grad(starts: tuple[int, ...], kernels: jax.Array, stored: jax.Array, x: jax.Array, dy: jax.Array, plan: Plan,
@@ -72,34 +72,61 @@ def gate_grad(starts: tuple[int, ...], kernels: jax.Array, stored: jax.Array, x:
     def product(y, dy):
         return jnp.sum(y * dy, (1, 2, 3))[:, None]
 
-    def block(rows, expert):
+    def prepare(expert):
+        others = [(expert + i) % num_experts for i in range(1, num_experts)] if alone else []
+        return expert, [(jax.nn.one_hot(other, num_experts, dtype=dy.dtype), kernels[other]) for other in others]
+
+    def compute(ready, rows):
+        expert, others = ready
         u, v = x[rows], dy[rows]
         if alone:
-            others = [(expert + i) % num_experts for i in range(1, num_experts)]
-            return sum(jax.nn.one_hot(e, num_experts, dtype=v.dtype)[None] * product(conv2d(u, kernels[e], stride), v)
-                       for e in others)
-        y = conv2d(u, stored, stride)
+            return sum(one_hot[None] * product(convs.conv2d(u, kernel, stride), v) for one_hot, kernel in others)
+        y = convs.conv2d(u, stored, stride)
         products = jnp.concatenate([product(y[..., start:start + width], v) for start in starts], 1)
         return products * (1 - jax.nn.one_hot(expert, num_experts, dtype=v.dtype))[None]
 
-    return each(block, plan)
+    return _by_expert(prepare, compute, plan)
 
 
-def each(function: Callable[[jax.Array, jax.Array], jax.Array], plan: Plan) -> jax.Array:
-    """`function` of the rows (T,) and the expert () of every block that is used, in the order of the batch.
+def _ranges(plan):
+    """First block of each expert, and the one behind its last."""
+    return jnp.concatenate([jnp.zeros_like(plan.ends[:1]), plan.ends[:-1]]), plan.ends
+
+
+def _by_expert(prepare: Callable[[jax.Array], Any], compute: Callable[[Any, jax.Array], jax.Array], plan: Plan
+               ) -> jax.Array:
+    """(B, ...) of what `compute(prepare(expert), rows)`, (T,) -> (T, ...), gives for the rows of every block.
+
+    What an expert needs is prepared once: XLA on CPU moves nothing out of a loop. No gradient is defined.
+    """
+    rows = plans.rows(plan)
+    block = jax.eval_shape(lambda expert: compute(prepare(expert), rows[0]), plan.ends[0])
+
+    def expert(found, inputs):
+        number, *blocks = inputs
+        ready = prepare(number)
+        return lax.fori_loop(*blocks, lambda i, found: found.at[i].set(compute(ready, rows[i])), found), None
+
+    found = jnp.zeros((len(rows), *block.shape), block.dtype)
+    found, _ = lax.scan(expert, found, (jnp.arange(len(plan.ends)), *_ranges(plan)))
+    return found.reshape(-1, *found.shape[2:])[plan.place]
+
+
+def pathways(compute: Callable[[jax.Array, jax.Array], jax.Array], plan: Plan) -> jax.Array:
+    """`compute` of the rows (T,) and the expert () of every block that is used, in the order of the batch.
 
     Args:
-        function: (rows, expert) -> (T, ...), each row of which depends on no other.
+        compute: (rows, expert) -> (T, ...), each row of which depends on no other. It may be differentiated.
         plan: of the B images.
     Returns:
         (B, ...).
     """
     arguments = plans.rows(plan), plan.expert
-    shape = jax.eval_shape(function, *(a[0] for a in arguments))
+    shape = jax.eval_shape(compute, *(a[0] for a in arguments))
 
     def block(inputs):
         used, arguments = inputs
-        return jax.lax.cond(used, function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *arguments)
+        return lax.cond(used, compute, lambda *_: jnp.zeros(shape.shape, shape.dtype), *arguments)
 
-    found = jax.lax.map(block, (plan.used, arguments))
+    found = lax.map(block, (plan.used, arguments))
     return found.reshape(-1, *found.shape[2:])[plan.place]

@@ -67,21 +67,40 @@ def _conv_fwd(x, kernel, stride):
 
 def _conv_bwd(stride, saved, dy):
     x, kernel = saved
-    return _input_grad(dy, kernel, stride, x.shape), _kernel_grad(x, dy, stride, kernel.shape[0])
+    return input_grad(dy, turned(kernel), stride, x.shape), kernel_grad(x, dy, stride, kernel.shape[0])
 
 
-def _input_grad(dy, kernel, stride, shape):
-    """Convolution of the dilated cotangent with the kernel flipped in space and transposed in channels."""
-    k = kernel.shape[0]
+def turned(kernel: jax.Array) -> jax.Array:
+    """A kernel (k, k, I, O) as `input_grad` takes it: flipped in space, transposed in channels."""
+    return jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+
+
+def input_grad(dy: jax.Array, turned: jax.Array, stride: int, shape: tuple[int, ...]) -> jax.Array:
+    """The gradient of `conv2d` to x, given that to its output: a convolution of the dilated cotangent.
+
+    Args:
+        dy: (B, H', W', O).
+        turned: (k, k, O, I).
+        stride: s.
+        shape: (B, H, W, I) of x.
+    """
+    k = turned.shape[0]
     low = k - 1 - k // 2
     pads = [(low, size - ((out - 1) * stride + 1) - low + k - 1)
             for size, out in zip(shape[1:3], dy.shape[1:3])]
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    return lax.conv_general_dilated(dy, flipped, (1, 1), pads, lhs_dilation=(stride, stride), dimension_numbers=_NHWC)
+    return lax.conv_general_dilated(dy, turned, (1, 1), pads, lhs_dilation=(stride, stride), dimension_numbers=_NHWC)
 
 
-def _kernel_grad(x, dy, stride, k):
-    """Convolution of the images with the cotangents, the batch taking the part of the channels."""
+def kernel_grad(x: jax.Array, dy: jax.Array, stride: int, k: int) -> jax.Array:
+    """The gradient of `conv2d` to its kernel, (k, k, I, O): a convolution of the images with the cotangents, the batch
+    taking the part of the channels.
+
+    Args:
+        x: (B, H, W, I).
+        dy: (B, H', W', O).
+        stride: s.
+        k: size of the kernel.
+    """
     p = k // 2
     x, dy = lax.optimization_barrier((x, dy))  # what made them would be computed again while they are transposed
     pads = [(p, k - 1 - size - p + (out - 1) * stride + 1) for size, out in zip(x.shape[1:3], dy.shape[1:3])]

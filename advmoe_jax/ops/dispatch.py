@@ -139,7 +139,7 @@ def pathways(apply: Callable[[Any, jax.Array, Choice], jax.Array], variables: An
         def block(rows, expert):
             return apply(variables, x[rows], Choice(gate[rows], expert=expert))
 
-        return blocks.each(block, plan)
+        return blocks.pathways(block, plan)
 
     return _per_device(on_device, choice.dispatch.mesh, replicated=(0,))(variables, x, choice.gate, choice.plan)
 

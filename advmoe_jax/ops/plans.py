@@ -20,13 +20,18 @@ class Plan(NamedTuple):
         image: (n, T) int32, the image in each place; B for a filler.
         place: (B,) int32, where each image is among the n T places.
         expert: (n,) int32, of each block.
-        used: (n,) bool, whether a block holds any image.
+        ends: (E,) int32, the block behind the last one of each expert.
     """
 
     image: jax.Array
     place: jax.Array
     expert: jax.Array
-    used: jax.Array
+    ends: jax.Array
+
+    @property
+    def used(self) -> jax.Array:
+        """(n,) bool, whether a block holds any image."""
+        return jnp.arange(self.expert.shape[0]) < self.ends[-1]
 
 
 def rows(plan: Plan) -> jax.Array:
@@ -52,4 +57,4 @@ def make(ids: jax.Array, num_experts: int, size: int) -> Plan:
     number = jnp.arange((batch + num_experts * (size - 1)) // size)
     image = jnp.full(number.size * size, batch, jnp.int32).at[place].set(jnp.arange(batch, dtype=jnp.int32))
     expert = jnp.sum(number[:, None] >= ends[None], -1)
-    return Plan(image.reshape(-1, size), place, jnp.minimum(expert, num_experts - 1), number < ends[-1])
+    return Plan(image.reshape(-1, size), place, jnp.minimum(expert, num_experts - 1), ends)

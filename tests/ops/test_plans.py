@@ -18,13 +18,15 @@ LOADS = {"even": lambda b, e: np.arange(b) % e, "one": lambda b, e: np.full(b, e
 def test_no_image_is_left_out(batch, num_experts, size, load):
     ids = LOADS[load](batch, num_experts)
     plan = plans.make(jnp.asarray(ids, jnp.int32), num_experts, size)
-    image, place, expert, used = map(np.asarray, plan)
+    image, place, expert, ends = map(np.asarray, plan)
     assert image.shape == ((batch + num_experts * (size - 1)) // size, size)
     np.testing.assert_array_equal(image.ravel()[place], np.arange(batch))
     assert np.sum(image < batch) == batch, "and each once"
     np.testing.assert_array_equal(expert[place // size], ids)
-    np.testing.assert_array_equal(used, (image < batch).any(1))
-    assert used.sum() == sum(-(-np.sum(ids == e) // size) for e in range(num_experts))
+    np.testing.assert_array_equal(plan.used, (image < batch).any(1))
+    assert ends[-1] == plan.used.sum() == sum(-(-np.sum(ids == e) // size) for e in range(num_experts))
+    for e in range(num_experts):
+        np.testing.assert_array_equal(expert[ends[e - 1] if e else 0:ends[e]], e)
 
 
 def test_images_of_an_expert_keep_their_order():
