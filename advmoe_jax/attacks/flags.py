@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from advmoe_jax.attacks import driver, objectives, pgd
-from advmoe_jax.attacks.verdicts import Found
+from advmoe_jax.attacks.verdicts import Fitting, Found
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng
 from advmoe_jax.ops import balls, losses
@@ -53,10 +53,14 @@ def of_model(logits_fn: jax.tree_util.Partial, x: jax.Array, y: jax.Array, key: 
 
     Args:
         logits_fn: x -> (B, K).
-        x, y: images in [0, 1] and labels, of which the first MOST_IMAGES are looked at.
+        x, y: images in [0, 1] and labels, of which the first MOST_IMAGES are looked at, or what fits into memory.
         key: for the random directions.
     """
-    logits_fn, x, y = objectives.partial(logits_fn), x[:MOST_IMAGES], y[:MOST_IMAGES]
+    logits_fn = objectives.partial(logits_fn)
+    return Fitting(min(MOST_IMAGES, len(x))).largest(lambda size: _of_model(logits_fn, x[:size], y[:size], key))
+
+
+def _of_model(logits_fn, x, y, key):
     logits = meshes.fetch(_call(logits_fn, x))
     if not np.all(np.isfinite(logits)):
         share = np.mean(~np.isfinite(logits).all(-1))

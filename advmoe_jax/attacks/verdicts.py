@@ -7,7 +7,7 @@ returned. m images, B of them in a batch.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -131,7 +131,7 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
     drawn = {name: jax.tree_util.Partial(one_draw, view, rng.stream(key, "verdict")) if is_random else view
              for name, view in views.items()}
     judge = next(iter(drawn.values()))
-    fits = _Fitting(batch_size)
+    fits = Fitting(batch_size)
     clean = _join(list(fits.batches(index, functools.partial(_clean, judge, source))))
     found = Found(index, label, clean, ())
     logged: dict[int, list] = {}
@@ -174,25 +174,28 @@ def _plan(specs, views, routed, with_keys):
 
 
 @dataclasses.dataclass
-class _Fitting:
-    """Cuts images into batches of a size that is halved for good when the devices have no memory for one."""
+class Fitting:
+    """The most images at a time: halved for good when the devices have no memory for them."""
 
     size: int
 
-    def batches(self, index, work):
-        """Yields work(rows, size) for at most `size` of `index` after the other."""
-        first, devices = 0, jax.device_count()
-        while first < len(index):
-            rows = index[first:first + self.size]
+    def largest(self, work: Callable[[int], Any]) -> Any:
+        """work(size) of the largest size that fits, of one image a device or more."""
+        devices = jax.device_count()
+        while True:
             try:
-                found = work(rows, self.size)
+                return work(self.size)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error) or self.size <= devices:
                     raise
                 self.size = -(-self.size // (2 * devices)) * devices
-                continue
-            yield found
-            first += len(rows)
+
+    def batches(self, index: np.ndarray, work: Callable[[np.ndarray, int], Any]) -> Iterator[Any]:
+        """Yields work(rows, size) for at most `size` of `index` after the other."""
+        first = 0
+        while first < len(index):
+            yield self.largest(lambda size, first=first: work(index[first:first + size], size))
+            first += self.size
 
 
 def _clean(judge, source, rows, size):

@@ -205,7 +205,7 @@ def test_one_trace_a_configuration(name, norm):
         return _apply(weights, x)
 
     def attack(eps, weights, x):
-        return _spec(name, norm, eps, driver="host").run(
+        return _spec(name, norm, eps).run(
             jax.tree_util.Partial(counted, weights), _keys(np.arange(len(x))), x, y[:len(x)])
 
     eps = EPS.get(norm, 0)

@@ -117,6 +117,22 @@ def test_a_fault_is_flagged(fault, name):
     assert name in _flags(fault)
 
 
+def test_what_does_not_fit_into_memory_is_looked_at_in_part(monkeypatch):
+    weights, x, y = _case()
+    sizes, look = [], flags._of_model
+
+    def greedy(logits_fn, x, *rest):
+        sizes.append(len(x))
+        if len(x) > 8:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return look(logits_fn, x, *rest)
+
+    monkeypatch.setattr(flags, "_of_model", greedy)
+    found = flags.of_model(jax.tree_util.Partial(lambda w, x: jax.nn.softmax(_net(w, x)), weights), x, y,
+                           jax.random.key(0))
+    assert sizes == [24, 12, 8] and "probabilities" in {flag.name for flag in found}
+
+
 def _found(broken_by, survivors_only=True):
     """Attempts on 100 images that broke the given numbers of those that the ones before left."""
     label = np.zeros(100, int)

@@ -11,6 +11,7 @@ from advmoe_jax.attacks import driver, objectives, parse, pgd
 from advmoe_jax.core import rng
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls, losses
+from advmoe_jax.ops.conv import conv2d, patches_conv2d
 
 SHAPE = (5, 5, 1)
 EPS = {"linf": 0.03, "l2": 0.15, "l1": 0.3}
@@ -120,6 +121,27 @@ def test_drivers_agree_to_1e_10_in_float64(norm):
         assert found[0].dtype == jnp.float64
         for other in found[1:]:
             np.testing.assert_allclose(other, found[0], rtol=0, atol=1e-10)
+
+
+def _convolutional(conv, kernel, x):
+    return jnp.mean(jax.nn.relu(conv(x, kernel)), (1, 2))
+
+
+@pytest.mark.parametrize("conv, loops", [
+    (conv2d, True), (patches_conv2d, True), (lambda x, kernel: jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")), False)])
+def test_on_cpu_convolutions_that_loops_slow_down_are_stepped_by_the_host(conv, loops, monkeypatch):
+    """The gradient that autodiff makes of XLA's convolution has another layout."""
+    ran = []
+    for name in ("_step", "_steps"):
+        one = getattr(driver, name)
+        spy = functools.partial(lambda one, name, *arguments: (ran.append(name), one(*arguments))[1], one, name)
+        spy.trace = getattr(one, "trace", None)
+        monkeypatch.setattr(driver, name, spy)
+    kernel = jnp.asarray(np.random.default_rng(0).standard_normal((3, 3, 5, 4)), jnp.float32)
+    x = jnp.full((2, 6, 6, 5), 0.5)
+    _attack(functools.partial(_convolutional, conv), kernel, x, jnp.zeros(2, jnp.int32), num_steps=6)
+    assert set(ran) == {"_steps" if loops else "_step"}
 
 
 def test_unknown_driver():
