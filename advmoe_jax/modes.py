@@ -188,7 +188,7 @@ def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], 
                 if noticed is None:
                     noticed = evaluate.suspicions(system, state, experiment.test, indices, mesh=experiment.mesh,
                                                   seed=config.eval.seed)
-                log.say(f"attacking {what}")
+                log.say(f"attacking {what}{_dispatch(system.network)}")
                 kept = _log_in(folder, about)
                 found = evaluate.run(
                     system, state, experiment.test, indices, suite, mesh=experiment.mesh,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from advmoe_jax.bench import layers, nets, reference, routing, train
+from advmoe_jax.bench import __main__ as bench
+from advmoe_jax.bench import growth, layers, nets, reference, routing, train
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,15 @@ def test_layers(monkeypatch):
     monkeypatch.setattr(layers, "_CASES", layers._CASES[:1])
     [row] = layers.measure(1)
     assert row["forward: all / blocks"] == row["forward: all ms"] / row["forward: blocks ms"]
+
+
+def test_growth(monkeypatch, tmp_path):
+    monkeypatch.setattr(growth, "_BATCHES", (8,))
+    monkeypatch.setattr(growth, "_EXPERTS", (2,))
+    monkeypatch.setattr(growth, "_BATCH", 8)
+    path = tmp_path / "growth.png"
+    assert bench.main(["growth", "--rounds", "1", "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -293,7 +293,8 @@ def test_config_json_changed_by_hand(trained, refused, tmp_path):
 @pytest.mark.parametrize("tool, argv, said", [
     (prepare, [], "--out"), (prepare, ["cifar10", "--out", "o", "--froce"], "--froce"),
     (prepare, ["cifr10", "--out", "o"], "did you mean 'cifar10'"),
-    (bench, [], "name"), (bench, ["cnov"], "did you mean 'conv'"), (bench, ["conv", "--rounds", "0"], "--rounds is 0")])
+    (bench, [], "name"), (bench, ["cnov"], "did you mean 'conv'"), (bench, ["conv", "--rounds", "0"], "--rounds is 0"),
+    (bench, ["conv", "--plot", "conv.png"], "which draws nothing")])
 def test_the_other_commands_refuse_in_one_line(tool, argv, said, capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert tool.main(argv) == 2

@@ -1,11 +1,13 @@
 """Runs a benchmark: python -m advmoe_jax.bench NAME [--json]. Both sides of every ratio are timed in one run."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import jax
 
 import advmoe_jax
-from advmoe_jax.core import cli, find, tables, xla
+from advmoe_jax.core import cli, files, find, tables, xla
 from advmoe_jax.core.errors import UserError
 
 
@@ -14,6 +16,7 @@ def main(argv=None) -> int:
     parser = cli.Parser(prog="python -m advmoe_jax.bench", description=__doc__)
     parser.add_argument("name", help=f"one of: {', '.join(find.names('bench', 'measure'))}")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="where to save a plot, of a benchmark that has one")
     parser.add_argument("--rounds", type=int, default=7, help="timings of each side, interleaved; the median counts")
     return cli.ending(lambda: _show(parser.parse_args(argv)))
 
@@ -21,8 +24,15 @@ def main(argv=None) -> int:
 def _show(flags):
     if flags.rounds < 1:
         raise UserError(f"--rounds is {flags.rounds}: expected 1 or more")
+    benchmark = find.module("bench", flags.name, defines="measure", kind="benchmark")
+    if flags.plot and not hasattr(benchmark, "draw"):
+        raise UserError(f"--plot is {flags.plot}: expected no such flag with {flags.name}, which draws nothing")
+    if flags.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install 'advmoe_jax[quickstart]'")
     xla.keep_memory()
-    rows = find.module("bench", flags.name, defines="measure", kind="benchmark").measure(flags.rounds)
+    rows = benchmark.measure(flags.rounds)
+    if flags.plot:
+        files.write_figure(flags.plot, benchmark.draw(rows))
     circumstances = {"advmoe_jax": advmoe_jax.__version__, "jax": jax.__version__,
                      "device": jax.devices()[0].device_kind, "rounds": flags.rounds}
     if flags.json:

@@ -45,6 +45,13 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_bytes(path, content.getvalue())
 
 
+def write_figure(path: Path, figure: Any) -> None:
+    """As `write_bytes`, a matplotlib figure as a PNG."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    write_bytes(path, content.getvalue())
+
+
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
     """Adds a line to a JSON Lines file; a last line that was cut off is replaced."""
     path = Path(path)

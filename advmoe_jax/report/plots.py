@@ -1,6 +1,5 @@
 """PNG plots of one run. L routed layers, T log lines, E experts."""
 
-import io
 import itertools
 from typing import Any
 
@@ -28,10 +27,10 @@ def write(run: Run) -> tuple[str, ...] | None:
     if not _updates(train):
         return ()
     names = ["training.png"]
-    _save(_training(Figure, run, train), run.folder / names[0])
+    files.write_figure(run.folder / names[0], _training(Figure, run, train))
     if _series(train, "load_entropy") is not None:
         names.append("routing.png")
-        _save(_routing(Figure, run, train), run.folder / names[1])
+        files.write_figure(run.folder / names[1], _routing(Figure, run, train))
     return tuple(names)
 
 
@@ -64,17 +63,8 @@ def write_curve(run: Run) -> str | None:
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")
-    _save(figure, run.folder / "curve.png")
+    files.write_figure(run.folder / "curve.png", figure)
     return "curve.png"
-
-
-def _save(figure, path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    content = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(content, format="png", dpi=150)
-    files.write_bytes(path, content.getvalue())
 
 
 def _updates(train: list[dict[str, Any]]) -> list[str]:
