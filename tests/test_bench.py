@@ -1,9 +1,13 @@
 """Every benchmark runs, on tiny networks, and its ratios are those of its times."""
 
+import pathlib
+
 import pytest
 
+import advmoe_jax
 from advmoe_jax.bench import __main__ as bench
 from advmoe_jax.bench import growth, layers, nets, reference, routing, train
+from advmoe_jax.core import config
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +61,16 @@ def test_train(monkeypatch):
     assert all(row["compile s, warm"] < row["compile s, cold"] for row in rows.values())
 
 
+def test_the_released_algorithm_is_that_of_the_paper_s_config():
+    path = pathlib.Path(advmoe_jax.__file__).parents[1] / "configs/paper/advmoe_cifar10_r18_released.py"
+    released = config.load(str(path))
+    for name, value in reference._RELEASED.items():
+        field = released
+        for part in name.split("__"):
+            field = field[part]
+        assert field == value, name
+
+
 @pytest.mark.slow
 def test_reference(monkeypatch):
     pytest.importorskip("torch", reason="needs the torch extra")
@@ -64,4 +78,4 @@ def test_reference(monkeypatch):
     monkeypatch.setattr(reference, "_TRAINING", 8)
     monkeypatch.setattr(reference, "_FORWARD", 8)
     rows = reference.measure(1)
-    assert len(rows) == 8 and all(row["torch / ours"] == row["torch ms"] / row["ours ms"] for row in rows)
+    assert len(rows) == 13 and all(row["torch / ours"] == row["torch ms"] / row["ours ms"] for row in rows)

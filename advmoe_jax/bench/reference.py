@@ -17,6 +17,8 @@ from advmoe_jax.bench.timing import interleaved
 from advmoe_jax.core.errors import UserError
 
 _FORWARD, _TRAINING = 64, 32  # batches
+_LAST = ", channels last"
+_DENSE = [(name, name + layout) for name in ("Dense", "S-Dense") for layout in ("", _LAST)]
 _RELEASED = dict(
     model__routing="global", model__experts="disjoint", model__router_grad="ste_selected",
     system__router_loss="label_mod", system__order="backbone_first", system__share_batch=True,
@@ -30,27 +32,41 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     return _forward(rounds) + _training(rounds)
 
 
-def _rows(what, theirs, ours, rounds):
-    """`ours` are {name: (name of the one of theirs it is compared to, function)}."""
-    functions = {("torch", name): f for name, f in theirs.items()} | {
-        ("ours", name): f for name, (_, f) in ours.items()}
-    ms = interleaved(functions, (), rounds)
-    return [{"what": what, "network": name, "torch ms": ms["torch", other], "ours ms": ms["ours", name],
-             "torch / ours": ms["torch", other] / ms["ours", name]} for name, (other, _) in ours.items()]
+def _rows(what, theirs, ours, pairs, rounds):
+    """A row for each pair (name of ours, name of theirs); every function is timed once a round."""
+    ms = interleaved({("torch", name): f for name, f in theirs.items()} | {
+        ("ours", name): f for name, f in ours.items()}, (), rounds)
+    rows = []
+    for name, other in pairs:
+        times = ms["torch", other], ms["ours", name]
+        rows.append({"what": what, "ours": name, "torch": other, **dict(zip(("torch ms", "ours ms"), times)),
+                     "torch / ours": times[0] / times[1]})
+    return rows
 
 
 def _torch_nets():
+    """The networks, those without experts also with the channels last in memory."""
+    import torch
+
     from advmoe_jax.bench import released
-    return {"Dense": released.ResNet18(1, 1.0), "S-Dense": released.ResNet18(1, 0.5), "MoE": released.ResNet18(2, 0.5)}
+    sizes = {"Dense": (1, 1.0), "S-Dense": (1, 0.5)}
+    return {name: released.ResNet18(*size) for name, size in sizes.items()} | {
+        f"{name}{_LAST}": released.ResNet18(*size).to(memory_format=torch.channels_last)
+        for name, size in sizes.items()} | {"MoE": released.ResNet18(2, 0.5)}
+
+
+def _laid_out(name, x):
+    import torch
+    return x.contiguous(memory_format=torch.channels_last if name.endswith(_LAST) else torch.contiguous_format)
 
 
 def _forward(rounds):
     import torch
 
     x = nets.images(_FORWARD)
-    images = torch.tensor(np.asarray(x).transpose(0, 3, 1, 2)).contiguous()
+    images = torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))
 
-    def in_torch(net):
+    def in_torch(net, images):
         with torch.no_grad():
             return net(images)
 
@@ -59,11 +75,11 @@ def _forward(rounds):
         variables = nets.settled(net, variables)
         return functools.partial(jax.jit(net.apply), variables, x)
 
-    theirs = {name: functools.partial(in_torch, net.eval()) for name, net in _torch_nets().items()}
-    ours = {"Dense": ("Dense", in_jax(num_experts=1, model_scale=1.0)),
-            "S-Dense": ("S-Dense", in_jax(num_experts=1, model_scale=0.5)),
-            "MoE, ResNet-20 router": ("MoE", in_jax(num_experts=2, model_scale=0.5, routing="global"))}
-    return _rows(f"forward, batch {_FORWARD}", theirs, ours, rounds)
+    theirs = {name: functools.partial(in_torch, net.eval(), _laid_out(name, images))
+              for name, net in _torch_nets().items()}
+    ours = {"Dense": in_jax(num_experts=1, model_scale=1.0), "S-Dense": in_jax(num_experts=1, model_scale=0.5),
+            "MoE, ResNet-20 router": in_jax(num_experts=2, model_scale=0.5, routing="global")}
+    return _rows(f"forward, batch {_FORWARD}", theirs, ours, [*_DENSE, ("MoE, ResNet-20 router", "MoE")], rounds)
 
 
 def _training(rounds):
@@ -72,12 +88,14 @@ def _training(rounds):
     from advmoe_jax.bench import released
 
     x, y = torch.rand(_TRAINING, 3, *nets.IMAGE_SHAPE[:2]), torch.randint(0, nets.CLASSES, (_TRAINING,))
-    theirs = {name: functools.partial(released.trainer(net.train()), x, y) for name, net in _torch_nets().items()}
-    theirs["MoE with logs"] = functools.partial(released.trainer(_torch_nets()["MoE"].train(), logs=True), x, y)
-    ours = {"Dense": ("Dense", train.program("at_dense", {})),
-            "S-Dense": ("S-Dense", train.program("at_sdense", {})),
-            "AdvMoE, as released": ("MoE", train.program("advmoe", _RELEASED)),
-            "AdvMoE, as the paper": ("MoE", train.program("advmoe", {})),
-            "AdvMoE, as the paper; torch with its passes for logs": ("MoE with logs", train.program("advmoe", {}))}
-    ours = {name: (other, functools.partial(run, 1)) for name, (other, run) in ours.items()}
-    return _rows(f"iteration, batch {_TRAINING}", theirs, ours, rounds)
+    theirs = {name: functools.partial(released.trainer(net.train()), _laid_out(name, x), y)
+              for name, net in _torch_nets().items()}
+    theirs["MoE, with its passes for logs"] = functools.partial(
+        released.trainer(_torch_nets()["MoE"].train(), logs=True), x, y)
+    ours = {"Dense": train.program("at_dense", {}), "S-Dense": train.program("at_sdense", {}),
+            "AdvMoE, as released": train.program("advmoe", _RELEASED),
+            "AdvMoE, as the paper": train.program("advmoe", {})}
+    pairs = [*_DENSE, *((name, other) for name in ("AdvMoE, as released", "AdvMoE, as the paper")
+                        for other in ("MoE", "MoE, with its passes for logs"))]
+    ours = {name: functools.partial(run, 1) for name, run in ours.items()}
+    return _rows(f"iteration, batch {_TRAINING}", theirs, ours, pairs, rounds)
