@@ -24,7 +24,7 @@ _APART = 1e-4  # of logits scaled to norm 1
 _DIRECTIONS = 32
 _STEP = 1e-2  # l2 length of a finite difference
 _NEAR = 1e-3  # linf size of a step that should change a gradient little
-_BUDGETS = (0.01, 0.03, 0.1, 0.3)
+_BUDGETS = (0.003, 0.01, 0.03, 0.1, 0.3)
 _DRAWS = 10
 _RESTARTS = 3
 _CLIMB = 20  # steps
@@ -56,8 +56,12 @@ def of_model(logits_fn: jax.tree_util.Partial, x: jax.Array, y: jax.Array, key: 
         x, y: images in [0, 1] and labels, of which the first MOST_IMAGES are looked at, or what fits into memory.
         key: for the random directions.
     """
-    logits_fn = objectives.partial(logits_fn)
-    return Fitting(min(MOST_IMAGES, len(x))).largest(lambda size: _of_model(logits_fn, x[:size], y[:size], key))
+    logits_fn, fits = objectives.partial(logits_fn), Fitting(min(MOST_IMAGES, len(x)))
+    found = fits.largest(lambda size: _of_model(logits_fn, x[:size], y[:size], key))
+    if fits.size < min(MOST_IMAGES, len(x)):
+        found += (Flag("few_images", f"the checks looked at {fits.size} images, for want of memory: expected "
+                                     f"{min(MOST_IMAGES, len(x))}", unreliable=False),)
+    return found
 
 
 def _of_model(logits_fn, x, y, key):
@@ -217,11 +221,16 @@ def _on_budgets(logits_fn, x, y, key, logits):
     yield from _climb(logits_fn, x, y, half, correct)
 
 
+def _missed(found):
+    """Whether an attack that should have found these images (B,) cannot be relied on; one image may be a tie."""
+    return found.sum() > max(1, _MOST_MISSED * len(found))
+
+
 def _single_step(logits_fn, x, y, keys, stands):
     for eps, left in stands.items():
         in_one = left & ~_stands(logits_fn, x, y, keys, eps, num_steps=1, step_size="1 eps")
-        if in_one.mean() > _MOST_MISSED:
-            return Flag("single_step_wins", f"one step of linf {eps:g} broke {in_one.mean():.0%} of the images that "
+        if _missed(in_one):
+            return Flag("single_step_wins", f"one step of linf {eps:g} broke {in_one.sum()} of {len(left)} images that "
                                             f"ten steps had left: expected at most {_MOST_MISSED:.0%}, the gradients "
                                             "may be masked")
     return None
@@ -230,10 +239,10 @@ def _single_step(logits_fn, x, y, keys, stands):
 def _noise(logits_fn, x, y, keys, stands):
     for eps, left in stands.items():
         by_noise = np.zeros_like(left)
-        for number in range(_DRAWS):
-            by_noise |= left & ~_correct(logits_fn, _noisy(rng.fold_in(keys, number), x, eps), y)
-        if by_noise.mean() > _MOST_MISSED:
-            return Flag("noise_wins", f"random noise of linf {eps:g} broke {by_noise.mean():.0%} of the images that "
+        for number in range(_DRAWS):  # draw 0 of a key is where PGD started
+            by_noise |= left & ~_correct(logits_fn, _noisy(rng.fold_in(keys, number + 1), x, eps), y)
+        if _missed(by_noise):
+            return Flag("noise_wins", f"random noise of linf {eps:g} broke {by_noise.sum()} of {len(left)} images that "
                                       f"PGD had left at that budget: expected at most {_MOST_MISSED:.0%}, the "
                                       "gradients may be masked")
     return None
@@ -241,7 +250,7 @@ def _noise(logits_fn, x, y, keys, stands):
 
 def _monotone(stands):
     for small, large in itertools.pairwise(stands):
-        if stands[large].mean() > stands[small].mean() + _MOST_MISSED:
+        if _missed(stands[large] & ~stands[small]) and stands[large].mean() > stands[small].mean() + _MOST_MISSED:
             return Flag("not_monotone", f"{stands[large].mean():.0%} of the images stand PGD with linf {large:g} and "
                                         f"{stands[small].mean():.0%} with {small:g}: expected no more with the larger "
                                         "budget, the attack misses what is there")
@@ -250,17 +259,17 @@ def _monotone(stands):
 
 def _restarts(logits_fn, x, y, keys, eps, left):
     others = [_stands(logits_fn, x, y, rng.fold_in(keys, number), eps, num_steps=10) for number in range(_RESTARTS)]
-    gain = np.mean(left & ~np.all(others, 0))
-    if gain > _MOST_MISSED:
-        return Flag("restarts_win", f"{_RESTARTS} other starts of PGD with linf {eps:g} broke {gain:.0%} of the images "
-                                    f"that the first had left: expected at most {_MOST_MISSED:.0%}, attack with more "
-                                    "restarts", unreliable=False)
+    gain = left & ~np.all(others, 0)
+    if _missed(gain):
+        return Flag("restarts_win", f"{_RESTARTS} other starts of PGD with linf {eps:g} broke {gain.sum()} of "
+                                    f"{len(left)} images that the first had left: expected at most "
+                                    f"{_MOST_MISSED:.0%}, attack with more restarts", unreliable=False)
     return None
 
 
 @jax.jit
 def _uphill(u, x, grad, eps):
-    return balls.project(u + eps / 4 * jnp.sign(grad), x, eps, "linf")
+    return balls.project(u + eps / 8 * jnp.sign(jnp.nan_to_num(grad)), x, eps, "linf")
 
 
 def _climb(logits_fn, x, y, eps, correct):
@@ -270,24 +279,25 @@ def _climb(logits_fn, x, y, eps, correct):
         logits = _call(logits_fn, u)
         grad = _slope(losses.margin, logits_fn, u, y, logits)
         margins.append(losses.margin(logits, y))
-        dead.append(jnp.all(grad == 0, (1, 2, 3)))
+        dead.append(jnp.all((grad == 0) | ~jnp.isfinite(grad), (1, 2, 3)))
         u = _uphill(u, x, grad, eps)
     margins, dead = meshes.fetch(jnp.stack(margins)), meshes.fetch(jnp.stack(dead))
     broken = np.logical_or.accumulate(~(margins <= 0))
-    stuck = np.mean((dead & ~broken)[1:, correct].any(0)) if correct.any() else 0
-    if stuck > 0.01:
-        yield Flag("zero_gradient_later", f"the gradient becomes exactly zero on the way of {stuck:.0%} of the correct "
-                                          "images, before they are broken: expected at most 1 %, gradient attacks stop")
+    stuck = (dead & ~broken)[1:].any(0) & correct
+    if _missed(stuck):
+        yield Flag("zero_gradient_later", f"on the way of PGD the gradient becomes zero or NaN for {stuck.sum()} of "
+                                          f"{len(stuck)} images, before they are broken: expected at most "
+                                          f"{_MOST_MISSED:.0%}, gradient attacks stop there")
     kept = np.mean(margins[-1] - margins[0] > 0.5 * (margins.max(0) - margins[0]))
     if kept < 0.75:
         yield Flag("loss_does_not_rise", f"after {_CLIMB} steps of linf {eps:g} the margin of {kept:.0%} of the images "
                                          "is above half of the most that it rose: expected over 75 %, steps along the "
                                          "gradient do not lead up")
-    late = np.mean(broken[-1] & ~broken[_CLIMB // 2])
-    if late > _MOST_MISSED:
-        yield Flag("not_converged", f"steps {_CLIMB // 2 + 1} to {_CLIMB} of PGD with linf {eps:g} broke {late:.0%} of "
-                                    f"the images: expected at most {_MOST_MISSED:.0%}, attack with more steps",
-                   unreliable=False)
+    late = broken[-1] & ~broken[_CLIMB // 2]
+    if _missed(late):
+        yield Flag("not_converged", f"steps {_CLIMB // 2 + 1} to {_CLIMB} of PGD with linf {eps:g} broke {late.sum()} "
+                                    f"of {len(late)} images: expected at most {_MOST_MISSED:.0%}, attack with more "
+                                    "steps", unreliable=False)
 
 
 def _unbounded(logits_fn, x, y, key, logits):

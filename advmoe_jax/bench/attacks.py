@@ -57,10 +57,10 @@ def _pgd() -> dict[str, Callable[[], Any]]:
             attack = pgd.make(pgd.Config(eps=_EPS, step_size=_STEP_SIZE, num_steps=_STEPS, driver=driver))
             found[f"{driver}, {form}"] = functools.partial(
                 attack, _model(apply, weights), jax.random.key(0), jnp.asarray(x), jnp.asarray(y))
+        if _installed("foolbox"):
+            found[f"foolbox on JAX, {form}"] = _foolbox(_model(apply, weights), x, y)
     if _installed("torchattacks"):
         found["torchattacks"] = _torchattacks(weights, x, y)
-    if _installed("foolbox"):
-        found["foolbox on JAX"] = _foolbox(weights, x, y)
     return found
 
 
@@ -73,11 +73,11 @@ def _torchattacks(weights, x, y):
     return lambda: attack(images, labels)
 
 
-def _foolbox(weights, x, y):
+def _foolbox(model, x, y):
     import eagerpy
     import foolbox
 
-    model = foolbox.JAXModel(jax.jit(_model(cnn.apply, weights)), bounds=(0, 1), data_format="channels_last")
+    model = foolbox.JAXModel(jax.jit(model), bounds=(0, 1), data_format="channels_last")
     attack = foolbox.attacks.LinfPGD(abs_stepsize=_STEP_SIZE, steps=_STEPS, random_start=False)
     images, labels = eagerpy.astensor(jnp.asarray(x)), eagerpy.astensor(jnp.asarray(y))
     return lambda: attack(model, images, labels, epsilons=_EPS)[1].raw

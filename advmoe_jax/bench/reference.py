@@ -2,7 +2,8 @@
 
 ResNet-18 at CIFAR shapes, random weights and images. "as released" trains by the same algorithm as the PyTorch side
 (configs/paper/advmoe_cifar10_r18_released.py), "as the paper" by that of the paper: a router in every layer, TRADES for
-both levels. Needs `pip install advmoe_jax[torch]`.
+both levels. The dense networks also run with the channels last in PyTorch's memory. Needs `pip install
+advmoe_jax[torch]`.
 """
 
 import functools
@@ -38,9 +39,9 @@ def _rows(what, theirs, ours, pairs, rounds):
         ("ours", name): f for name, f in ours.items()}, (), rounds)
     rows = []
     for name, other in pairs:
-        times = ms["torch", other], ms["ours", name]
-        rows.append({"what": what, "ours": name, "torch": other, **dict(zip(("torch ms", "ours ms"), times)),
-                     "torch / ours": times[0] / times[1]})
+        theirs, own = ms["torch", other], ms["ours", name]
+        rows.append({"what": what, "ours": name, "torch": other, "torch ms": theirs, "ours ms": own,
+                     "torch / ours": theirs / own})
     return rows
 
 

@@ -81,7 +81,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def fingerprint(arrays: dict[str, Any]) -> str:
-    """sha256 in hex over the bytes of arrays, by name."""
+    """sha256 in hex over the bytes of arrays, in the order of their names."""
     found = hashlib.sha256()
     for name in sorted(arrays):
         found.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8))

@@ -15,7 +15,7 @@ from advmoe_jax.ops.dispatch import Choice
 # stored channels.
 kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
-_KEPT = 0.9  # of running statistics in an update
+_MOMENTUM = 0.9  # what an update keeps of running statistics; PyTorch's 0.1
 
 Choose = Callable[[jax.Array], Choice]
 """Given the input (B, H, W, I) of a routed layer, what its images take; called once a layer, in order."""
@@ -43,7 +43,7 @@ class BatchNorm(nn.Module):
         y, *found = batch_norm.normalize(x, scale, bias)
         if not self.is_initializing():
             for running, now in zip((mean, var), found):
-                running.value = _KEPT * running.value + (1 - _KEPT) * now
+                running.value = _MOMENTUM * running.value + (1 - _MOMENTUM) * now
         return y
 
 

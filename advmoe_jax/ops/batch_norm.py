@@ -35,26 +35,30 @@ def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Arra
         x: (B, ..., C).
         scale, bias: (C,).
     Returns:
-        (B, ..., C) of mean `bias` and standard deviation `scale`; mean and biased variance (C,) of x.
+        (B, ..., C) of mean `bias` and standard deviation `scale`, of x's type; mean and biased variance (C,) of x, of
+        float32 or more.
     """
     return _forward(x, scale, bias)[0]
 
 
 def _forward(x, scale, bias):
-    mean, square = (_mean(u) for u in (x, x * x))
+    u = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean, square = _mean(u), _mean(u * u)
     var = jnp.maximum(square - mean * mean, 0)
     inverse = lax.rsqrt(var + EPSILON)
-    return (scaled(x, mean, inverse * scale, bias), mean, var), (x, scale, mean, inverse)
+    y = scaled(u, mean, inverse * scale, bias).astype(x.dtype)
+    return (y, mean, var), (x, scale, bias, mean, inverse)
 
 
 def _backward(saved, cotangents):
-    x, scale, mean, inverse = saved
-    dy, *_ = cotangents
-    dy_mean, dy_x_mean = (_mean(u) for u in (dy, dy * x))
+    x, scale, bias, mean, inverse = saved
+    u, dy = (v.astype(mean.dtype) for v in (x, cotangents[0]))
+    dy_mean, dy_x_mean = _mean(dy), _mean(dy * u)
     slope = (dy_x_mean - mean * dy_mean) * inverse
-    through = scaled(x, mean, inverse * slope, dy_mean)  # what the statistics take away
+    through = scaled(u, mean, inverse * slope, dy_mean)  # what the statistics take away
     zero, count = jnp.zeros_like(mean), x.size // x.shape[-1]
-    return scaled(dy - through, zero, inverse * scale, zero), slope * count, dy_mean * count
+    dx = scaled(dy - through, zero, inverse * scale, zero)
+    return dx.astype(x.dtype), (slope * count).astype(scale.dtype), (dy_mean * count).astype(bias.dtype)
 
 
 normalize.defvjp(_forward, _backward)

@@ -33,7 +33,8 @@ class Dispatch:
     Attributes:
         kind: "all": every expert, of which one is selected; "blocks": each image its own, block after block (CPU);
             "grouped": all blocks in one launch (TPU); "host": as "blocks", and where an image makes one choice for all
-            layers, outside of traced programs the host sorts the images by expert (serving).
+            layers, outside of traced programs the host sorts the images by expert (serving). Second derivatives are
+            those of "all" alone.
         mesh: of all devices; each of them plans its own images. None: of one.
     """
 

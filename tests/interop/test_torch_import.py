@@ -234,12 +234,12 @@ def test_convolution_and_batch_norm_are_those_of_torch(size, stride, train):
     torch = pytest.importorskip("torch")
     from flax import linen as nn
 
-    from advmoe_jax.models.layers import Conv, batch_norm
+    from advmoe_jax.models.layers import BatchNorm, Conv
 
     class Pair(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return batch_norm(use_running_average=not train, name="bn")(Conv(6, size, stride, name="conv")(x))
+            return BatchNorm(name="bn")(Conv(6, size, stride, name="conv")(x), train)
 
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 7, 8, 5))

@@ -192,6 +192,15 @@ def test_what_auto_is():
     assert dispatch.pick("grouped", 1, False, "cpu") == "grouped"
 
 
+@pytest.mark.parametrize("case, kind", [
+    (("layer", "shared", 2, 0.25), "all"), (("layer", "shared", 8, 0.5), "all"),
+    (("layer", "disjoint", 8, 0.5), "blocks"), (("layer", "shared", 8, 0.25), "blocks"),
+    (("global", "shared", 2, 0.5), "blocks")])
+def test_auto_counts_the_channels_that_all_experts_have_together(case, kind):
+    """Overlapping windows are computed once: 8 experts of half the channels cost twice one of them, not eight times."""
+    assert _net(case, "auto").module.dispatch.kind == kind
+
+
 def test_block_size():
     assert [dispatch.block_size(b, e) for b, e in ((64, 2), (128, 2), (128, 4), (32, 8), (8, 16), (1, 2))] == [
         8, 16, 16, 4, 1, 1]

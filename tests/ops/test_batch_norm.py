@@ -1,5 +1,7 @@
 """Batch normalisation against flax's, in float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,8 @@ def test_values_statistics_and_gradients_are_those_of_flax(shape, is_affine):
     ours = BatchNorm(is_affine)
     theirs = nn.BatchNorm(momentum=0.9, epsilon=1e-5, use_scale=is_affine, use_bias=is_affine, dtype=jnp.float64,
                           param_dtype=jnp.float64)
-    variables = jax.tree.map(lambda leaf: _normal(2, leaf.shape), ours.init(jax.random.key(0), x, True))
+    seeds = itertools.count(2)
+    variables = jax.tree.map(lambda leaf: _normal(next(seeds), leaf.shape), ours.init(jax.random.key(0), x, True))
     stats = jax.tree.map(jnp.abs, variables["batch_stats"])
     params = variables.get("params", {})
 
@@ -62,6 +65,17 @@ def test_the_gradient_of_the_gradient():
 
     plain = slope(plainly)
     np.testing.assert_allclose(slope(lambda x: batch_norm.normalize(x, scale, bias)[0]), plain, rtol=1e-8, atol=1e-9)
+
+
+def test_half_precision_is_summed_in_single():
+    x, scale, bias = (_normal(seed, shape).astype(jnp.bfloat16) for seed, shape in enumerate(((64, 8, 3), (3,), (3,))))
+    (y, mean, var), pull = jax.vjp(batch_norm.normalize, x, scale, bias)
+    exact = batch_norm.normalize(*(v.astype(jnp.float64) for v in (x, scale, bias)))
+    assert y.dtype == jnp.bfloat16 and mean.dtype == var.dtype == jnp.float32
+    np.testing.assert_allclose(y.astype(jnp.float64), exact[0], rtol=2e-2, atol=2e-2)
+    np.testing.assert_allclose([mean, var], exact[1:], rtol=1e-5)
+    grads = pull((y, jnp.zeros_like(mean), jnp.zeros_like(var)))
+    assert all(grad.dtype == jnp.bfloat16 for grad in grads)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
