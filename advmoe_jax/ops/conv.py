@@ -2,13 +2,12 @@
 
 B batch, H W height and width, I input channels, O output channels, k odd kernel size, s stride.
 
-XLA on CPU runs convolutions in other layouts than NHWC/HWIO/NHWC many times slower inside scan, while and cond
-bodies (jax issue 12868). The gradients that autodiff makes are of that kind, so they are written here as
-convolutions in the canonical layout. The stem, with 3 channels or fewer, is a matrix product over patches: its
-input gradient, which every attack step needs, is several times faster so.
+Accelerators run XLA's own convolution and its gradients. XLA on CPU runs convolutions in other layouts than
+NHWC/HWIO/NHWC many times slower inside scan, while and cond bodies (jax issue 12868). The gradients that autodiff makes
+are of that kind, so they are written here as convolutions in the canonical layout. The stem, with 3 channels or fewer,
+is a matrix product over patches: its input gradient, which every attack step needs, is several times faster so.
 """
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ _PATCH_CHANNELS = 4  # at most this many input channels go through patches
 def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     """Convolution with zero padding of k // 2 on every side, as PyTorch's `padding=k // 2`.
 
-    Forward-mode differentiation is not defined for k > 1; reverse mode is, to any order.
+    Forward-mode differentiation is not defined for k > 1 on CPU; reverse mode is, to any order.
 
     Args:
         x: (B, H, W, I).
@@ -35,6 +34,8 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
         raise ValueError(f"kernel {kernel.shape} does not fit {x.shape}: expected (k, k, {x.shape[-1]}, O) with odd k")
     if k == 1:
         return jnp.einsum("bhwi,io->bhwo", x[:, ::stride, ::stride], kernel[0, 0])
+    if jax.default_backend() != "cpu":
+        return _plain(x, kernel, stride)
     if x.shape[-1] <= _PATCH_CHANNELS:
         return patches_conv2d(x, kernel, stride)
     return _conv(x, kernel, stride)
@@ -55,14 +56,16 @@ def _patches(x: jax.Array, k: int, stride: int) -> jax.Array:
         [x[:, i:i + rows:stride, j:j + cols:stride] for i in range(k) for j in range(k)], axis=-1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv(x, kernel, stride):
+def _plain(x, kernel, stride):
     p = kernel.shape[0] // 2
     return lax.conv_general_dilated(x, kernel, (stride, stride), ((p, p), (p, p)), dimension_numbers=_NHWC)
 
 
+_conv = jax.custom_vjp(_plain, nondiff_argnums=(2,))
+
+
 def _conv_fwd(x, kernel, stride):
-    return _conv(x, kernel, stride), (x, kernel)
+    return _plain(x, kernel, stride), (x, kernel)
 
 
 def _conv_bwd(stride, saved, dy):

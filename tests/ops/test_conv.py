@@ -44,6 +44,16 @@ def test_values_and_gradients_are_those_of_xla(k, stride, channels, size):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_accelerators_run_the_convolution_of_xla(channels, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 8, 8, channels), (3, 3, channels, 4))]
+    traces = [str(jax.make_jaxpr(jax.grad(lambda x, kernel, f=f: jnp.sum(f(x, kernel, 2)), (0, 1)))(*shapes))
+              for f in (conv2d, _reference)]
+    assert traces[0].count("conv_general_dilated") == traces[1].count("conv_general_dilated") and (
+        "custom_vjp" not in traces[0])
+
+
 def test_second_derivatives_are_those_of_xla():
     def curvature(function, x, kernel):
         def grad_norm(kernel):
