@@ -24,7 +24,7 @@ from advmoe_jax.core import tree as trees
 from advmoe_jax.core.errors import one_of
 
 DRIVERS = ("auto", "unroll", "device", "host")
-_MAX_UNROLLED = 4
+_MAX_UNROLLED = 5
 _SMALLEST_BATCH = 8  # rows on each device
 _SMALLER = 5  # most sizes of batches below the full one, each of which compiles
 _CHUNK = 10  # steps between two looks at what is finished
@@ -177,7 +177,10 @@ def _loop(program, inputs, carry, first, end):
 
 
 def _loops_well(program, inputs):
-    """Whether all convolutions of a step have images in NHWC and kernels in HWIO."""
+    """Whether a loop over steps is quick: on CPU all convolutions have images in NHWC and kernels in HWIO."""
+    if jax.default_backend() != "cpu":
+        return True
+    inputs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), inputs)
     carry = jax.eval_shape(_start, program, inputs)
     steps = _steps.trace(program, inputs, carry, np.int32(0), np.int32(0)).jaxpr
     return all(tuple(equation.params["dimension_numbers"]) == _QUICK_IN_LOOPS for equation in equations(steps.jaxpr)
@@ -199,17 +202,15 @@ def run(program: Program, inputs: Inputs, num_steps: int, driver: str = "auto") 
         program: what to run.
         inputs: arrays or tracers.
         num_steps: static number of steps.
-        driver: "unroll" and "device" trace the whole attack, "host" compiles one step; "auto" unrolls up to 4
-            steps and loops above inside a traced program; outside one it loops on the device, unless that is a CPU
-            and a convolution of the step, such as the gradient of one that autodiff made, is slow in loops there.
+        driver: "unroll" and "device" trace the whole attack, "host" compiles one step. "auto" loops on the device,
+            unless that is a CPU and a convolution of the step, such as the gradient of one that autodiff made, is slow
+            in loops there: then the host steps, and inside a traced program up to 5 steps are unrolled.
     """
     inputs = _as_jax(inputs)
     traced = trees.is_traced(inputs)
     if one_of("driver", driver, DRIVERS) == "auto":
-        if traced:
-            driver = "unroll" if num_steps <= _MAX_UNROLLED + 1 else "device"
-        else:
-            driver = "device" if jax.default_backend() != "cpu" or _loops_well(program, inputs) else "host"
+        loops = num_steps > 1 and (traced and num_steps > _MAX_UNROLLED or _loops_well(program, inputs))
+        driver = "device" if loops else "unroll" if traced else "host"
     if traced or driver == "unroll":
         carry = program.start(inputs)
         if driver == "device":

@@ -1,10 +1,14 @@
 """Convolutions of a plan, block after block: each gathers its images, computes while they are in cache, and the
 outputs are put back in the order of the batch, so that no filler is seen by a BatchNorm, a residual or a router.
 
-For CPU; on an accelerator a loop over blocks keeps most of it idle. B batch, H W height and width, I input channels,
-w channels of an expert, k kernel size, E experts, n blocks of T images, s stride.
+They are compiled functions, so that layers of one shape are traced once. For CPU; on an accelerator a loop over blocks
+keeps most of it idle.
+
+B batch, H W height and width, I input channels, w channels of an expert, k kernel size, E experts, n blocks of T
+images, s stride.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +21,7 @@ from advmoe_jax.ops import plans
 from advmoe_jax.ops.plans import Plan
 
 
+@functools.partial(jax.jit, static_argnames="stride")
 def conv(kernels: jax.Array, x: jax.Array, plan: Plan, stride: int) -> jax.Array:
     """Every image through the filters of its expert.
 
@@ -31,6 +36,7 @@ def conv(kernels: jax.Array, x: jax.Array, plan: Plan, stride: int) -> jax.Array
     return _by_expert(kernels.__getitem__, lambda kernel, rows: convs.conv2d(x[rows], kernel, stride), plan)
 
 
+@functools.partial(jax.jit, static_argnames="stride")
 def input_grad(kernels: jax.Array, x: jax.Array, dy: jax.Array, plan: Plan, stride: int) -> jax.Array:
     """The gradient of `conv` to x, given that to its output."""
     def compute(turned, rows):
@@ -39,6 +45,7 @@ def input_grad(kernels: jax.Array, x: jax.Array, dy: jax.Array, plan: Plan, stri
     return _by_expert(lambda expert: convs.turned(kernels[expert]), compute, plan)
 
 
+@functools.partial(jax.jit, static_argnames="stride")
 def kernel_grad(kernels: jax.Array, x: jax.Array, dy: jax.Array, plan: Plan, stride: int) -> jax.Array:
     """The gradient of `conv` to the kernels, given that to its output."""
     rows, is_image = plans.rows(plan), plan.image < len(x)
@@ -53,6 +60,7 @@ def kernel_grad(kernels: jax.Array, x: jax.Array, dy: jax.Array, plan: Plan, str
     return lax.scan(expert, None, _ranges(plan))[1]
 
 
+@functools.partial(jax.jit, static_argnames=("starts", "stride"))
 def gate_grad(starts: tuple[int, ...], kernels: jax.Array, stored: jax.Array, x: jax.Array, dy: jax.Array, plan: Plan,
               stride: int) -> jax.Array:
     """The product of the gradient to the output with the outputs of the experts that an image did not take.

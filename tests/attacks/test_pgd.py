@@ -143,6 +143,15 @@ def test_on_cpu_convolutions_that_loops_slow_down_are_stepped_by_the_host(conv, 
     _attack(functools.partial(_convolutional, conv), kernel, x, jnp.zeros(2, jnp.int32), num_steps=6)
     assert set(ran) == {"_steps" if loops else "_step"}
 
+    def traced(num_steps):
+        def attack(kernel, x):
+            y = jnp.zeros(len(x), jnp.int32)
+            return _attack(functools.partial(_convolutional, conv), kernel, x, y, num_steps=num_steps)
+        return any(equation.primitive.name == "while" for equation in driver.equations(
+            jax.make_jaxpr(attack)(kernel, x).jaxpr))
+
+    assert [traced(num_steps) for num_steps in (1, 3, 9)] == [loops, loops, True]
+
 
 def test_unknown_driver():
     with pytest.raises(UserError, match="'host'"):
