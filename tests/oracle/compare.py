@@ -221,8 +221,8 @@ def main():
 {flags.n} examples of made-up images, 16x16x3, on the small CNN of `robust_cnn.py`, trained with PGD. Robust accuracies
 in percent; agreement is per example, in parentheses what is asked for. "Confirmed": images that our side broke and that
 the torch network misclassifies too. The reference's Square never puts a window at the last row or column that it fits
-in, which makes it weaker on small images: a row has it at every offset, as ours is. Seconds are of one run each on shared cores, ours
-with compilation.
+in, which makes it weaker on small images: a row has it at every offset, as ours is. Seconds are of one run each on
+shared cores, ours with compilation.
 
 `python tests/oracle/compare.py --n {flags.n} --queries {flags.queries} --norms {' '.join(flags.norms)}` with advmoe_jax
 {advmoe_jax.__version__}, jax {jax.__version__}, torch {torch.__version__}, on CPU.
