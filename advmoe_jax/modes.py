@@ -186,9 +186,8 @@ def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], 
                     reliable &= not done[entry, step]
                     continue
                 if noticed is None:
-                    noticed = evaluate.suspicions(
-                        system, state, experiment.test, indices, mesh=experiment.mesh,
-                        batch_size=config.eval.batch_size, seed=config.eval.seed)
+                    noticed = evaluate.suspicions(system, state, experiment.test, indices, mesh=experiment.mesh,
+                                                  seed=config.eval.seed)
                 log.say(f"attacking {what}{_dispatch(system.network)}")
                 kept = _log_in(folder, about)
                 found = evaluate.run(

@@ -84,9 +84,9 @@ def run_report(logits_fn: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax
         return {"image": jnp.asarray(x[rows]), "label": jnp.asarray(y[rows]), "index": jnp.asarray(rows, jnp.int32)}
 
     outputs_fn = jax.tree_util.Partial(_without_aux, logits_fn)
-    count = min(flags.MOST_IMAGES, batch_size)
     judged = jax.tree_util.Partial(verdicts.one_draw, logits_fn, key) if is_random else logits_fn
-    noticed = flags.of_model(judged, jnp.asarray(x[:count]), jnp.asarray(y[:count]), key)
+    head = (jnp.asarray(array[:flags.MOST_IMAGES]) for array in (x, y))
+    noticed = flags.of_model(judged, *head, key)
     log = verdicts.Memory()
     found = verdicts.run({"none": outputs_fn}, source, np.arange(len(x)), y, chosen.specs, key=key,
                          batch_size=batch_size, survivors_only=True, log=log, is_random=is_random)

@@ -34,10 +34,10 @@ def _source(arrays, mesh):
     return rows
 
 
-def suspicions(system: System, state: State, arrays: dict[str, np.ndarray], indices: np.ndarray, *, mesh,
-               batch_size: int, seed: int) -> tuple[Flag, ...]:
+def suspicions(system: System, state: State, arrays: dict[str, np.ndarray], indices: np.ndarray, *, mesh, seed: int
+               ) -> tuple[Flag, ...]:
     """Signs that attacks on this model cannot be trusted, on the first of the images. Arguments as `run`."""
-    count = max(min(len(indices), batch_size, flags.MOST_IMAGES) // mesh.size, 1) * mesh.size
+    count = max(min(len(indices), flags.MOST_IMAGES) // mesh.size, 1) * mesh.size
     batch = _source(arrays, mesh)(np.resize(indices, count))
     logits_fn = objectives.logits_fn(system.outputs_fn(state, system.views[0]))
     return flags.of_model(logits_fn, batch["image"], batch["label"], rng.key(seed, "flags"))
