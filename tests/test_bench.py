@@ -35,6 +35,7 @@ def test_layers(monkeypatch):
     assert row["forward: all / blocks"] == row["forward: all ms"] / row["forward: blocks ms"]
 
 
+@pytest.mark.slow
 def test_growth(monkeypatch, tmp_path):
     monkeypatch.setattr(growth, "_BATCHES", (8,))
     monkeypatch.setattr(growth, "_EXPERTS", (2,))
