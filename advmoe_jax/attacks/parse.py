@@ -55,6 +55,11 @@ class Spec:
         """All settings as text."""
         return {name: str(value) for name, value in sorted(vars(self.config).items())}
 
+    @property
+    def text(self) -> str:
+        """What `attacks` reads as the same: "pgd(driver=auto,...)"."""
+        return f"{self.name}({','.join(f'{key}={value}' for key, value in self.settings.items())})"
+
 
 def attack(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), **settings: Any) -> Spec:
     """Builds one attack by the name of its module.

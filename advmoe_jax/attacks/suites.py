@@ -54,11 +54,13 @@ class Suite:
         name: for tables; of a single attack its label.
         specs: in order.
         survivors_only: whether an attack gets only the images that stood the ones before it.
+        asked: the fields of `config.eval` that ask for it.
     """
 
     name: str
     specs: tuple[Spec, ...]
     survivors_only: bool
+    asked: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def norm(self) -> str:
@@ -72,10 +74,10 @@ class Suite:
 
     @property
     def settings(self) -> dict[str, str]:
-        """All settings as text."""
-        if len(self.specs) == 1:
+        """All settings as text: of an attack by its own name those of its config, else {"0": "pgd(...)", ...}."""
+        if self.name == self.specs[0].label:
             return self.specs[0].settings
-        return {str(number): f"{spec.name} {spec.settings}" for number, spec in enumerate(self.specs)}
+        return {str(number): spec.text for number, spec in enumerate(self.specs)}
 
 
 def _common(specs, field):
@@ -93,16 +95,18 @@ def together(text: str, norm: str, eps: str | float) -> Suite:
         UserError: it is neither.
     """
     name = text.strip()
+    asked = {"suite": name, "norm": norm, "eps": str(eps)}
     if name in NAMES:
         chosen = {"standard": _STANDARD_L1, "fast": _FAST_L1}.get(name) if norm == "l1" else None
         chosen = chosen or _WORST_CASES.get(name) or _COLUMNS[name]
-        return Suite(name, parse.attacks(chosen, norm=norm, eps=eps), name in _WORST_CASES)
+        return Suite(name, parse.attacks(chosen, norm=norm, eps=eps), name in _WORST_CASES, asked)
     if name.replace("-", "").isidentifier() and name not in find.names("attacks", "make"):
         raise unknown_name("suite", name, {*NAMES, *find.names("attacks", "make")})
     specs = parse.attacks(text, norm=norm, eps=eps)
-    return Suite("+".join(spec.label for spec in specs), specs, True)
+    return Suite("+".join(spec.label for spec in specs), specs, True, asked)
 
 
 def alone(text: str, norm: str, eps: str | float) -> tuple[Suite, ...]:
     """A suite for each attack of a list. Arguments as `together`."""
-    return tuple(Suite(spec.label, (spec,), False) for spec in parse.attacks(text, norm=norm, eps=eps))
+    return tuple(Suite(spec.label, (spec,), False, {"suite": "", "attacks": spec.text})
+                 for spec in parse.attacks(text, norm=norm, eps=eps))

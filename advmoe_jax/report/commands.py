@@ -50,15 +50,18 @@ def _config_file(name: str) -> tuple[str, ConfigDict] | None:
 
 
 def evaluate(run: Run) -> list[str]:
-    """The commands that measure it, one for each set of images, seed and checkpoints."""
-    attacks: dict[tuple, dict[str, None]] = {}
+    """The commands that measure it, one for each suite, set of images, seed and checkpoints."""
+    commands: dict[tuple, dict[str, None]] = {}
     for entry in run.entries:
         step = None if entry["checkpoint"] in CHECKPOINTS else entry["checkpoint"]
-        settings = ",".join(f"{k}={v}" for k, v in sorted(entry["settings"].items()))
-        name = entry["attack"].partition("-")[0]
-        attacks.setdefault((entry["n"], entry["seed"], step), {})[f"{name}({settings})"] = None
-    return [
-        f"{_MAIN} --mode evaluate --workdir {shlex.quote(str(run.folder))}"
-        + (f" --checkpoint {step}" if step else "")
-        + f" --config.eval.n={n} --config.eval.seed={seed} --config.eval.attacks=\"{' '.join(texts)}\""
-        for (n, seed, step), texts in attacks.items()]
+        *fields, (last, text) = ({"n": entry["n"], "seed": entry["seed"]} | entry["asked"]).items()
+        commands.setdefault((step, last, *fields), {})[text] = None
+    return [_evaluate(run, step, dict(fields) | {last: (", " if last == "eps" else " ").join(texts)})
+            for (step, last, *fields), texts in commands.items()]
+
+
+def _evaluate(run, step, fields):
+    words = [f"{_MAIN} --mode evaluate --workdir {shlex.quote(str(run.folder))}"]
+    words += [f"--checkpoint {step}"] if step else []
+    return " ".join(words + [f"--config.eval.{name}={shlex.quote(str(value))}" for name, value in fields.items()
+                             if value != run.config.eval[name]])

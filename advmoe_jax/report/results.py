@@ -19,7 +19,7 @@ from advmoe_jax.core.errors import UserError
 SCHEMA = 1
 FIELDS = frozenset((
     "id", "checkpoint", "step", "seed", "train_seed", "config", "method", "selected_on", "data", "macs", "precision",
-    "backend", "versions", "attack", "norm", "eps", "eps_value", "settings", "n", "sa", "sa_interval", "ra",
+    "backend", "versions", "attack", "norm", "eps", "eps_value", "settings", "asked", "n", "sa", "sa_interval", "ra",
     "ra_interval", "ra_by_view", "attempts", "flags", "unreliable"))
 """What every measurement says of itself; those of routed models add load, load_entropy and flip_rate."""
 

@@ -95,6 +95,7 @@ def summarize(found: Found, suite: Suite, num_experts: int, noticed: tuple[Flag,
     record = {
         "attack": suite.name, "norm": suite.norm, "eps": suite.eps,
         "eps_value": units.eps(suite.eps, suite.norm) if suite.norm and suite.eps else 0.0, "settings": suite.settings,
+        "asked": suite.asked,
         "n": n, "sa": float(found.correct.mean()), "sa_interval": wilson(found.correct.sum(), n),
         "ra": float(robust.mean()), "ra_interval": wilson(robust.sum(), n),
         "ra_by_view": {} if suite.survivors_only else {

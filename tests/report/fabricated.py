@@ -2,7 +2,7 @@
 
 import json
 
-from advmoe_jax.attacks import parse
+from advmoe_jax.attacks import parse, suites
 from advmoe_jax.core import config as configs
 from advmoe_jax.ops.statistics import wilson
 from advmoe_jax.report import results
@@ -23,7 +23,7 @@ def entry(checkpoint="best", *, sa=0.8, ra=0.4, n=200, attack="pgd(num_steps=20)
         "precision": {"verdicts": "float32", "attacks": "default"}, "backend": "cpu",
         "versions": {"advmoe_jax": "0.1.0", "jax": "0.9"},
         "attack": spec.label, "norm": spec.config.norm, "eps": eps, "eps_value": 8 / 255,
-        "settings": {k: str(v) for k, v in sorted(vars(spec.config).items())}, "n": n,
+        "settings": spec.settings, "asked": suites.alone(attack, spec.config.norm, eps)[0].asked, "n": n,
         "sa": sa, "sa_interval": wilson(round(sa * n), n), "ra": ra, "ra_interval": wilson(round(ra * n), n),
         "attempts": [], "flags": [], "unreliable": False,
         "ra_by_view": dict(VIEWS) if routed else {"none": ra}} | (ROUTING if routed else {}) | fields

@@ -7,7 +7,7 @@ import pytest
 from fabricated import entry, metrics, workdir
 
 from advmoe_jax import main
-from advmoe_jax.attacks import parse
+from advmoe_jax.attacks import adaptive, parse, suites
 from advmoe_jax.core import config as configs
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.report import commands, plots, reports, runs, workdir_report
@@ -154,8 +154,32 @@ def test_evaluate_command_gives_the_same_attacks(tmp_path):
     settings = []
     for _, overrides in parsed:
         fields = dict(text.split("=", 1) for text in overrides)
-        assert fields["eval.n"] == "200"
+        assert fields["eval.n"] == "200" and "eval.suite" not in fields
         settings += [{k: str(v) for k, v in sorted(vars(spec.config).items())}
                      for spec in parse.attacks(fields["eval.attacks"])]
     assert settings == [found[0]["settings"], found[2]["settings"], found[3]["settings"]]
     assert workdir_report.macs_table(run).columns == ("pathway", "router", "total", "executed")
+
+
+@pytest.mark.parametrize(
+    "text", ("standard", "normalized(eps_sd=0.01) pgd cw_l2(norm=l2,eps=0.5)", *adaptive.MODES))
+def test_evaluate_command_gives_the_same_suite(text, tmp_path):
+    text = f"adaptive(mode={text})" if text in adaptive.MODES else text
+    wanted = [suites.together(text, "linf", eps) for eps in ("2/255", "8/255")]
+    found = [entry(attack="fgsm") | {"attack": suite.name, "norm": suite.norm, "eps": suite.eps,
+                                     "settings": suite.settings, "asked": suite.asked} for suite in wanted]
+    command, = commands.evaluate(runs.load(workdir(tmp_path, found)))
+    cfg = configs.default()
+    for override in main.parse(shlex.split(command)[3:])[1]:
+        configs.override(cfg, override)
+    again = [suites.together(cfg.eval.suite, cfg.eval.norm, eps.strip()) for eps in cfg.eval.eps.split(",")]
+    assert [s.settings for s in again] == [s.settings for s in wanted] and again[0].name == wanted[0].name
+
+
+def test_evaluate_command_of_an_attack_whose_table_has_another_name(tmp_path):
+    suite, = suites.alone("normalized(eps_sd=0.01)", "linf", "8/255")
+    found = entry() | {"attack": suite.name, "settings": suite.settings, "asked": suite.asked}
+    command, = commands.evaluate(runs.load(workdir(tmp_path, [found], **{"eval.suite": "standard"})))
+    fields = dict(text.split("=", 1) for text in main.parse(shlex.split(command)[3:])[1])
+    again, = suites.alone(fields["eval.attacks"], "linf", "8/255")
+    assert fields["eval.suite"] == "" and again.settings == suite.settings
