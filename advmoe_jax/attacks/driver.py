@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
+from jax.extend.core import jaxprs_in_params
 
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import tree as trees
@@ -191,7 +191,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
     """All equations of a traced program, those inside of others too."""
     for equation in jaxpr.eqns:
         yield equation
-        for inner in core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             yield from equations(inner)
 
 

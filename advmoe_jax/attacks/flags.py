@@ -69,10 +69,11 @@ def _of_model(logits_fn, x, y, key):
     if not np.all(np.isfinite(logits)):
         share = np.mean(~np.isfinite(logits).all(-1))
         return (Flag("not_finite", f"{share:.0%} of the clean images have a NaN or infinite logit: expected none"),)
+    correct = logits.argmax(-1) == meshes.fetch(y)
     found = [_randomised(logits_fn, x, logits), _probabilities(logits), _batch(logits_fn, x, logits),
-             _dead_gradient(logits_fn, x, y, logits), _gradient(logits_fn, x, y, key),
-             _shattered(logits_fn, x, y, key, logits), _unbounded(logits_fn, x, y, key, logits),
-             *_on_budgets(logits_fn, x, y, key, logits), _few_classes(logits), _dynamic(logits_fn, x)]
+             _dead_gradient(logits_fn, x, y, logits, correct), _gradient(logits_fn, x, y, key),
+             _shattered(logits_fn, x, y, key, logits), _unbounded(logits_fn, x, y, key, correct),
+             *_on_budgets(logits_fn, x, y, key, correct), _few_classes(logits), _dynamic(logits_fn, x)]
     return tuple(filter(None, found))
 
 
@@ -154,9 +155,8 @@ def _batch(logits_fn, x, logits):
     return None
 
 
-def _dead_gradient(logits_fn, x, y, logits):
+def _dead_gradient(logits_fn, x, y, logits, correct):
     slopes = [meshes.fetch(_slope(loss, logits_fn, x, y, logits)) for loss in (losses.cross_entropy, losses.dlr)]
-    correct = logits.argmax(-1) == meshes.fetch(y)
     for name, what, dead in (
             ("nan_gradient", "is NaN or infinite", [~np.all(np.isfinite(slope), (1, 2, 3)) for slope in slopes]),
             ("zero_gradient", "is exactly zero", [np.all(slope == 0, (1, 2, 3)) for slope in slopes])):
@@ -209,9 +209,9 @@ def _shattered(logits_fn, x, y, key, logits):
     return None
 
 
-def _on_budgets(logits_fn, x, y, key, logits):
+def _on_budgets(logits_fn, x, y, key, correct):
     """What PGD of ten steps leaves at several budgets, and what else should not have broken it."""
-    correct, keys = logits.argmax(-1) == meshes.fetch(y), rng.rowwise(rng.stream(key, "budgets"), x.shape[0])
+    keys = rng.rowwise(rng.stream(key, "budgets"), x.shape[0])
     stands = {eps: correct & _stands(logits_fn, x, y, keys, eps, num_steps=10) for eps in _BUDGETS}
     yield _single_step(logits_fn, x, y, keys, stands)
     yield _noise(logits_fn, x, y, keys, stands)
@@ -300,9 +300,8 @@ def _climb(logits_fn, x, y, eps, correct):
                                     "steps", unreliable=False)
 
 
-def _unbounded(logits_fn, x, y, key, logits):
+def _unbounded(logits_fn, x, y, key, correct):
     """An attack that may change everything must break everything."""
-    correct = logits.argmax(-1) == meshes.fetch(y)
     stands = _stands(logits_fn, x, y, rng.stream(key, "unbounded"), 1.0, num_steps=40, step_size=0.1)
     left = float(np.mean(correct & stands))
     if left > 0.1:

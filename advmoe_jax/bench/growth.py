@@ -11,7 +11,6 @@ import jax
 
 from advmoe_jax.bench import nets
 from advmoe_jax.bench.timing import interleaved
-from advmoe_jax.ops import routing
 
 _BATCHES, _EXPERTS, _BATCH = (8, 16, 32, 64, 128, 256, 512), (1, 2, 4, 8, 16), 128
 _KINDS = ("dense", "S-Dense", "all", "blocks")
@@ -49,10 +48,7 @@ def _row(growing, num_experts, batch, rounds):
     compiled, runs = {}, {}
     for kind, model in of.items():
         net, variables = nets.make(**model)
-        route = routing.hard()
-        if net.num_experts > 1:
-            num_choices = sum(spec.routed for spec in net.layers)
-            route = routing.fixed(nets.load(batch, num_experts, num_choices, 1 / num_experts))
+        route = nets.route(net, batch, 1 / num_experts)
         compiled[kind] = jax.jit(net.apply).lower(variables, x, route).compile()
         runs[kind] = functools.partial(compiled[kind], variables, x, route)
     ms = interleaved(runs, (), rounds)

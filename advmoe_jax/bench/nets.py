@@ -7,6 +7,7 @@ import numpy as np
 from advmoe_jax.core import config
 from advmoe_jax.models import network
 from advmoe_jax.models.network import Network
+from advmoe_jax.ops import routing
 
 IMAGE_SHAPE, CLASSES = (32, 32, 3), 10
 MODEL = {"model.width": 64, "model.depth": 18}
@@ -40,6 +41,14 @@ def settled(net: Network, variables: dict) -> dict:
 def images(batch: int) -> jax.Array:
     """(B, 32, 32, 3) in [0, 1]."""
     return jax.random.uniform(jax.random.key(1), (batch, *IMAGE_SHAPE))
+
+
+def route(net: Network, batch: int, first: float) -> routing.Route:
+    """Given choices of every choosing layer, of the `load` with `first`; a network of one expert has none to make."""
+    if net.num_experts == 1:
+        return routing.hard()
+    num_choices = 1 if net.one_choice else sum(spec.routed for spec in net.layers)
+    return routing.fixed(load(batch, net.num_experts, num_choices, first))
 
 
 def load(batch: int, num_experts: int, num_choices: int, first: float) -> np.ndarray:

@@ -34,13 +34,12 @@ def _rows(what, model, batch, rounds):
     kinds = ("all", "blocks", "host") if model["routing"] == "global" else ("all", "blocks")
     routed = {kind: nets.make(**model, dispatch=kind) for kind in kinds}
     net, variables = routed["all"]
-    num_choices = 1 if net.one_choice else sum(spec.routed for spec in net.layers)
     alone = {"dense": _forward(*dense), "S-Dense": _forward(*s_dense)}
     if model["routing"] != "layer":
         alone["router"] = functools.partial(jax.jit(functools.partial(net.module.apply, method="scores")), variables)
     rows = []
     for first in (1 / num_experts, 0.9):
-        route = routing.fixed(nets.load(batch, num_experts, num_choices, first))
+        route = nets.route(net, batch, first)
         ms = interleaved(alone | {kind: _forward(*of, route) for kind, of in routed.items()}, (x,), rounds)
         auto = nets.make(**model)[0].module.dispatch.kind
         least = ms["S-Dense"] + ms.get("router", 0)

@@ -117,7 +117,7 @@ def _by_expert(prepare: Callable[[jax.Array], Any], compute: Callable[[Any, jax.
 
     found = jnp.zeros((len(rows), *block.shape), block.dtype)
     found, _ = lax.scan(expert, found, (jnp.arange(len(plan.ends)), *_ranges(plan)))
-    return found.reshape(-1, *found.shape[2:])[plan.place]
+    return plans.in_order(found, plan)
 
 
 def pathways(compute: Callable[[jax.Array, jax.Array], jax.Array], plan: Plan) -> jax.Array:
@@ -137,4 +137,4 @@ def pathways(compute: Callable[[jax.Array, jax.Array], jax.Array], plan: Plan) -
         return lax.cond(used, compute, lambda *_: jnp.zeros(shape.shape, shape.dtype), *arguments)
 
     found = lax.map(block, (plan.used, arguments))
-    return found.reshape(-1, *found.shape[2:])[plan.place]
+    return plans.in_order(found, plan)

@@ -8,7 +8,6 @@ are of that kind, so they are written here as convolutions in the canonical layo
 is a matrix product over patches: its input gradient, which every attack step needs, is several times faster so.
 """
 
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -87,11 +86,14 @@ def input_grad(dy: jax.Array, turned: jax.Array, stride: int, shape: tuple[int, 
         stride: s.
         shape: (B, H, W, I) of x.
     """
-    k = turned.shape[0]
-    low = k - 1 - k // 2
-    pads = [(low, size - ((out - 1) * stride + 1) - low + k - 1)
-            for size, out in zip(shape[1:3], dy.shape[1:3])]
+    pads = input_grad_pads(shape[1:3], dy.shape[1:3], turned.shape[0], stride)
     return lax.conv_general_dilated(dy, turned, (1, 1), pads, lhs_dilation=(stride, stride), dimension_numbers=_NHWC)
+
+
+def input_grad_pads(size: tuple[int, ...], out: tuple[int, ...], k: int, stride: int) -> tuple[tuple[int, int], ...]:
+    """What `input_grad` pads the dilated cotangent with, (H', W') as `out`, to give (H, W) as `size`."""
+    low = k - 1 - k // 2
+    return tuple((low, full - ((short - 1) * stride + 1) - low + k - 1) for full, short in zip(size, out))
 
 
 def kernel_grad(x: jax.Array, dy: jax.Array, stride: int, k: int) -> jax.Array:

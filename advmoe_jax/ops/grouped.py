@@ -17,28 +17,23 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from advmoe_jax.ops import conv as convs
 from advmoe_jax.ops import plans
-from advmoe_jax.ops.conv import conv2d
 from advmoe_jax.ops.plans import Plan
 
 
 def conv(kernels: jax.Array, x: jax.Array, plan: Plan, stride: int) -> jax.Array:
     """(B, H / s, W / s, w)."""
     p = kernels.shape[1] // 2
-    y = _conv(_gather(x, plan), kernels, plan.expert, plan.used, stride, ((p, p), (p, p)))
-    return y.reshape(-1, *y.shape[2:])[plan.place]
+    return plans.in_order(_conv(_gather(x, plan), kernels, plan.expert, plan.used, stride, ((p, p), (p, p))), plan)
 
 
 def input_grad(kernels: jax.Array, x: jax.Array, dy: jax.Array, plan: Plan, stride: int) -> jax.Array:
     """(B, H, W, I), by `conv` of the dilated gradient with turned filters."""
-    k = kernels.shape[1]
-    low = k - 1 - k // 2
-    pads = tuple((low, size - ((out - 1) * stride + 1) - low + k - 1)
-                 for size, out in zip(x.shape[1:3], dy.shape[1:3]))
+    pads = convs.input_grad_pads(x.shape[1:3], dy.shape[1:3], kernels.shape[1], stride)
     dilated = lax.pad(_gather(dy, plan), jnp.zeros((), dy.dtype),
                       ((0, 0, 0),) * 2 + ((0, 0, stride - 1),) * 2 + ((0, 0, 0),))
-    dx = _conv(dilated, jnp.flip(kernels, (1, 2)).swapaxes(3, 4), plan.expert, plan.used, 1, pads)
-    return dx.reshape(-1, *dx.shape[2:])[plan.place]
+    return plans.in_order(_conv(dilated, jax.vmap(convs.turned)(kernels), plan.expert, plan.used, 1, pads), plan)
 
 
 def kernel_grad(kernels: jax.Array, x: jax.Array, dy: jax.Array, plan: Plan, stride: int) -> jax.Array:
@@ -51,7 +46,7 @@ def kernel_grad(kernels: jax.Array, x: jax.Array, dy: jax.Array, plan: Plan, str
 def gate_grad(starts: tuple[int, ...], kernels: jax.Array, stored: jax.Array, x: jax.Array, dy: jax.Array, plan: Plan,
               stride: int) -> jax.Array:
     """(B, E), by one convolution with all stored filters."""
-    y, width = conv2d(x, stored, stride), kernels.shape[-1]
+    y, width = convs.conv2d(x, stored, stride), kernels.shape[-1]
     products = jnp.stack([jnp.sum(y[..., start:start + width] * dy, (1, 2, 3)) for start in starts], 1)
     taken = plan.expert[plan.place // plan.image.shape[1]]
     return products * (1 - jax.nn.one_hot(taken, len(starts), dtype=dy.dtype))

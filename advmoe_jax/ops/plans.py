@@ -39,6 +39,11 @@ def rows(plan: Plan) -> jax.Array:
     return jnp.minimum(plan.image, plan.place.shape[0] - 1)
 
 
+def in_order(found: jax.Array, plan: Plan) -> jax.Array:
+    """(B, ...) in the order of the batch, of (n, T, ...) for all places: fillers are left out."""
+    return found.reshape(-1, *found.shape[2:])[plan.place]
+
+
 @functools.partial(jax.jit, static_argnames=("num_experts", "size"))
 def make(ids: jax.Array, num_experts: int, size: int) -> Plan:
     """Plans a batch in floor((B + E (T - 1)) / T) blocks, which hold any load.
