@@ -31,8 +31,14 @@ class BatchNorm(nn.Module):
     is_affine: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """(B, ..., C) -> the same shape, by the batch's statistics in training and by running ones else."""
+    def __call__(self, x: jax.Array, train: int) -> jax.Array:
+        """(B, ..., C) -> the same shape.
+
+        Args:
+            x: of a batch.
+            train: 0: by running statistics; else by those of the batch, which holds so many passes in turn, each with
+                its own (`ops.batch_norm`); they update the running ones one after the other.
+        """
         shape = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, shape) if self.is_affine else jnp.ones(shape, x.dtype)
         bias = self.param("bias", nn.initializers.zeros, shape) if self.is_affine else jnp.zeros(shape, x.dtype)
@@ -40,10 +46,11 @@ class BatchNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, shape)
         if not train:
             return batch_norm.scaled(x, mean.value, lax.rsqrt(var.value + batch_norm.EPSILON) * scale, bias)
-        y, *found = batch_norm.normalize(x, scale, bias)
+        y, *found = batch_norm.normalize(x, scale, bias, int(train))
         if not self.is_initializing():
-            for running, now in zip((mean, var), found):
-                running.value = _MOMENTUM * running.value + (1 - _MOMENTUM) * now
+            for running, of_passes in zip((mean, var), found):
+                for now in of_passes:
+                    running.value = _MOMENTUM * running.value + (1 - _MOMENTUM) * now
         return y
 
 

@@ -6,6 +6,7 @@ params and batch_stats are {"backbone": ..., "router": ...}. B batch, L routed c
 import dataclasses
 import functools
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -54,11 +55,11 @@ class _Module(nn.Module):
 
     def scores(self, x):
         """(B, H, W, C) images -> (B, E), of a router with one choice for all layers."""
-        return self.router.scores_image(x, False)[:, 0]
+        return self.router.scores_image(x, 0)[:, 0]
 
     def pathway(self, x, choice):
         """Evaluation of images that all make the same choice in every layer."""
-        return self.backbone(x, lambda _: choice, False)
+        return self.backbone(x, lambda _: choice, 0)
 
 
 def _aux(scores, ids):
@@ -95,7 +96,7 @@ class Network:
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh variables {"params": ..., "batch_stats": ...}, each a tree per group."""
         x = jnp.zeros((1, *self.image_shape))
-        return self.module.init(key, x, routing.hard(), True)
+        return self.module.init(key, x, routing.hard(), 1)
 
     def apply(self, variables: dict[str, Any], x: jax.Array,
               route: routing.Route = routing.hard()) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -110,7 +111,7 @@ class Network:
             margins (B, L) between the two best scores.
         """
         if not self._has_pathways(route):
-            return self.module.apply(variables, x, route, False)
+            return self.module.apply(variables, x, route, 0)
         if self.module.dispatch.kind == "host" and _is_here((variables, x, route)):
             scores, gate, ids = _choices(_Static(self), variables, x, route)
             pathway = jax.tree_util.Partial(_pathway, _Static(self))
@@ -127,8 +128,15 @@ class Network:
 
     def apply_train(self, variables: dict[str, Any], x: jax.Array, route: routing.Route = routing.hard()
                     ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
-        """Training: BatchNorm uses the batch. As `apply`, with the updated batch_stats at the end."""
-        (logits, aux), updated = self.module.apply(variables, x, route, True, mutable=["batch_stats"])
+        """Training: BatchNorm uses the batch. As `apply`, with the updated batch_stats at the end.
+
+        P passes over as many images cost less at once than one by one: x is then (B, P, H, W, C), what is returned
+        begins with (B, P), each pass is normalised by its own statistics, and running ones see the first pass first.
+        """
+        begin = x.shape[:-3]
+        outputs, updated = self.module.apply(
+            variables, x.reshape(-1, *x.shape[-3:]), route, math.prod(begin[1:]), mutable=["batch_stats"])
+        logits, aux = jax.tree.map(lambda leaf: leaf.reshape(*begin, *leaf.shape[1:]), outputs)
         return logits, aux, updated["batch_stats"]
 
     def outputs_fn(self, variables: dict[str, Any],
@@ -193,7 +201,7 @@ def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | 
         specs += routers.layers(cfg, routed_inputs, image_shape)
     every = cfg.num_experts if cfg.experts == "disjoint" else min(cfg.num_experts, 1 / cfg.model_scale)
     one_choice = cfg.routing == "global"
-    kind = dispatch.pick(cfg.dispatch, every, one_choice, jax.default_backend())
+    kind = dispatch.pick(cfg.dispatch, every, one_choice, cfg.width, jax.default_backend())
     return Network(_Module(net, router, Dispatch(kind, mesh)), specs, tuple(image_shape), num_classes,
                    cfg.num_experts, one_choice)
 

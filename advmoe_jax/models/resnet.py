@@ -76,7 +76,7 @@ class ResNet(nn.Module):
         return self.num_experts > 1 and self.stem == "imagenet"
 
     @nn.compact
-    def __call__(self, x: jax.Array, choose: Choose, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, choose: Choose, train: int) -> jax.Array:
         """(B, H, W, C) images in [0, 1] -> (B, K) logits."""
         imagenet = self.stem == "imagenet"
         x = Conv(self.stem_width, 7 if imagenet else 3, 2 if imagenet else 1, name="conv1")(x)
@@ -100,7 +100,7 @@ class BasicBlock(nn.Module):
     routes_shortcut: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, choose: Choose, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, choose: Choose, train: int) -> jax.Array:
         """(B, H, W, C) -> (B, H / stride, W / stride, width)."""
         block = self.block
 

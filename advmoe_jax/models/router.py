@@ -51,7 +51,7 @@ class Head(nn.Module):
     hidden: int
 
     @nn.compact
-    def __call__(self, features: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, features: jax.Array, train: int) -> jax.Array:
         """(B, C) -> (B, E)."""
         features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         h = BatchNorm(is_affine=False, name="bn")(features, train)
@@ -72,7 +72,7 @@ class LayerRouter(nn.Module):
     def setup(self):
         self.heads = [Head(self.num_experts, self.hidden, name=f"layer{i}") for i in range(self.num_layers)]
 
-    def scores_layer(self, layer: int, features: jax.Array, train: bool) -> jax.Array:
+    def scores_layer(self, layer: int, features: jax.Array, train: int) -> jax.Array:
         """(B, H, W, C) input of the layer -> (B, E)."""
         return self.heads[layer](global_average_pool(features), train)
 
@@ -89,7 +89,7 @@ class EmbeddingRouter(nn.Module):
         self.norms = [BatchNorm(name=f"bn{i + 1}") for i in range(2)]
         self.head = Head(self.num_experts * self.num_layers, 4 * self.width)
 
-    def scores_image(self, x: jax.Array, train: bool) -> jax.Array:
+    def scores_image(self, x: jax.Array, train: int) -> jax.Array:
         """(B, H, W, C) images -> (B, L, E)."""
         for conv, norm in zip(self.convs, self.norms):
             x = nn.relu(norm(conv(x), train))
@@ -106,7 +106,7 @@ class GlobalRouter(nn.Module):
     width: int
 
     @nn.compact
-    def scores_image(self, x: jax.Array, train: bool) -> jax.Array:
+    def scores_image(self, x: jax.Array, train: int) -> jax.Array:
         """(B, H, W, C) images -> (B, 1, E)."""
 
         def norm(x, name):

@@ -23,7 +23,8 @@ from advmoe_jax.ops.plans import Plan
 DISPATCHES = ("auto", "all", "blocks", "grouped", "host")
 _ENGINES = {"blocks": blocks, "host": blocks, "grouped": grouped}
 _HOST_SIZES = 8  # at most so many compiled sizes
-_OVERHEAD = {True: 1.4, False: 2.0}  # of blocks on CPU, whole pathways and training beside them, or layer by layer
+_OVERHEAD = {"pathways": 1.4, "wide": 1.9, "narrow": 2.0}  # of blocks on CPU: whole pathways, or layer by layer
+_WIDE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +43,20 @@ class Dispatch:
     mesh: Mesh | None = None
 
 
-def pick(kind: str, every: float, one_choice: bool, platform: str) -> str:
+def pick(kind: str, every: float, one_choice: bool, width: int, platform: str) -> str:
     """What "auto" stands for; any other kind stands for itself.
 
     Args:
         kind: one of DISPATCHES.
         every: how many times as much "all" computes as one expert: E, or C / w where that is less and channels shared.
         one_choice: whether an image makes one choice for all layers.
+        width: channels of the dense network's first stage.
         platform: "cpu", "gpu" or "tpu". Accelerators get "all": nothing else was measured on one.
     """
     if kind != "auto":
         return kind
-    return "blocks" if platform == "cpu" and every > _OVERHEAD[one_choice] else "all"
+    overhead = _OVERHEAD["pathways" if one_choice else "wide" if width >= _WIDE else "narrow"]
+    return "blocks" if platform == "cpu" and every > overhead else "all"
 
 
 def block_size(batch: int, num_experts: int) -> int:

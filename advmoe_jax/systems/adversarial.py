@@ -73,9 +73,9 @@ def training_attack(network: Network, cfg, loss: str) -> Callable[..., jax.Array
 def objective(network: Network, cfg, *, router_loss: bool = False) -> StepObjective:
     """The loss of a training step as `train.step` takes it.
 
-    Loss passes run in train mode, the clean batch first and the adversarial one after it; both update the running
-    statistics. With `system.share_attack` the adversarial images stay in the batch, and whoever finds them there does
-    not attack.
+    Loss passes run in train mode and in one batch, with statistics of their own; the clean one updates the running
+    statistics first, and the adversarial one after it. With `system.share_attack` the adversarial images stay in the
+    batch, and whoever finds them there does not attack.
 
     Args:
         network: the model.
@@ -105,15 +105,16 @@ def objective(network: Network, cfg, *, router_loss: bool = False) -> StepObject
         x_adv = batch.get("adversarial", x)
         if attack is not None and "adversarial" not in batch:
             x_adv = attack(jax.lax.stop_gradient(variables), key, x, y, batch["index"])
-        clean = adv = None
-        if name != "madry" or labels_steer:
-            *clean, batch_stats = network.apply_train({"params": params, "batch_stats": batch_stats}, x, route)
-        if name != "natural":
-            *adv, batch_stats = network.apply_train({"params": params, "batch_stats": batch_stats}, x_adv, route)
+        passes = {"clean": x} if name != "madry" or labels_steer else {}
+        passes |= {"adv": x_adv} if name != "natural" else {}
+        *outputs, batch_stats = network.apply_train(
+            {"params": params, "batch_stats": batch_stats}, jnp.stack(list(passes.values()), 1), route)
+        seen = {which: jax.tree.map(lambda leaf, i=i: leaf[:, i], outputs) for i, which in enumerate(passes)}
+        clean, adv = seen.get("clean"), seen.get("adv")
         loss = jnp.mean(per_example(clean, adv, y))
-        seen = [outputs for outputs in (clean, adv) if outputs is not None]
         if network.num_experts > 1 and system.balance_loss > 0:
-            loss += system.balance_loss * sum(routing.balance_loss(aux["router_logits"]) for _, aux in seen) / len(seen)
+            balance = [routing.balance_loss(aux["router_logits"]) for _, aux in seen.values()]
+            loss += system.balance_loss * sum(balance) / len(balance)
         kept = {"adversarial": x_adv} if system.share_attack else {}
         return loss, (batch_stats, _metrics(network, clean, adv, y), kept)
 

@@ -107,6 +107,34 @@ def test_blocks_are_exact(case, grads, train):
             _assert_equal(_run(_net(case, "blocks"), case, grad, train), theirs)
 
 
+@pytest.mark.parametrize("case, kind", [
+    (QUICK[0], "blocks"), pytest.param(CASES[3], "all", marks=pytest.mark.slow),
+    pytest.param(QUICK[1], "blocks", marks=pytest.mark.slow)], ids=str)
+def test_passes_in_one_batch_are_those_one_after_the_other(case, kind):
+    net = _net(case, kind)
+
+    def one_by_one(variables, x, cotangent, route):
+        found, stats = [], variables["batch_stats"]
+        for images in x.swapaxes(0, 1):
+            *outputs, stats = net.apply_train({"params": variables["params"], "batch_stats": stats}, images, route)
+            found.append(outputs)
+        logits, aux = jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *found)
+        return jnp.sum(cotangent * logits), (logits, aux, stats)
+
+    def at_once(variables, x, cotangent, route):
+        logits, aux, stats = net.apply_train(variables, x, route)
+        return jnp.sum(cotangent * logits), (logits, aux, stats)
+
+    with jax.enable_x64(True):
+        variables, x, cotangent = _inputs(case, True)
+        x, cotangent = jnp.stack([x, 1 - x], 1), jnp.stack([cotangent, cotangent[::-1]], 1)
+        ours, theirs = (jax.device_get(jax.jit(jax.value_and_grad(f, has_aux=True))(
+            variables, x, cotangent, routing.hard("ste_full", detach=True))) for f in (at_once, one_by_one))
+    np.testing.assert_array_equal(ours[0][1][1]["expert_ids"], theirs[0][1][1]["expert_ids"])
+    for a, b in zip(*(jax.tree.leaves((value, grads["params"])) for value, grads in (ours, theirs)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10 * max(1, np.abs(b).max()))
+
+
 @pytest.mark.parametrize("case, batch, devices", [
     pytest.param(CASES[3], 13, 1, id="one", marks=pytest.mark.slow), pytest.param(CASES[0], 20, 4, id="four"),
     pytest.param(CASES[2], 13, 1, id="eight-experts", marks=pytest.mark.slow),
@@ -186,10 +214,11 @@ def test_any_batch_size(batch):
 
 
 def test_what_auto_is():
-    assert [dispatch.pick("auto", stored, one_choice, "cpu") for stored, one_choice in (
-        (1, True), (2, False), (2, True), (4, False))] == ["all", "all", "blocks", "blocks"]
-    assert dispatch.pick("auto", 8, True, "gpu") == dispatch.pick("auto", 8, False, "tpu") == "all"
-    assert dispatch.pick("grouped", 1, False, "cpu") == "grouped"
+    assert [dispatch.pick("auto", *case, "cpu") for case in (
+        (1, True, 64), (2, True, 16), (2, False, 16), (2, False, 64), (1.25, False, 64), (4, False, 16))
+            ] == ["all", "blocks", "all", "blocks", "all", "blocks"]
+    assert dispatch.pick("auto", 8, True, 64, "gpu") == dispatch.pick("auto", 8, False, 64, "tpu") == "all"
+    assert dispatch.pick("grouped", 1, False, 64, "cpu") == "grouped"
 
 
 @pytest.mark.parametrize("case, kind", [

@@ -50,6 +50,28 @@ def test_values_statistics_and_gradients_are_those_of_flax(shape, is_affine):
     np.testing.assert_allclose(ours.apply(fixed, x, False), theirs.apply(fixed, x, use_running_average=True), 1e-12)
 
 
+def test_passes_in_one_batch_are_those_one_after_the_other():
+    passes, weights = (_normal(seed, (3, 5, 4, 2)) for seed in (0, 1))  # 3 passes over 5 images
+    norm = BatchNorm()
+    variables = jax.tree.map(lambda leaf: jnp.abs(_normal(2, leaf.shape)), norm.init(jax.random.key(0), passes[0], 1))
+
+    def one_by_one(params, passes):
+        total, stats = 0.0, variables["batch_stats"]
+        for x, w in zip(passes, weights):
+            y, updated = norm.apply({"params": params, "batch_stats": stats}, x, 1, mutable=["batch_stats"])
+            total, stats = total + jnp.sum(w * jnp.sin(y)), updated["batch_stats"]
+        return total, stats
+
+    def at_once(params, passes):
+        x = passes.swapaxes(0, 1).reshape(-1, *passes.shape[2:])
+        y, updated = norm.apply(variables | {"params": params}, x, 3, mutable=["batch_stats"])
+        return jnp.sum(weights.swapaxes(0, 1).reshape(x.shape) * jnp.sin(y)), updated["batch_stats"]
+
+    ours, theirs = (jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(variables["params"], passes)
+                    for f in (at_once, one_by_one))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), ours, theirs)
+
+
 def test_the_gradient_of_the_gradient():
     x, weights = _normal(0, (5, 3, 2)), _normal(1, (5, 3, 2))
     scale, bias = jnp.ones(2), jnp.zeros(2)
