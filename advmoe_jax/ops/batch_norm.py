@@ -1,7 +1,7 @@
 """Batch normalisation by the statistics of the batch, with a gradient written by hand.
 
 Ioffe & Szegedy, ICML 2015. A batch may hold P passes that take turns, image i being of pass i mod P, and each pass has
-statistics of its own: two passes in one batch cost less to compile, and to run, than one after the other.
+statistics of its own.
 
 B batch, H W height and width, C channels, P passes.
 """

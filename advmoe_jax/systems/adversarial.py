@@ -73,9 +73,9 @@ def training_attack(network: Network, cfg, loss: str) -> Callable[..., jax.Array
 def objective(network: Network, cfg, *, router_loss: bool = False) -> StepObjective:
     """The loss of a training step as `train.step` takes it.
 
-    Loss passes run in train mode and in one batch, with statistics of their own; the clean one updates the running
-    statistics first, and the adversarial one after it. With `system.share_attack` the adversarial images stay in the
-    batch, and whoever finds them there does not attack.
+    Loss passes run in train mode, each with its own statistics; the clean one updates the running statistics first, and
+    the adversarial one after it. With `system.share_attack` the adversarial images stay in the batch, and whoever finds
+    them there does not attack.
 
     Args:
         network: the model.
