@@ -25,8 +25,8 @@ from advmoe_jax.report import results
 from advmoe_jax.train import evaluate, loop
 
 ROUTED = ("advmoe", "at_moe")
-METHODS = ("advmoe", "natural", *(
-    pytest.param(name, marks=pytest.mark.slow) for name in ("at_moe", "at_sdense", "at_dense")))
+METHODS = ("advmoe", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("natural", "at_moe", "at_sdense", "at_dense")))
 CONFIG_FILES = sorted(str(path.relative_to(REPO)) for path in (REPO / "configs").rglob("*.py"))
 
 

@@ -213,7 +213,7 @@ def _on_budgets(logits_fn, x, y, key, correct):
     """What PGD of ten steps leaves at several budgets, and what else should not have broken it."""
     keys = rng.rowwise(rng.stream(key, "budgets"), x.shape[0])
     stands = {eps: correct & _stands(logits_fn, x, y, keys, eps, num_steps=10) for eps in _BUDGETS}
-    yield _single_step(logits_fn, x, y, keys, stands)
+    yield _single_step(logits_fn, x, y, stands)
     yield _noise(logits_fn, x, y, keys, stands)
     yield _monotone(stands)
     half = min(stands, key=lambda eps: abs(stands[eps].mean() - correct.mean() / 2))
@@ -221,14 +221,20 @@ def _on_budgets(logits_fn, x, y, key, correct):
     yield from _climb(logits_fn, x, y, half, correct)
 
 
+@jax.jit
+def _uphill(u, x, grad, step, eps):
+    return balls.project(u + step * jnp.sign(jnp.nan_to_num(grad)), x, eps, "linf")
+
+
 def _missed(found):
     """Whether an attack that should have found these images (B,) cannot be relied on; one image may be a tie."""
     return found.sum() > max(1, _MOST_MISSED * len(found))
 
 
-def _single_step(logits_fn, x, y, keys, stands):
+def _single_step(logits_fn, x, y, stands):
+    grad = _slope(losses.margin, logits_fn, x, y, _call(logits_fn, x))
     for eps, left in stands.items():
-        in_one = left & ~_stands(logits_fn, x, y, keys, eps, num_steps=1, step_size="1 eps")
+        in_one = left & ~_correct(logits_fn, _uphill(x, x, grad, eps, eps), y)
         if _missed(in_one):
             return Flag("single_step_wins", f"one step of linf {eps:g} broke {in_one.sum()} of {len(left)} images that "
                                             f"ten steps had left: expected at most {_MOST_MISSED:.0%}, the gradients "
@@ -267,11 +273,6 @@ def _restarts(logits_fn, x, y, keys, eps, left):
     return None
 
 
-@jax.jit
-def _uphill(u, x, grad, eps):
-    return balls.project(u + eps / 8 * jnp.sign(jnp.nan_to_num(grad)), x, eps, "linf")
-
-
 def _climb(logits_fn, x, y, eps, correct):
     """PGD from the clean image, looked at in every step."""
     u, margins, dead = x, [], []
@@ -280,7 +281,7 @@ def _climb(logits_fn, x, y, eps, correct):
         grad = _slope(losses.margin, logits_fn, u, y, logits)
         margins.append(losses.margin(logits, y))
         dead.append(jnp.all((grad == 0) | ~jnp.isfinite(grad), (1, 2, 3)))
-        u = _uphill(u, x, grad, eps)
+        u = _uphill(u, x, grad, eps / 8, eps)
     margins, dead = meshes.fetch(jnp.stack(margins)), meshes.fetch(jnp.stack(dead))
     broken = np.logical_or.accumulate(~(margins <= 0))
     stuck = (dead & ~broken)[1:].any(0) & correct
