@@ -97,6 +97,7 @@ def of_attempts(found: Found) -> tuple[Flag, ...]:
 
 _noisy = jax.jit(lambda keys, x, eps: balls.random_start(keys, x, eps, "linf"))
 _call = jax.jit(lambda logits_fn, x: logits_fn(x))
+_margin = jax.jit(losses.margin)
 
 
 @jax.jit
@@ -142,11 +143,17 @@ def _probabilities(logits):
     return None
 
 
+@jax.jit
+def _other_batches(x):
+    """The same images backwards, and the second half of them beside negatives of the first."""
+    return x[::-1], jnp.concatenate([x[len(x) // 2:], 1 - x[:len(x) // 2]])
+
+
 def _batch(logits_fn, x, logits):
     """The logits of an image must not depend on the images beside it."""
-    others = jnp.concatenate([x[len(x) // 2:], 1 - x[:len(x) // 2]])
+    backwards, others = _other_batches(x)
     halved = meshes.fetch(_call(logits_fn, others))[:len(x) - len(x) // 2]
-    turned = meshes.fetch(_call(logits_fn, x[::-1]))[::-1]
+    turned = meshes.fetch(_call(logits_fn, backwards))[::-1]
     apart = max(np.abs(_scaled(turned) - _scaled(logits)).max(),
                 np.abs(_scaled(halved) - _scaled(logits[len(x) // 2:])).max())
     if apart > _APART:
@@ -174,18 +181,32 @@ def _direction(key, x):
     return _STEP * balls.normalized(jax.random.normal(key, x.shape, x.dtype))
 
 
+@jax.jit
+def _both_ways(x, way):
+    return x + way, x - way
+
+
+@jax.jit
+def _product(a, b):
+    """(B,) scalar products."""
+    return jnp.sum(a * b, (1, 2, 3))
+
+
 def _gradient(logits_fn, x, y, key):
     inner, agree = jnp.clip(x, _STEP, 1 - _STEP), []
     grad = _slope(losses.margin, logits_fn, inner, y, _call(logits_fn, inner))
     for k in jax.random.split(rng.stream(key, "directions"), _DIRECTIONS):
         way = _direction(k, x)
-        ahead, behind = (losses.margin(_call(logits_fn, u), y) for u in (inner + way, inner - way))
-        agree.append(meshes.fetch(jnp.sign(ahead - behind) == jnp.sign(jnp.sum(grad * way, (1, 2, 3)))))
+        ahead, behind = (meshes.fetch(_margin(_call(logits_fn, u), y)) for u in _both_ways(inner, way))
+        agree.append(np.sign(ahead - behind) == np.sign(meshes.fetch(_product(grad, way))))
     agree = float(np.median(np.mean(agree, 0)))
     if agree < 0.75:
         return Flag("wrong_gradient", f"the gradient has the sign of finite differences in {agree:.0%} of random "
                                       "directions: expected over 75 %, something in the model hides its slope")
     return None
+
+
+_normalized = jax.jit(balls.normalized)
 
 
 @jax.jit
@@ -199,8 +220,8 @@ def _shattered(logits_fn, x, y, key, logits):
     here = _slope(losses.margin, logits_fn, x, y, logits)
     beside, along = _neighbours(rng.stream(key, "landscape"), x, here)
     there = _slope(losses.margin, logits_fn, beside, y, _call(logits_fn, beside))
-    cosine = meshes.fetch(jnp.sum(balls.normalized(here) * balls.normalized(there), (1, 2, 3)))
-    rises = meshes.fetch(losses.margin(_call(logits_fn, along), y) > losses.margin(logits, y))
+    cosine = meshes.fetch(_product(_normalized(here), _normalized(there)))
+    rises = meshes.fetch(_margin(_call(logits_fn, along), y)) > meshes.fetch(_margin(logits, y))
     if np.median(cosine) < 0.2 or rises.mean() < 0.75:
         return Flag("shattered_gradient", f"a quarter of a grey level away the gradient has a cosine of "
                                           f"{np.median(cosine):.2f} with that of the image, and a step along its sign "
@@ -273,16 +294,22 @@ def _restarts(logits_fn, x, y, keys, eps, left):
     return None
 
 
+@jax.jit
+def _is_dead(grad):
+    """(B,) bool."""
+    return jnp.all((grad == 0) | ~jnp.isfinite(grad), (1, 2, 3))
+
+
 def _climb(logits_fn, x, y, eps, correct):
     """PGD from the clean image, looked at in every step."""
     u, margins, dead = x, [], []
     for _ in range(_CLIMB + 1):
         logits = _call(logits_fn, u)
         grad = _slope(losses.margin, logits_fn, u, y, logits)
-        margins.append(losses.margin(logits, y))
-        dead.append(jnp.all((grad == 0) | ~jnp.isfinite(grad), (1, 2, 3)))
+        margins.append(meshes.fetch(_margin(logits, y)))
+        dead.append(meshes.fetch(_is_dead(grad)))
         u = _uphill(u, x, grad, eps / 8, eps)
-    margins, dead = meshes.fetch(jnp.stack(margins)), meshes.fetch(jnp.stack(dead))
+    margins, dead = np.stack(margins), np.stack(dead)
     broken = np.logical_or.accumulate(~(margins <= 0))
     stuck = (dead & ~broken)[1:].any(0) & correct
     if _missed(stuck):
