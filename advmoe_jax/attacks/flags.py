@@ -187,9 +187,9 @@ def _both_ways(x, way):
 
 
 @jax.jit
-def _product(a, b):
-    """(B,) scalar products."""
-    return jnp.sum(a * b, (1, 2, 3))
+def _cosine(a, b):
+    """(B,)."""
+    return jnp.sum(balls.normalized(a) * balls.normalized(b), (1, 2, 3))
 
 
 def _gradient(logits_fn, x, y, key):
@@ -198,15 +198,12 @@ def _gradient(logits_fn, x, y, key):
     for k in jax.random.split(rng.stream(key, "directions"), _DIRECTIONS):
         way = _direction(k, x)
         ahead, behind = (meshes.fetch(_margin(_call(logits_fn, u), y)) for u in _both_ways(inner, way))
-        agree.append(np.sign(ahead - behind) == np.sign(meshes.fetch(_product(grad, way))))
+        agree.append(np.sign(ahead - behind) == np.sign(meshes.fetch(_cosine(grad, way))))
     agree = float(np.median(np.mean(agree, 0)))
     if agree < 0.75:
         return Flag("wrong_gradient", f"the gradient has the sign of finite differences in {agree:.0%} of random "
                                       "directions: expected over 75 %, something in the model hides its slope")
     return None
-
-
-_normalized = jax.jit(balls.normalized)
 
 
 @jax.jit
@@ -220,7 +217,7 @@ def _shattered(logits_fn, x, y, key, logits):
     here = _slope(losses.margin, logits_fn, x, y, logits)
     beside, along = _neighbours(rng.stream(key, "landscape"), x, here)
     there = _slope(losses.margin, logits_fn, beside, y, _call(logits_fn, beside))
-    cosine = meshes.fetch(_product(_normalized(here), _normalized(there)))
+    cosine = meshes.fetch(_cosine(here, there))
     rises = meshes.fetch(_margin(_call(logits_fn, along), y)) > meshes.fetch(_margin(logits, y))
     if np.median(cosine) < 0.2 or rises.mean() < 0.75:
         return Flag("shattered_gradient", f"a quarter of a grey level away the gradient has a cosine of "

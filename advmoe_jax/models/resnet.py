@@ -77,7 +77,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, choose: Choose, train: int) -> jax.Array:
-        """(B, H, W, C) images in [0, 1] -> (B, K) logits."""
+        """(B, H, W, C) images in [0, 1] -> (B, K) logits. `train` as of `layers.BatchNorm`."""
         imagenet = self.stem == "imagenet"
         x = Conv(self.stem_width, 7 if imagenet else 3, 2 if imagenet else 1, name="conv1")(x)
         x = nn.relu(BatchNorm(name="bn1")(x, train))
