@@ -211,13 +211,13 @@ def run(program: Program, inputs: Inputs, num_steps: int, driver: str = "auto") 
     if one_of("driver", driver, DRIVERS) == "auto":
         loops = num_steps > 1 and (traced and num_steps > _MAX_UNROLLED or _loops_well(program, inputs))
         driver = "device" if loops else "unroll" if traced else "host"
+    if traced and driver == "device":  # compiled functions, so that `_loops_well` and this trace the step once
+        carry = _steps(program, inputs, _start(program, inputs), np.int32(0), np.int32(num_steps))
+        return _finish(program, inputs, carry)
     if traced or driver == "unroll":
         carry = program.start(inputs)
-        if driver == "device":
-            carry = _loop(program, inputs, carry, 0, num_steps)
-        else:
-            for i in range(num_steps):
-                carry = _advance(program, inputs, carry, i)
+        for i in range(num_steps):
+            carry = _advance(program, inputs, carry, i)
         return program.finish(inputs, carry)
     return _finish(program, inputs, _run_in_chunks(program, inputs, num_steps, on_host=driver == "host"))
 

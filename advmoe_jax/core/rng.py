@@ -4,14 +4,20 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def stream(key: jax.Array, name: str) -> jax.Array:
+def number(name: str) -> np.int32:
+    """A stream's name as what `stream` and `key` take for it too: one program then serves several streams."""
+    return np.int32(zlib.crc32(name.encode()) & 0x7FFFFFFF)
+
+
+def stream(key: jax.Array, name: str | jax.Array) -> jax.Array:
     """The key of a named stream ("params", "augment", "attack") below `key`."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+    return jax.random.fold_in(key, number(name) if isinstance(name, str) else name)
 
 
-def key(seed: int, name: str, step: int | jax.Array = 0) -> jax.Array:
+def key(seed: int, name: str | jax.Array, step: int | jax.Array = 0) -> jax.Array:
     """The key of a named stream at a step. Works inside and outside jit."""
     return jax.random.fold_in(stream(jax.random.key(seed), name), step)
 

@@ -50,14 +50,14 @@ def kernel_grad(kernels: jax.Array, x: jax.Array, dy: jax.Array, plan: Plan, str
     """The gradient of `conv` to the kernels, given that to its output."""
     rows, is_image = plans.rows(plan), plan.image < len(x)
 
-    def expert(_, blocks):
+    def of(expert, first, end, found):
         def add(i, total):
             real = jnp.where(is_image[i][:, None, None, None], dy[rows[i]], 0)
             return total + convs.kernel_grad(x[rows[i]], real, stride, kernels.shape[1])
 
-        return None, lax.fori_loop(*blocks, add, jnp.zeros_like(kernels[0]))
+        return found.at[expert].set(lax.fori_loop(first, end, add, jnp.zeros_like(kernels[0])))
 
-    return lax.scan(expert, None, _ranges(plan))[1]
+    return _experts(of, jnp.zeros_like(kernels), plan)
 
 
 @functools.partial(jax.jit, static_argnames=("starts", "stride"))
@@ -96,11 +96,6 @@ def gate_grad(starts: tuple[int, ...], kernels: jax.Array, stored: jax.Array, x:
     return _by_expert(prepare, compute, plan)
 
 
-def _ranges(plan):
-    """First block of each expert, and the one behind its last."""
-    return jnp.concatenate([jnp.zeros_like(plan.ends[:1]), plan.ends[:-1]]), plan.ends
-
-
 def _by_expert(prepare: Callable[[jax.Array], Any], compute: Callable[[Any, jax.Array], jax.Array], plan: Plan
                ) -> jax.Array:
     """(B, ...) of what `compute(prepare(expert), rows)`, (T,) -> (T, ...), gives for the rows of every block.
@@ -110,14 +105,21 @@ def _by_expert(prepare: Callable[[jax.Array], Any], compute: Callable[[Any, jax.
     rows = plans.rows(plan)
     block = jax.eval_shape(lambda expert: compute(prepare(expert), rows[0]), plan.ends[0])
 
-    def expert(found, inputs):
-        number, *blocks = inputs
-        ready = prepare(number)
-        return lax.fori_loop(*blocks, lambda i, found: found.at[i].set(compute(ready, rows[i])), found), None
+    def of(expert, first, end, found):
+        ready = prepare(expert)
+        return lax.fori_loop(first, end, lambda i, found: found.at[i].set(compute(ready, rows[i])), found)
 
-    found = jnp.zeros((len(rows), *block.shape), block.dtype)
-    found, _ = lax.scan(expert, found, (jnp.arange(len(plan.ends)), *_ranges(plan)))
-    return plans.in_order(found, plan)
+    return plans.in_order(_experts(of, jnp.zeros((len(rows), *block.shape), block.dtype), plan), plan)
+
+
+def _experts(of: Callable, found: jax.Array, plan: Plan) -> jax.Array:
+    """`found` after `found = of(expert, first, end, found)` of every expert, whose blocks begin at `first`."""
+    def step(expert, state):
+        first, found = state
+        end = plan.ends[expert]
+        return end, of(expert, first, end, found)
+
+    return lax.fori_loop(0, len(plan.ends), step, (jnp.zeros_like(plan.ends[0]), found))[1]
 
 
 def pathways(compute: Callable[[jax.Array, jax.Array], jax.Array], plan: Plan) -> jax.Array:

@@ -53,13 +53,20 @@ def make(ids: jax.Array, num_experts: int, size: int) -> Plan:
         num_experts: E.
         size: T.
     """
+    # By comparisons: XLA on CPU makes loops and dozens of kernels of scatters and cumulative sums.
     batch = ids.shape[0]
-    chosen = jax.nn.one_hot(ids, num_experts, dtype=jnp.int32)
-    blocks = -(-chosen.sum(0) // size)
-    ends = jnp.cumsum(blocks)
-    rank = jnp.take_along_axis(jnp.cumsum(chosen, 0), ids[:, None], 1)[:, 0] - 1
-    place = (ends - blocks)[ids] * size + rank
-    number = jnp.arange((batch + num_experts * (size - 1)) // size)
-    image = jnp.full(number.size * size, batch, jnp.int32).at[place].set(jnp.arange(batch, dtype=jnp.int32))
-    expert = jnp.sum(number[:, None] >= ends[None], -1)
-    return Plan(image.reshape(-1, size), place, jnp.minimum(expert, num_experts - 1), ends)
+    images, experts = (jnp.arange(count, dtype=jnp.int32) for count in (batch, num_experts))
+    places = jnp.arange((batch + num_experts * (size - 1)) // size * size, dtype=jnp.int32)
+    mine = ids[:, None] == experts[None]
+    blocks = -(-_count(mine.T) // size)
+    ends = _count(experts[:, None] >= experts[None], blocks)
+    rank = _count((ids[:, None] == ids[None]) & (images[:, None] > images[None]))
+    place = rank + size * _count(mine, ends - blocks)
+    image = jnp.min(jnp.where(places[:, None] == place[None], images[None], batch), 1)
+    expert = jnp.minimum(_count(places[::size, None] >= size * ends[None]), num_experts - 1)
+    return Plan(image.reshape(-1, size), place, expert, ends)
+
+
+def _count(which, of=1):
+    """(n,) how many of m items, each counting `of`, which (n, m) picks."""
+    return jnp.sum(jnp.where(which, of, 0), 1, dtype=jnp.int32)

@@ -4,7 +4,6 @@ x images (B, H, W, C) in [0, 1], y labels (B,), E experts, L routed choices.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +20,6 @@ from advmoe_jax.models.network import Network
 from advmoe_jax.ops import losses, routing
 from advmoe_jax.train import optim, step
 from advmoe_jax.train import state as states
-from advmoe_jax.train.step import Objective as StepObjective
 from advmoe_jax.train.system import Stage, System
 
 LOSSES = ("natural", "madry", "trades", "mart")
@@ -30,8 +28,8 @@ ROUTER_LOSSES = ("trades", "label_mod")
 VIEWS = ("none", "ste_selected", "ste_full")
 
 
-def training_attack(network: Network, cfg, loss: str) -> Callable[..., jax.Array]:
-    """Builds the attack of a training step: (variables, key, x, y, index) -> x_adv.
+def training_attack(network: Network, cfg, loss: str) -> step.Attack:
+    """Builds the attack of a training step.
 
     BatchNorm uses running statistics and none is written. Gradients go through the router by `router_grad`.
     With `router_weight` > 0 the attack also increases that multiple of KL(clean || adversarial) of the router's
@@ -70,25 +68,20 @@ def training_attack(network: Network, cfg, loss: str) -> Callable[..., jax.Array
     return run
 
 
-def objective(network: Network, cfg, *, router_loss: bool = False) -> StepObjective:
+def objective(network: Network, cfg, *, router_loss: bool = False) -> step.Objective:
     """The loss of a training step as `train.step` takes it.
 
     Loss passes run in train mode, each with its own statistics; the clean one updates the running statistics first, and
-    the adversarial one after it. With `system.share_attack` the adversarial images stay in the batch, and whoever finds
-    them there does not attack.
+    the adversarial one after it.
 
     Args:
         network: the model.
-        cfg: the whole config: `system.loss` and its weights, `attack`, `model.router_grad`.
+        cfg: the whole config: `system.loss` and its weights, `model.router_grad`.
         router_loss: whether the loss is the router's by `system.router_loss`, else it is `system.loss`.
     """
-    name = one_of("system.loss", cfg.system.loss, LOSSES)
-    labels_steer = router_loss and cfg.system.router_loss == "label_mod"
-    attack = None
-    if name != "natural":
-        attack = training_attack(network, cfg.attack, "kl" if name == "trades" else "ce")
+    name, system = cfg.system.loss, cfg.system
+    labels_steer = router_loss and system.router_loss == "label_mod"
     route = routing.hard(cfg.model.router_grad if network.num_experts > 1 else "none", detach=True)
-    system = cfg.system
 
     def per_example(clean, adv, y):
         if labels_steer:
@@ -99,24 +92,18 @@ def objective(network: Network, cfg, *, router_loss: bool = False) -> StepObject
             return losses.cross_entropy(adv[0], y)
         return getattr(losses, name)(clean[0], adv[0], y, system.beta)
 
-    def run(params, batch_stats, batch, key):
-        x, y = batch["image"], batch["label"]
-        variables = {"params": params, "batch_stats": batch_stats}
-        x_adv = batch.get("adversarial", x)
-        if attack is not None and "adversarial" not in batch:
-            x_adv = attack(jax.lax.stop_gradient(variables), key, x, y, batch["index"])
-        passes = {"clean": x} if name != "madry" or labels_steer else {}
-        passes |= {"adv": x_adv} if name != "natural" else {}
+    def run(params, batch_stats, batch):
+        passes = {"clean": batch["image"]} if name != "madry" or labels_steer else {}
+        passes |= {"adv": batch["adversarial"]} if name != "natural" else {}
         *outputs, batch_stats = network.apply_train(
             {"params": params, "batch_stats": batch_stats}, jnp.stack(list(passes.values()), 1), route)
         seen = {which: jax.tree.map(lambda leaf, i=i: leaf[:, i], outputs) for i, which in enumerate(passes)}
         clean, adv = seen.get("clean"), seen.get("adv")
-        loss = jnp.mean(per_example(clean, adv, y))
+        loss = jnp.mean(per_example(clean, adv, batch["label"]))
         if network.num_experts > 1 and system.balance_loss > 0:
             balance = [routing.balance_loss(aux["router_logits"]) for _, aux in seen.values()]
             loss += system.balance_loss * sum(balance) / len(balance)
-        kept = {"adversarial": x_adv} if system.share_attack else {}
-        return loss, (batch_stats, _metrics(network, clean, adv, y), kept)
+        return loss, (batch_stats, _metrics(network, clean, adv, batch["label"]))
 
     return run
 
@@ -160,6 +147,7 @@ def build(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh, u
         updates: what an iteration does.
         describe: one line on the system.
     """
+    loss = one_of("system.loss", cfg.system.loss, LOSSES)
     one_of("system.order", cfg.system.order, ORDERS)
     one_of("system.router_loss", cfg.system.router_loss, ROUTER_LOSSES)
     per_epoch = pipeline.steps_per_epoch(len(indices), cfg.data.batch_size)
@@ -171,11 +159,13 @@ def build(cfg, network: Network, indices: np.ndarray, mesh: jax.sharding.Mesh, u
         return states.fresh(network.init(rng.stream(key, "params")), optimizers)
 
     abstract = jax.eval_shape(fresh, jax.random.key(0))
+    attack = None if loss == "natural" else training_attack(network, cfg.attack, "kl" if loss == "trades" else "ce")
+    prepare = step.preparation(attack, seed=cfg.seed, mesh=mesh, data_cfg=cfg.data)
     steps = tuple(
-        step.make(u.name, objective(network, cfg, router_loss=u.router_loss), owns=u.owns, optimizers=optimizers,
-                  state=abstract, seed=cfg.seed, mesh=mesh, data_cfg=cfg.data, stream=u.stream,
+        step.make(u.name, objective(network, cfg, router_loss=u.router_loss), prepare, owns=u.owns,
+                  optimizers=optimizers, state=abstract, mesh=mesh, stream=u.stream,
                   crops=next(first.name for first in updates if first.stream == u.stream),
-                  ends_iteration=u is updates[-1], every=u.every)
+                  ends_iteration=u is updates[-1], every=u.every, shares_attack=cfg.system.share_attack)
         for u in updates)
     views = VIEWS if network.num_experts > 1 else VIEWS[:1]
     return System(

@@ -18,8 +18,8 @@ class Step:
 
     Attributes:
         name: "lower", "upper".
-        run: jitted (state, batch) -> (state, batch, metrics); the state is donated. A later step of the iteration that
-            has the same stream gets the batch that comes back.
+        run: (state, batch) -> (state, batch, metrics), by compiled programs; the state is donated. A later step of the
+            iteration that has the same stream gets the batch that comes back.
         stream: its batches are a function of (seed, stream, step); two steps may share one.
         owns: the parameter groups it changes; all others stay bit-identical.
         tensors: names that the metric "non_finite" indexes.

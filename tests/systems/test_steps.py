@@ -208,7 +208,8 @@ def test_loss_decreases(case):
 
 
 def _objective(*overrides, router_loss=False):
-    """The network and a jitted labels -> (loss, (batch_stats, metrics, kept)) of its first parameters."""
+    """The network and a jitted labels -> (loss, (batch_stats, metrics)) of its first parameters and clean images that
+    stand for the adversarial ones too, unless others are given."""
     config = _config(*overrides)
     net = network.make(config.model, SHAPE, CLASSES)
     variables = jax.jit(net.init)(jax.random.key(0))
@@ -217,8 +218,7 @@ def _objective(*overrides, router_loss=False):
 
     @jax.jit
     def of(labels, params=variables["params"], **more):
-        batch = {"image": x, "label": labels, "index": jnp.arange(BATCH), **more}
-        return run(params, variables["batch_stats"], batch, jax.random.key(1))
+        return run(params, variables["batch_stats"], {"image": x, "adversarial": x, "label": labels, **more})
 
     return net, variables, x, of
 
@@ -235,8 +235,8 @@ def test_losses_of_the_standard_system(loss, passes):
     def both(params):
         return jax.value_and_grad(lambda p: of(LABELS, p), has_aux=True)(params)
 
-    (value, (_, metrics, kept)), grads = both(variables["params"])
-    assert np.isfinite(value) and value > 0 and metrics.keys() == passes and kept == {}
+    (value, (_, metrics)), grads = both(variables["params"])
+    assert np.isfinite(value) and value > 0 and metrics.keys() == passes
     assert all(np.all(np.isfinite(leaf)) and np.any(leaf) for leaf in jax.tree.leaves(grads))
     if loss == "natural":
         assert value == pytest.approx(np.log(CLASSES), rel=0.2)
@@ -251,16 +251,12 @@ def test_natural_loss_is_the_cross_entropy_in_train_mode():
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_a_shared_attack_is_made_once():
-    """Who makes it keeps its images, who finds some takes them."""
-    net, variables, x, of = _objective("advmoe", "model.num_experts=1", "system.loss=madry", "system.share_attack=true")
-    attacked, (*_, kept) = of(LABELS)
-    assert 0 < np.abs(kept["adversarial"] - x).max() <= 8 / 255 + 1e-6
-    plain, (*_, same) = of(LABELS, adversarial=x)
-    logits, *_ = jax.jit(net.apply_train)(variables, x)
-    assert plain == pytest.approx(float(jnp.mean(losses.cross_entropy(logits, LABELS))), rel=1e-5)
-    assert attacked > plain
-    np.testing.assert_array_equal(same["adversarial"], x)
+def test_the_adversarial_loss_reads_the_adversarial_images():
+    net, variables, x, of = _objective("advmoe", "model.num_experts=1", "system.loss=madry")
+    other = x[::-1]
+    logits, *_ = jax.jit(net.apply_train)(variables, other)
+    value, _ = of(LABELS, adversarial=other)
+    assert value == pytest.approx(float(jnp.mean(losses.cross_entropy(logits, LABELS))), rel=1e-5)
 
 
 def test_label_mod_reads_the_label_modulo_the_experts():
@@ -292,6 +288,29 @@ def test_order_and_streams_of_advmoe():
     assert lower.stream != upper.stream
     shared = _steps("advmoe", "system.share_batch=true")
     assert shared[0].stream == shared[1].stream
+
+
+def test_levels_share_the_program_that_attacks(monkeypatch):
+    """It is traced once; each level has noise of its own, unless the second takes the images of the first."""
+    traced, found = [], []
+
+    def attack(variables, key, x, y, index):
+        traced.append(x.shape)
+        jax.debug.callback(lambda noise: found.append(float(noise)), jax.random.uniform(key))
+        return x
+
+    monkeypatch.setattr(adversarial, "training_attack", lambda *_: attack)
+    for fields, noises in ((), 2), (("system.share_batch=true", "system.share_attack=true"), 1):
+        case = "advmoe", "system.loss=madry", *fields
+        system, mesh = _system.__wrapped__(case, devices=1)
+        state, batch = _put(_fresh(case), mesh), meshes.put_batch(mesh, np.arange(BATCH), _arrays())
+        traced.clear()
+        found.clear()
+        for step in system.stages[0].steps:
+            state, batch, _ = step.run(state, batch)
+            assert ("adversarial" in batch) == bool(fields)
+        jax.effects_barrier()
+        assert traced == [(BATCH, *SHAPE)] and len(found) == len(set(found)) == noises
 
 
 def test_a_shared_batch_has_the_same_crops(monkeypatch):
@@ -360,13 +379,14 @@ def _toy(loss):
     params = {"backbone": {"a": jnp.ones(()), "b": jnp.zeros(()), "c": jnp.full((), jnp.nan)}}
     state = states.fresh({"params": params}, {"backbone": optimizer})
 
-    def objective(params, batch_stats, batch, key):
-        return loss(params["backbone"]), (batch_stats, {}, {"kept": batch["image"]})
+    def objective(params, batch_stats, batch):
+        return loss(params["backbone"]), (batch_stats, {})
 
     mesh = meshes.make()
+    prepare = train_step.preparation(None, seed=0, mesh=mesh, data_cfg=types.SimpleNamespace(pad=0, flip=False))
     step = train_step.make(
-        "toy", objective, owns=("backbone",), optimizers={"backbone": optimizer}, state=state, seed=0, mesh=mesh,
-        data_cfg=types.SimpleNamespace(pad=0, flip=False), stream="data", crops="toy", ends_iteration=True)
+        "toy", objective, prepare, owns=("backbone",), optimizers={"backbone": optimizer}, state=state, mesh=mesh,
+        stream="data", crops="toy", ends_iteration=True)
     return step, state, meshes.put_batch(mesh, np.arange(4), _arrays())
 
 
@@ -378,7 +398,7 @@ def _toy(loss):
 def test_what_is_not_finite_is_named(loss, name):
     step, state, batch = _toy(loss)
     _, returned, metrics = step.run(state, batch)
-    assert returned.keys() == {*batch, "kept"} and returned["image"].dtype == np.uint8
+    assert returned is batch
     assert step.tensors[int(metrics["non_finite"])] == name
 
 

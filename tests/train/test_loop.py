@@ -389,15 +389,16 @@ def staged():
     def logits(w, x):
         return x.reshape(x.shape[0], -1) @ w, {}
 
-    def objective(params, batch_stats, batch, key):
+    def objective(params, batch_stats, batch):
         log_p = jax.nn.log_softmax(logits(params["backbone"]["w"], batch["image"])[0])
-        return -jnp.mean(jnp.take_along_axis(log_p, batch["label"][:, None], 1)), (batch_stats, {}, {})
+        return -jnp.mean(jnp.take_along_axis(log_p, batch["label"][:, None], 1)), (batch_stats, {})
+
+    prepare = train_step.preparation(None, seed=0, mesh=mesh, data_cfg=types.SimpleNamespace(pad=0, flip=False))
 
     def step(name):
         return train_step.make(
-            name, objective, owns=("backbone",), optimizers={"backbone": optimizer},
-            state=jax.eval_shape(init, rng.key(0, "init")), seed=0, mesh=mesh,
-            data_cfg=types.SimpleNamespace(pad=0, flip=False), stream=name, crops=name, ends_iteration=True)
+            name, objective, prepare, owns=("backbone",), optimizers={"backbone": optimizer},
+            state=jax.eval_shape(init, rng.key(0, "init")), mesh=mesh, stream=name, crops=name, ends_iteration=True)
 
     system = System(
         init=jax.jit(init, out_shardings=meshes.replicated(mesh)),
