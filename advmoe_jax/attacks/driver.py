@@ -176,12 +176,10 @@ def _loop(program, inputs, carry, first, end):
                               (jnp.asarray(first, jnp.int32), carry))[1]
 
 
-def _loops_well(program, inputs):
+def _loops_well(program, inputs, carry):
     """Whether a loop over steps is quick: on CPU all convolutions have images in NHWC and kernels in HWIO."""
     if jax.default_backend() != "cpu":
         return True
-    inputs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), inputs)
-    carry = jax.eval_shape(_start, program, inputs)
     steps = _steps.trace(program, inputs, carry, np.int32(0), np.int32(0)).jaxpr
     return all(tuple(equation.params["dimension_numbers"]) == _QUICK_IN_LOOPS for equation in equations(steps.jaxpr)
                if equation.primitive is jax.lax.conv_general_dilated_p)
@@ -208,23 +206,22 @@ def run(program: Program, inputs: Inputs, num_steps: int, driver: str = "auto") 
     """
     inputs = _as_jax(inputs)
     traced = trees.is_traced(inputs)
+    carry = _start(program, inputs)
     if one_of("driver", driver, DRIVERS) == "auto":
-        loops = num_steps > 1 and (traced and num_steps > _MAX_UNROLLED or _loops_well(program, inputs))
+        loops = num_steps > 1 and (traced and num_steps > _MAX_UNROLLED or _loops_well(program, inputs, carry))
         driver = "device" if loops else "unroll" if traced else "host"
-    if traced and driver == "device":  # compiled functions, so that `_loops_well` and this trace the step once
-        carry = _steps(program, inputs, _start(program, inputs), np.int32(0), np.int32(num_steps))
-        return _finish(program, inputs, carry)
+    if traced and driver == "device":  # which `_loops_well` has traced
+        return _finish(program, inputs, _steps(program, inputs, carry, np.int32(0), np.int32(num_steps)))
     if traced or driver == "unroll":
-        carry = program.start(inputs)
         for i in range(num_steps):
             carry = _advance(program, inputs, carry, i)
         return program.finish(inputs, carry)
-    return _finish(program, inputs, _run_in_chunks(program, inputs, num_steps, on_host=driver == "host"))
+    return _finish(program, inputs, _run_in_chunks(program, inputs, carry, num_steps, on_host=driver == "host"))
 
 
-def _run_in_chunks(program, inputs, num_steps, on_host):
+def _run_in_chunks(program, inputs, carry, num_steps, on_host):
     """The last carry of all rows; after each chunk the rows that are done may be left out."""
-    carry = whole = _start(program, inputs)
+    whole = carry
     size = batch = _size(inputs.rows)
     where = np.arange(size)  # the row of `whole` that each row of `carry` is, or `size` for a filler
     real, full, needed = _rows_of(size)

@@ -8,6 +8,8 @@ are of that kind, so they are written here as convolutions in the canonical layo
 is a matrix product over patches: its input gradient, which every attack step needs, is several times faster so.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -40,9 +42,27 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     return _conv(x, kernel, stride)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def patches_conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     """As `conv2d`, by a matrix product over patches: k * k times the memory of x, on CPU fastest when narrow."""
+    return _by_patches(x, kernel, stride)
+
+
+def _by_patches(x, kernel, stride):
     return _patches(x, kernel.shape[0], stride) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _patches_fwd(x, kernel, stride):
+    return _by_patches(x, kernel, stride), (x, kernel)
+
+
+def _patches_bwd(stride, saved, dy):
+    x, kernel = saved
+    [dx] = jax.vjp(lambda x: _by_patches(x, kernel, stride), x)[1](dy)
+    return dx, kernel_grad(x, dy, stride, kernel.shape[0])  # two to three times faster than by patches
+
+
+patches_conv2d.defvjp(_patches_fwd, _patches_bwd)
 
 
 def _patches(x: jax.Array, k: int, stride: int) -> jax.Array:
