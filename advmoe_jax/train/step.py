@@ -17,8 +17,8 @@ Attack = Callable[[dict[str, Any], jax.Array, jax.Array, jax.Array, jax.Array], 
 """(variables, key, x, y, index) -> x_adv."""
 
 Prepare = Callable[[State, Batch, jax.Array, jax.Array], Batch]
-"""(state, batch, crops, noise) -> the batch with float "image"s and the "adversarial" ones of an attack; crops and noise
-are the numbers of random streams (`rng.number`)."""
+"""(state, batch, crops, noise) -> the batch with float "image"s and, if there is an attack, "adversarial" ones; crops and
+noise are the numbers of random streams (`rng.number`)."""
 
 Objective = Callable[..., tuple[jax.Array, tuple[dict[str, Any], dict[str, jax.Array]]]]
 """(params, batch_stats, batch) -> (loss, (batch_stats, metrics)), the batch being ready."""
@@ -83,9 +83,8 @@ def make(name: str, objective: Objective, prepare: Prepare, *, owns: Sequence[st
             params[group] = optax.apply_updates(params[group], updates)
             batch_stats[group] = stats.get(group, {})
             metrics[f"grad_norm_{group}"] = optax.global_norm(grads[group])
-        # By sums of squares, as norms are: a value whose square overflows is as bad, and half as much is compiled.
-        finite = jnp.isfinite(jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(
-            (loss, grads, {group: params[group] for group in owns}))]))
+        finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(
+            (loss, grads, {group: params[group] for group in owns}))])
         metrics |= {"loss": loss, "non_finite": jnp.where(jnp.all(finite), -1, jnp.argmin(finite))}
         step = state.step + 1 if ends_iteration else state.step
         return State(step, params, batch_stats, opt), metrics
