@@ -2,12 +2,14 @@
 
 import pathlib
 
+import numpy as np
 import pytest
 
 import advmoe_jax
 from advmoe_jax.bench import __main__ as bench
 from advmoe_jax.bench import growth, layers, nets, reference, routing, train
 from advmoe_jax.core import config
+from advmoe_jax.train.log import Metrics
 
 
 @pytest.fixture(autouse=True)
@@ -17,8 +19,28 @@ def tiny(monkeypatch):
 
 
 def test_a_load_is_what_was_asked_for():
-    found = nets.load(40, 4, 3, 0.7)
-    assert found.shape == (40, 3) and [(found[:, 0] == e).sum() for e in range(4)] == [28, 4, 4, 4]
+    found = nets.load(40, np.stack([nets.first_takes(0.7, 4), [0.25, 0.5, 0.25, 0]]))
+    counts = [[(choice == e).sum() for e in range(4)] for choice in found.T]
+    assert found.shape == (40, 2) and counts == [[28, 4, 4, 4], [10, 20, 10, 0]]
+
+
+def test_loads_of_a_run(tmp_path):
+    shares = [[[0.5, 0.5], [0.9, 0.1]], [[0.25, 0.75], [0.6, 0.4]]]
+    log = Metrics(tmp_path / "metrics.jsonl")
+    for step, load in enumerate(shares):
+        log.write(step, "train", {"lower/load": np.array(load), "lower/loss": 1.0})
+    log.write(2, "validation", {"sa": 0.5, "ra": 0.25})
+    np.testing.assert_allclose(nets.trained(tmp_path), shares[-1])
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["routing", "--workdir", "nowhere"], ["--workdir is nowhere", "metrics.jsonl"]),
+    (["layers", "--workdir", "."], ["--workdir is .", "layers"]),
+    (["layers", "--plot", "a.png"], ["--plot is a.png", "layers"])])
+def test_refused(arguments, words, capsys):
+    assert bench.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and all(word in told for word in words)
 
 
 @pytest.mark.slow
@@ -46,10 +68,12 @@ def test_growth(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_routing(monkeypatch):
+def test_routing(monkeypatch, tmp_path):
     monkeypatch.setattr(routing, "_CASES", [(what, model, 8) for what, model, _ in routing._CASES[::4]])
-    rows = routing.measure(1)
-    assert len(rows) == 4 and all(row["dense / auto"] == row["dense ms"] / row[f"{row['auto is']} ms"] for row in rows)
+    monkeypatch.setattr(nets, "trained", lambda _: np.full((8, 2), 0.5))
+    rows = routing.measure(1, tmp_path)
+    assert [row["load of the first"] for row in rows] == ["50 %", "90 %", "50 %", "90 %", "trained"]
+    assert all(row["dense / auto"] == row["dense ms"] / row[f"{row['auto is']} ms"] for row in rows)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Runs a benchmark: python -m advmoe_jax.bench NAME [--json]. Both sides of every ratio are timed in one run."""
 
 import importlib.util
+import inspect
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def main(argv=None) -> int:
     parser.add_argument("name", help=f"one of: {', '.join(find.names('bench', 'measure'))}")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="where to save a plot, of a benchmark that has one")
+    parser.add_argument("--workdir", type=Path, help="of a run, for a benchmark that takes its loads")
     parser.add_argument("--rounds", type=int, default=7, help="timings of each side, interleaved; the median counts")
     return cli.ending(lambda: _show(parser.parse_args(argv)))
 
@@ -29,8 +31,11 @@ def _show(flags):
         raise UserError(f"--plot is {flags.plot}: expected no such flag with {flags.name}, which draws nothing")
     if flags.plot and importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib: pip install 'advmoe_jax[quickstart]'")
+    inputs = {"workdir": flags.workdir} if flags.workdir else {}
+    if flags.workdir and "workdir" not in inspect.signature(benchmark.measure).parameters:
+        raise UserError(f"--workdir is {flags.workdir}: expected no such flag with {flags.name}, whose loads are given")
     xla.keep_memory()
-    rows = benchmark.measure(flags.rounds)
+    rows = benchmark.measure(flags.rounds, **inputs)
     if flags.plot:
         files.write_figure(flags.plot, benchmark.draw(rows))
     circumstances = {"advmoe_jax": advmoe_jax.__version__, "jax": jax.__version__,

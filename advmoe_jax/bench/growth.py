@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 
 from advmoe_jax.bench import nets
 from advmoe_jax.bench.timing import interleaved
@@ -48,7 +49,7 @@ def _row(growing, num_experts, batch, rounds):
     compiled, runs = {}, {}
     for kind, model in of.items():
         net, variables = nets.make(**model)
-        route = nets.route(net, batch, 1 / num_experts)
+        route = nets.route(net, batch, np.full(num_experts, 1 / num_experts))
         compiled[kind] = jax.jit(net.apply).lower(variables, x, route).compile()
         runs[kind] = functools.partial(compiled[kind], variables, x, route)
     ms = interleaved(runs, (), rounds)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from advmoe_jax.bench import nets
 from advmoe_jax.bench.timing import interleaved
@@ -33,7 +34,7 @@ def _row(case, shape, rounds):
     stored = num_experts * width if experts == "disjoint" else channels
     kernel = jax.random.normal(keys[1], (3, 3, width, stored)) / 30
     dy = jax.random.normal(keys[2], x.shape)
-    ids = nets.load(batch, num_experts, 1, 1 / num_experts)[:, 0]
+    ids = nets.load(batch, np.full((1, num_experts), 1 / num_experts))[:, 0]
     scores = jax.nn.one_hot(ids, num_experts)
 
     def routed(kind):

@@ -1,13 +1,17 @@
 """The networks that benchmarks time: ResNet-18 at CIFAR shapes with random weights, and choices of a given load."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from advmoe_jax.core import config
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.models import network
 from advmoe_jax.models.network import Network
 from advmoe_jax.ops import routing
+from advmoe_jax.train import log
 
 IMAGE_SHAPE, CLASSES = (32, 32, 3), 10
 MODEL = {"model.width": 64, "model.depth": 18}
@@ -43,19 +47,38 @@ def images(batch: int) -> jax.Array:
     return jax.random.uniform(jax.random.key(1), (batch, *IMAGE_SHAPE))
 
 
-def route(net: Network, batch: int, first: float) -> routing.Route:
-    """Given choices of every choosing layer, of the `load` with `first`; a network of one expert has none to make."""
+def route(net: Network, batch: int, shares: np.ndarray) -> routing.Route:
+    """Given choices of every choosing layer, of the `load` with `shares`; a network of one expert has none to make."""
     if net.num_experts == 1:
         return routing.hard()
-    num_choices = 1 if net.one_choice else sum(spec.routed for spec in net.layers)
-    return routing.fixed(load(batch, net.num_experts, num_choices, first))
+    return routing.fixed(load(batch, np.broadcast_to(shares, (num_choices(net), net.num_experts))))
 
 
-def load(batch: int, num_experts: int, num_choices: int, first: float) -> np.ndarray:
-    """(B, L) experts in random order, of which the first gets the share `first`, and the others the rest evenly."""
-    shares = np.full(num_experts, (1 - first) / (num_experts - 1))
-    shares[0] = first
-    ends = np.round(np.cumsum(shares) * batch)
-    experts = np.searchsorted(ends, np.arange(batch), side="right").astype(np.int32)
+def num_choices(net: Network) -> int:
+    """L."""
+    return 1 if net.one_choice else sum(spec.routed for spec in net.layers)
+
+
+def first_takes(first: float, num_experts: int) -> np.ndarray:
+    """(E,) shares of the experts, of which the first gets `first`, and the others the rest evenly."""
+    return np.array([first, *[(1 - first) / (num_experts - 1)] * (num_experts - 1)])
+
+
+def trained(workdir: Path) -> np.ndarray:
+    """(L, E) shares of the experts in every choosing layer at the end of a run.
+
+    Raises:
+        UserError: the folder holds no run of a routed model.
+    """
+    records = log.Metrics(workdir / "metrics.jsonl").read() if workdir.is_dir() else ()
+    loads = [value for record in records for name, value in record.items() if name.endswith("/load")]
+    if not loads:
+        raise UserError(f"--workdir is {workdir}: expected the folder of a run of a routed model, with metrics.jsonl")
+    return np.array(loads[-1])
+
+
+def load(batch: int, shares: np.ndarray) -> np.ndarray:
+    """(B, L) experts in random order, of which each gets its share (L, E) of the images."""
     numbers = np.random.default_rng(0)
-    return np.stack([numbers.permutation(experts) for _ in range(num_choices)], 1)
+    return np.stack([numbers.permutation(np.searchsorted(
+        np.round(np.cumsum(of) * batch), np.arange(batch), side="right").astype(np.int32)) for of in shares], 1)

@@ -1,10 +1,12 @@
 """Inference of routed networks beside the dense one, and beside the least that it could be: a router and S-Dense.
 
 ResNet-18 at CIFAR shapes with random weights. Choices are given: each expert gets as many images as the others, or the
-first gets 90 % of them. The router always counts. "By blocks" and "by host" are values of `model.dispatch`.
+first gets 90 % of them, or, with the folder of a run, each has the share that it had at its end. The router always
+counts. "By blocks" and "by host" are values of `model.dispatch`.
 """
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,12 +25,18 @@ _CASES = (  # what, fields of the model, B
     ("a choice per layer, embedding router", dict(routing="embedding", **_TWO), 64))
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
-    """A row for each case and load: milliseconds of every way to compute, ratios, and the ratio of MACs."""
-    return [row for case in _CASES for row in _rows(*case, rounds)]
+def measure(rounds: int, workdir: Path | None = None) -> list[dict[str, Any]]:
+    """A row for each case and load: milliseconds of every way to compute, ratios, and the ratio of MACs.
+
+    Args:
+        rounds: timings of each.
+        workdir: of a run, whose loads are added to the cases that have as many experts and choices.
+    """
+    trained = None if workdir is None else nets.trained(workdir)
+    return [row for case in _CASES for row in _rows(*case, rounds, trained)]
 
 
-def _rows(what, model, batch, rounds):
+def _rows(what, model, batch, rounds, trained):
     x, num_experts = nets.images(batch), model["num_experts"]
     dense, s_dense = (nets.make(num_experts=1, model_scale=scale) for scale in (1.0, model["model_scale"]))
     kinds = ("all", "blocks", "host") if model["routing"] == "global" else ("all", "blocks")
@@ -38,14 +46,17 @@ def _rows(what, model, batch, rounds):
     if model["routing"] != "layer":
         alone["router"] = functools.partial(jax.jit(functools.partial(net.module.apply, method="scores")), variables)
     rows = []
-    for first in (1 / num_experts, 0.9):
-        route = nets.route(net, batch, first)
+    loads = {f"{100 * first:.0f} %": nets.first_takes(first, num_experts) for first in (1 / num_experts, 0.9)}
+    if trained is not None and trained.shape == (nets.num_choices(net), num_experts):
+        loads["trained"] = trained
+    for load, shares in loads.items():
+        route = nets.route(net, batch, shares)
         ms = interleaved(alone | {kind: _forward(*of, route) for kind, of in routed.items()}, (x,), rounds)
         auto = nets.make(**model)[0].module.dispatch.kind
         least = ms["S-Dense"] + ms.get("router", 0)
         counts = [sum(spec.macs for spec in of.layers) for of in (dense[0], net)]
         rows.append({
-            "what": what, "N": num_experts, "B": batch, "load of the first": f"{100 * first:.0f} %",
+            "what": what, "N": num_experts, "B": batch, "load of the first": load,
             "dense ms": ms["dense"], "S-Dense ms": ms["S-Dense"], "router ms": ms.get("router", ""),
             "all ms": ms["all"], "blocks ms": ms["blocks"], "host ms": ms.get("host", ""),
             "auto is": auto, "dense / auto": ms["dense"] / ms[auto],

@@ -17,8 +17,8 @@ Attack = Callable[[dict[str, Any], jax.Array, jax.Array, jax.Array, jax.Array], 
 """(variables, key, x, y, index) -> x_adv."""
 
 Prepare = Callable[[State, Batch, jax.Array, jax.Array], Batch]
-"""(state, batch, crops, noise) -> the batch with float "image"s and, if there is an attack, "adversarial" ones; crops and
-noise are the numbers of random streams (`rng.number`)."""
+"""(state, batch, crops, noise) -> the batch with float "image"s and, if there is an attack, "adversarial" ones; crops
+and noise are the numbers of random streams (`rng.number`)."""
 
 Objective = Callable[..., tuple[jax.Array, tuple[dict[str, Any], dict[str, jax.Array]]]]
 """(params, batch_stats, batch) -> (loss, (batch_stats, metrics)), the batch being ready."""
