@@ -67,7 +67,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     units.step_size(config.step_size, eps, config.num_steps, config.norm)
 
     def attack(outputs_fn, key, x, y):
-        outputs_fn = objectives.partial(outputs_fn)
+        outputs_fn = objectives.partial(outputs_fn, x)
         driver.count((1, 0), x.shape[0])
         worst, scores, ids = _clean(outputs_fn, x, y)
         rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=dict(label=y, clean=ids), scores=scores)

@@ -92,8 +92,8 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
                       stops=config.early_stop and i == last) for i, (_, steps) in enumerate(phases)]
 
     def attack(logits_fn, key, x, y):
-        logits_fn = objectives.partial(logits_fn)
         rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
+        logits_fn = objectives.partial(logits_fn, x, *([rows["keys"]] if config.eot else []))
         worst, targets = objectives.clean(logits_fn, rows, config.targets, config.eot > 0)
 
         def one(inputs, number):

@@ -14,7 +14,7 @@ import numpy as np
 
 from advmoe_jax.attacks import flags, objectives, suites, verdicts
 from advmoe_jax.attacks.flags import Flag
-from advmoe_jax.core import units
+from advmoe_jax.core import rng, units
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.ops import balls
 
@@ -75,9 +75,10 @@ def run_report(logits_fn: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax
     one_of("norm", norm, balls.NORMS)
     units.eps(eps, norm)
     chosen = suites.together(suite, norm, eps)
-    logits_fn, key = objectives.partial(logits_fn), jax.random.key(0) if key is None else key
+    key = jax.random.key(0) if key is None else key
     is_random = any(getattr(spec.config, "eot", 0) for spec in chosen.specs)
     x, y = _checked(logits_fn, x, y, is_random)
+    logits_fn = objectives.partial(logits_fn, x, *([rng.rowwise(key, len(x))] if is_random else []))
     batch_size = min(units.whole(batch_size, 1, "batch_size"), len(x))
 
     def source(rows):

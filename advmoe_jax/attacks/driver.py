@@ -210,7 +210,7 @@ def run(program: Program, inputs: Inputs, num_steps: int, driver: str = "auto") 
     if one_of("driver", driver, DRIVERS) == "auto":
         loops = num_steps > 1 and (traced and num_steps > _MAX_UNROLLED or _loops_well(program, inputs, carry))
         driver = "device" if loops else "unroll" if traced else "host"
-    if traced and driver == "device":  # which `_loops_well` has traced
+    if traced and driver == "device":  # the compiled function, which `_loops_well` may have traced already
         return _finish(program, inputs, _steps(program, inputs, carry, np.int32(0), np.int32(num_steps)))
     if traced or driver == "unroll":
         for i in range(num_steps):

@@ -67,7 +67,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     program = pgd.Search(config.norm, "uniform", _OBJECTIVES[config.mode], True, config.early_stop)
 
     def attack(outputs_fn, key, x, y):
-        outputs_fn = objectives.partial(outputs_fn)
+        outputs_fn = objectives.partial(outputs_fn, x)
         aux = jax.eval_shape(outputs_fn, x)[1]
         if "member_logits" not in aux:
             raise UserError("exits attacks the members of an ensemble: expected a model with member_logits")

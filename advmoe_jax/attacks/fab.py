@@ -63,7 +63,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     eps = settings.budget("fab", config, NORMS, num_steps=1, restarts=1, targets=0)
 
     def attack(logits_fn, key, x, y):
-        logits_fn = objectives.partial(logits_fn)
+        logits_fn = objectives.partial(logits_fn, x)
         rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
         planes = 1 if config.targets else jax.eval_shape(logits_fn, x).shape[-1]
         program = _FAB(config.norm, planes, config.beyond, config.early_stop)

@@ -56,7 +56,7 @@ def of_model(logits_fn: jax.tree_util.Partial, x: jax.Array, y: jax.Array, key: 
         x, y: images in [0, 1] and labels, of which the first MOST_IMAGES are looked at, or what fits into memory.
         key: for the random directions.
     """
-    logits_fn, fits = objectives.partial(logits_fn), Fitting(min(MOST_IMAGES, len(x)))
+    logits_fn, fits = objectives.partial(logits_fn, x), Fitting(min(MOST_IMAGES, len(x)))
     found = fits.largest(lambda size: _of_model(logits_fn, x[:size], y[:size], key))
     if fits.size < min(MOST_IMAGES, len(x)):
         found += (Flag("few_images", f"the checks looked at {fits.size} images, for want of memory: expected "

@@ -54,7 +54,7 @@ def attack_by(program: Callable[[int], driver.Program], numbers: dict[str, float
         targets: how many classes to rank by falling clean logit, in the program's rows "targets".
     """
     def attack(logits_fn, key, x, y):
-        logits_fn = objectives.partial(logits_fn)
+        logits_fn = objectives.partial(logits_fn, x)
         rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
         worst, ranking = objectives.clean(logits_fn, rows, targets)
         made = program(ranking.shape[-1])

@@ -65,7 +65,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     def attack(logits_fn, key, x, y):
         rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
         scalars = jax.tree.map(lambda n: jnp.asarray(n, x.dtype), dict(eps=eps, sizes=sizes))
-        inputs = driver.Inputs(objectives.partial(logits_fn), rows, scalars)
+        inputs = driver.Inputs(objectives.partial(logits_fn, x), rows, scalars)
         return jax.lax.stop_gradient(driver.run(program, inputs, config.num_steps, config.driver)["x"])
 
     return attack

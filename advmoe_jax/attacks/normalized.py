@@ -68,7 +68,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
         if std.size not in (1, x.shape[-1]):
             raise UserError(f"normalized has {std.size} numbers in std and images {x.shape[-1]} channels: expected as "
                             "many, or one")
-        logits_fn = objectives.partial(logits_fn)
+        logits_fn = objectives.partial(logits_fn, x)
         if config.labels == "predicted":
             driver.count((1, 0), x.shape[0])
             y = _predicted(logits_fn, x)

@@ -1,12 +1,15 @@
 """What an attack increases, and when it has won. B batch, K classes."""
 
+import collections
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from advmoe_jax.attacks import driver
 from advmoe_jax.core.errors import one_of
@@ -66,9 +69,52 @@ def get(objective: str | Objective) -> Objective:
     return NAMED[one_of("attack loss", objective, NAMED)]
 
 
-def partial(function: Callable) -> jax.tree_util.Partial:
-    """A model as attacks take it. A plain closure works, but its weights are constants and each one compiles anew."""
-    return function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)
+class _Closure(NamedTuple):
+    """A function as it was when it was last attacked: its program as text, what that closes over, the model."""
+
+    function: Callable
+    program: str
+    constants: list[Any]
+    model: jax.tree_util.Partial
+
+
+_closures: collections.OrderedDict[tuple, _Closure] = collections.OrderedDict()
+_MOST_CLOSURES = 8
+
+
+def partial(function: Callable, *examples: jax.Array) -> jax.tree_util.Partial:
+    """A model as attacks take it.
+
+    The weights of a plain closure are constants of the programs that it is compiled into. They may be others by now,
+    since Python functions read what is there when they are called: a closure is looked at again in every attack, and
+    compiled programs are used again only if it is still the same model.
+
+    Args:
+        function: a `jax.tree_util.Partial`, or what takes arrays like `examples`.
+        examples: arrays of which the shapes and types count.
+    """
+    if isinstance(function, jax.tree_util.Partial):
+        return function
+    model = jax.tree_util.Partial(lambda *inputs: function(*inputs))  # jax remembers what it traced of a function
+    traced = jax.make_jaxpr(model)(*(jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in examples))
+    program = re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr))
+    # Methods are other objects each time; what is kept keeps the number of `self` from being given away.
+    key = id(getattr(function, "__self__", function)), getattr(function, "__func__", None)
+    known = _closures.pop(key, None)
+    if known is None or program != known.program or not _same(traced.consts, known.constants):
+        constants = [np.array(c) if isinstance(c, np.ndarray) else c for c in traced.consts]
+        known = _Closure(function, program, constants, model)
+    _closures[key] = known
+    if len(_closures) > _MOST_CLOSURES:
+        _closures.popitem(last=False)
+    return known.model
+
+
+def _same(constants, before):
+    """Arrays of jax and tracers never change; those of numpy may have."""
+    return len(constants) == len(before) and all(
+        np.array_equal(a, b) if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) else a is b
+        for a, b in zip(constants, before))
 
 
 def logits_fn(outputs_fn: Callable) -> jax.tree_util.Partial:

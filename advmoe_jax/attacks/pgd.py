@@ -59,7 +59,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`.
 
     `logits_fn` is best a `jax.tree_util.Partial(apply, variables)`: a closure works, but its weights become
-    constants and each new closure compiles again. `key` is one key or one per example. `y` is (B,) labels, or
+    constants, and with others it is compiled again. `key` is one key or one per example. `y` is (B,) labels, or
     what the objective takes in their place.
 
     Raises:
@@ -78,7 +78,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     def attack(logits_fn, key, x, y):
         rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
         scalars = dict(eps=jnp.asarray(eps, x.dtype), step_size=jnp.asarray(step_size, x.dtype))
-        inputs = driver.Inputs(objectives.partial(logits_fn), rows, scalars)
+        inputs = driver.Inputs(objectives.partial(logits_fn, x), rows, scalars)
 
         def one(inputs, restart):
             started = inputs._replace(scalars=inputs.scalars | {"restart": restart})

@@ -59,7 +59,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     program = _RayS(config.norm, config.beyond, config.early_stop)
 
     def attack(logits_fn, key, x, y):
-        labels_fn = jax.tree_util.Partial(_labels, objectives.partial(logits_fn))
+        labels_fn = jax.tree_util.Partial(_labels, objectives.partial(logits_fn, x))
         inputs = driver.Inputs(labels_fn, dict(x=x, y=y), dict(eps=jnp.asarray(eps, x.dtype)))
         return jax.lax.stop_gradient(driver.run(program, inputs, config.num_queries, config.driver)["x"])
 

@@ -65,7 +65,7 @@ def attack_by(noise: Callable, norms: tuple[str, ...], config: Any, setting: str
         if strength and config.draws == 1:  # nothing to choose from: no pass through the model
             x_adv = _draw_jitted(noise, rows, scalars["strength"])
         else:
-            inputs = driver.Inputs(objectives.partial(logits_fn), rows, scalars)
+            inputs = driver.Inputs(objectives.partial(logits_fn, x), rows, scalars)
             x_adv = driver.run(program, inputs, num_steps, config.driver)["x"]
         return jax.lax.stop_gradient(x_adv)
 

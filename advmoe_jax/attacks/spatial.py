@@ -69,7 +69,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
 
     def attack(logits_fn, key, x, y):
         rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
-        inputs = driver.Inputs(objectives.partial(logits_fn), rows, None)
+        inputs = driver.Inputs(objectives.partial(logits_fn, x), rows, None)
         num_steps = config.tries or len(grid(config))
         return jax.lax.stop_gradient(driver.run(program, inputs, num_steps, config.driver)["x"])
 

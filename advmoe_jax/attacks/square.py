@@ -62,7 +62,7 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     def attack(logits_fn, key, x, y):
         program = _Square(config.norm, sides(config, *x.shape[1:3]), config.early_stop)
         rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
-        inputs = driver.Inputs(objectives.partial(logits_fn), rows, dict(eps=jnp.asarray(eps, x.dtype)))
+        inputs = driver.Inputs(objectives.partial(logits_fn, x), rows, dict(eps=jnp.asarray(eps, x.dtype)))
         return jax.lax.stop_gradient(driver.run(program, inputs, config.num_queries + 1, config.driver)["x"])
 
     return attack

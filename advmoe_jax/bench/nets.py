@@ -65,7 +65,8 @@ def first_takes(first: float, num_experts: int) -> np.ndarray:
 
 
 def trained(workdir: Path) -> np.ndarray:
-    """(L, E) shares of the experts in every choosing layer at the end of a run.
+    """(L, E) shares of the experts in every choosing layer at the end of a run: means over the last logged window of
+    training batches, in the last of the updates.
 
     Raises:
         UserError: the folder holds no run of a routed model.

@@ -13,6 +13,7 @@ import jax
 
 from advmoe_jax.bench import nets
 from advmoe_jax.bench.timing import interleaved
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import routing
 
 _TWO, _FOUR = dict(num_experts=2, model_scale=0.5), dict(num_experts=4, model_scale=0.25)
@@ -33,7 +34,14 @@ def measure(rounds: int, workdir: Path | None = None) -> list[dict[str, Any]]:
         workdir: of a run, whose loads are added to the cases that have as many experts and choices.
     """
     trained = None if workdir is None else nets.trained(workdir)
+    if trained is not None and not any(_fits(trained, nets.make(**model)[0]) for _, model, _ in _CASES):
+        raise UserError(f"--workdir is {workdir}, a run with choices and experts {trained.shape}: expected those of "
+                        "a case, such as of a ResNet-18 with a router in each layer and two experts")
     return [row for case in _CASES for row in _rows(*case, rounds, trained)]
+
+
+def _fits(trained, net):
+    return trained.shape == (nets.num_choices(net), net.num_experts)
 
 
 def _rows(what, model, batch, rounds, trained):
@@ -47,8 +55,8 @@ def _rows(what, model, batch, rounds, trained):
         alone["router"] = functools.partial(jax.jit(functools.partial(net.module.apply, method="scores")), variables)
     rows = []
     loads = {f"{100 * first:.0f} %": nets.first_takes(first, num_experts) for first in (1 / num_experts, 0.9)}
-    if trained is not None and trained.shape == (nets.num_choices(net), num_experts):
-        loads["trained"] = trained
+    if trained is not None and _fits(trained, net):
+        loads[f"trained, {100 * trained[:, 0].min():.0f} to {100 * trained[:, 0].max():.0f} %"] = trained
     for load, shares in loads.items():
         route = nets.route(net, batch, shares)
         ms = interleaved(alone | {kind: _forward(*of, route) for kind, of in routed.items()}, (x,), rounds)

@@ -1,7 +1,8 @@
 """Iterations of training: AdvMoE and AT(MoE), exact and approximated, beside AT(Dense) and AT(S-Dense).
 
 ResNet-18 at CIFAR shapes, TRADES with a PGD of two steps, batch 32. All share one device and one run; an iteration of
-AdvMoE is both of its levels. Compiling is timed apart, with an empty and with a full compilation cache.
+AdvMoE is both of its levels. Compiling is timed apart, with an empty and with a full compilation cache. MACs are those
+that the algorithm asks for, each expert's images through that expert alone, whatever is computed.
 """
 
 import functools
@@ -41,13 +42,32 @@ _CONTENDERS = {
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """A row for each contender: milliseconds of an iteration, its ratio to AT(Dense), seconds of compiling."""
-    programs, compiling = {}, {}
+    """A row for each contender: milliseconds of an iteration, its ratio to AT(Dense), the same by MACs, seconds of
+    compiling."""
+    programs, compiling, macs = {}, {}, {}
     for name, (method, fields) in _CONTENDERS.items():
         programs[name], compiling[name] = _prepared(method, fields)
+        macs[name] = _macs(_config(method, fields))
     ms = interleaved(programs, (), rounds)
     return [{"what": name, "ms": value / _ITERATIONS, "this / AT(Dense)": value / ms["AT(Dense)"],
+             "by MACs": macs[name] / macs["AT(Dense)"],
              **dict(zip(("compile s, cold", "compile s, warm"), compiling[name]))} for name, value in ms.items()]
+
+
+def _macs(cfg) -> float:
+    """MACs that an iteration asks for, for each image of its batch. A gradient to inputs or parameters counts as much
+    as the forward pass."""
+    layers = network.make(cfg.model, nets.IMAGE_SHAPE, nets.CLASSES).layers
+    router = sum(spec.macs for spec in layers if spec.path.startswith("router/"))
+    backbone = sum(spec.macs for spec in layers) - router
+    routed = sum(spec.macs for spec in layers if spec.routed)
+    attack = backbone + router + cfg.attack.num_steps * (2 * backbone + router)  # the clean pass, and the steps
+    others = (cfg.model.num_experts - 1) * routed if cfg.model.router_grad == "ste_full" else 0
+    of_router, of_backbone = 2 * (2 * backbone + 3 * router + others), 2 * (3 * backbone + router)  # clean and attacked
+    if cfg.system.name == "standard":
+        return attack + of_backbone + 2 * (2 * router + others)
+    attacks = 1 if cfg.system.share_attack else 1 + 1 / cfg.system.router_every
+    return attacks * attack + of_router / cfg.system.router_every + of_backbone
 
 
 def _prepared(method: str, fields: dict[str, Any]) -> tuple[Callable[[], Any], tuple[float, float]]:
@@ -74,14 +94,19 @@ def _prepared(method: str, fields: dict[str, Any]) -> tuple[Callable[[], Any], t
     return functools.partial(run, _ITERATIONS), tuple(seconds)
 
 
-def program(method: str, fields: dict[str, Any]) -> Callable[[int], Any]:
-    """`run(iterations)`, which does all that training does on random images, but for a learning rate of 0, so that
-    the load stays. `fields` of the config are written with __ for the dot."""
+def _config(method, fields):
     cfg = configs.default()
     configs.set_method(cfg, method)
     fields = nets.MODEL | {name.replace("__", "."): value for name, value in fields.items()}
     cfg.update_from_flattened_dict({"data.batch_size": _BATCH, "optim.backbone.learning_rate": 0.0,
                                     "optim.router.learning_rate": 0.0, **fields})
+    return cfg
+
+
+def program(method: str, fields: dict[str, Any]) -> Callable[[int], Any]:
+    """`run(iterations)`, which does all that training does on random images, but for a learning rate of 0, so that
+    the load stays. `fields` of the config are written with __ for the dot."""
+    cfg = _config(method, fields)
     mesh = meshes.make()
     net = network.make(cfg.model, nets.IMAGE_SHAPE, nets.CLASSES, mesh)
     system = find.module("systems", cfg.system.name, defines="make").make(cfg, net, np.arange(_EXAMPLES), mesh)

@@ -130,9 +130,10 @@ class Network:
                     ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
         """Training: BatchNorm uses the batch. As `apply`, with the updated batch_stats at the end.
 
-        Several passes over as many images are x (B, P, H, W, C), and what is returned begins with (B, P). Each is
-        normalised by its own statistics, and running ones see the first pass first. They run at once where images are
-        computed in blocks, which then have fewer fillers, else one after the other, which is kinder to caches.
+        Several passes over as many images, not by a fixed route, are x (B, P, H, W, C), and what is returned begins
+        with (B, P). Each is normalised by its own statistics, and running ones see the first pass first. They run at
+        once where images are computed in blocks, which then have fewer fillers, else one after the other, which is
+        kinder to caches.
         """
         if x.ndim == 4 or (self.num_experts > 1 and self.module.dispatch.kind != "all"):
             return self._train_at_once(variables, x, route)

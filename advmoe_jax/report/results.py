@@ -16,7 +16,7 @@ from advmoe_jax.attacks.verdicts import Found
 from advmoe_jax.core import files
 from advmoe_jax.core.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no "asked"
 FIELDS = frozenset((
     "id", "checkpoint", "step", "seed", "train_seed", "config", "method", "selected_on", "data", "macs", "precision",
     "backend", "versions", "attack", "norm", "eps", "eps_value", "settings", "asked", "n", "sa", "sa_interval", "ra",
@@ -36,13 +36,16 @@ def read(workdir: Path) -> list[dict[str, Any]]:
     """All measurements of a workdir, oldest first.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or of another version.
     """
-    path, advice = Path(workdir) / "results.json", "delete it and run --mode evaluate again"
+    path, advice = Path(workdir) / "results.json", "move it away and run --mode evaluate again"
     if not path.exists():
         return []
     try:
-        entries = json.loads(path.read_text())["entries"]
+        stored = json.loads(path.read_text())
+        schema, entries = stored["schema"], stored["entries"]
+        if schema != SCHEMA:
+            raise UserError(f"{path} is of another version (schema {schema}, expected {SCHEMA}): {advice}")
         missing = [(i, name) for i, entry in enumerate(entries) for name in sorted(FIELDS - entry.keys())]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: {advice}") from None

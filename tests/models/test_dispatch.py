@@ -107,29 +107,32 @@ def test_blocks_are_exact(case, grads, train):
             _assert_equal(_run(_net(case, "blocks"), case, grad, train), theirs)
 
 
-@pytest.mark.parametrize("case, kind", [
-    (QUICK[0], "blocks"), pytest.param(CASES[3], "all", marks=pytest.mark.slow),
-    pytest.param(QUICK[1], "blocks", marks=pytest.mark.slow)], ids=str)
-def test_passes_in_one_batch_are_those_one_after_the_other(case, kind):
-    net = _net(case, kind)
+@pytest.mark.parametrize("case, devices", [
+    (QUICK[0], 4), pytest.param(QUICK[0], 1, marks=pytest.mark.slow),
+    pytest.param(QUICK[1], 4, marks=pytest.mark.slow)], ids=str)
+def test_passes_in_one_batch_are_those_one_after_the_other(case, devices):
+    mesh = meshes.make() if devices == 4 else None
+    blocks, every = _net(case, "blocks", mesh), _net(case, "all")
 
     def one_by_one(variables, x, cotangent, route):
         found, stats = [], variables["batch_stats"]
         for images in x.swapaxes(0, 1):
-            *outputs, stats = net.apply_train({"params": variables["params"], "batch_stats": stats}, images, route)
+            *outputs, stats = every.apply_train({"params": variables["params"], "batch_stats": stats}, images, route)
             found.append(outputs)
         logits, aux = jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *found)
         return jnp.sum(cotangent * logits), (logits, aux, stats)
 
     def at_once(variables, x, cotangent, route):
-        logits, aux, stats = net.apply_train(variables, x, route)
+        logits, aux, stats = blocks.apply_train(variables, x, route)
         return jnp.sum(cotangent * logits), (logits, aux, stats)
 
     with jax.enable_x64(True):
         variables, x, cotangent = _inputs(case, True)
         x, cotangent = jnp.stack([x, 1 - x], 1), jnp.stack([cotangent, cotangent[::-1]], 1)
+        cut = meshes.by_example(mesh) if mesh else None
         ours, theirs = (jax.device_get(jax.jit(jax.value_and_grad(f, has_aux=True))(
-            variables, x, cotangent, routing.hard("ste_full", detach=True))) for f in (at_once, one_by_one))
+            variables, *jax.device_put((x, cotangent), where), routing.hard("ste_full", detach=True)))
+            for f, where in ((at_once, cut), (one_by_one, None)))
     np.testing.assert_array_equal(ours[0][1][1]["expert_ids"], theirs[0][1][1]["expert_ids"])
     for a, b in zip(*(jax.tree.leaves((value, grads["params"])) for value, grads in (ours, theirs)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10 * max(1, np.abs(b).max()))

@@ -54,14 +54,15 @@ def test_accelerators_run_the_convolution_of_xla(channels, monkeypatch):
         "custom_vjp" not in traces[0])
 
 
-def test_second_derivatives_are_those_of_xla():
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_second_derivatives_are_those_of_xla(channels):
     def curvature(function, x, kernel):
         def grad_norm(kernel):
             return jnp.sum(jax.grad(lambda x: jnp.sum(function(x, kernel, 2)**3))(x)**2)
         return jax.grad(grad_norm)(kernel)
 
     with jax.enable_x64(True):
-        x, kernel, _ = _case(3, 2, 5, (7, 8))
+        x, kernel, _ = _case(3, 2, channels, (7, 8))
         ours, theirs = (jax.jit(curvature, static_argnums=0)(f, x, kernel) for f in (conv2d, _reference))
         np.testing.assert_allclose(ours, theirs, rtol=1e-10)
 

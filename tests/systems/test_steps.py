@@ -274,7 +274,7 @@ def test_balance_loss_is_added():
     assert float(of(LABELS)[0]) == pytest.approx(natural + 0.5 * balance, rel=1e-5)
 
 
-# What an iteration is made of. Nothing is compiled here.
+# What an iteration is made of.
 
 
 def _steps(*case):
@@ -291,7 +291,7 @@ def test_order_and_streams_of_advmoe():
 
 
 def test_levels_share_the_program_that_attacks(monkeypatch):
-    """It is traced once; each level has noise of its own, unless the second takes the images of the first."""
+    """It is traced once; each level has noise of its own."""
     traced, found = [], []
 
     def attack(variables, key, x, y, index):
@@ -300,17 +300,29 @@ def test_levels_share_the_program_that_attacks(monkeypatch):
         return x
 
     monkeypatch.setattr(adversarial, "training_attack", lambda *_: attack)
-    for fields, noises in ((), 2), (("system.share_batch=true", "system.share_attack=true"), 1):
-        case = "advmoe", "system.loss=madry", *fields
-        system, mesh = _system.__wrapped__(case, devices=1)
-        state, batch = _put(_fresh(case), mesh), meshes.put_batch(mesh, np.arange(BATCH), _arrays())
-        traced.clear()
-        found.clear()
-        for step in system.stages[0].steps:
-            state, batch, _ = step.run(state, batch)
-            assert ("adversarial" in batch) == bool(fields)
-        jax.effects_barrier()
-        assert traced == [(BATCH, *SHAPE)] and len(found) == len(set(found)) == noises
+    system, mesh = _system.__wrapped__(("advmoe", "system.loss=madry"), devices=1)
+    state, batch = _put(_fresh(ADVMOE), mesh), meshes.put_batch(mesh, np.arange(BATCH), _arrays())
+    for step in system.stages[0].steps:
+        state, same, _ = step.run(state, batch)
+        assert same is batch
+    jax.effects_barrier()
+    assert traced == [(BATCH, *SHAPE)] and len(found) == len(set(found)) == 2
+
+
+def test_a_shared_attack_is_made_once():
+    """Who makes it leaves its images, who finds some takes them."""
+    system, mesh = _system((*ADVMOE, "system.loss=madry", "system.share_batch=true", "system.share_attack=true"), 1)
+    lower, upper = system.stages[0].steps
+    raw = meshes.put_batch(mesh, np.arange(BATCH), _arrays())
+    state, made, _ = lower.run(_put(_fresh(ADVMOE), mesh), raw)
+    change = np.abs(made["adversarial"] - made["image"])
+    assert 0.9 * 8 / 255 < change.max() <= 8 / 255 + 1e-6
+    assert made["adversarial"].min() >= 0 and made["adversarial"].max() <= 1
+    state = jax.device_get(state)
+    _, same, attacked = upper.run(_put(state, mesh), made)
+    assert same is made
+    *_, clean = upper.run(_put(state, mesh), made | {"adversarial": made["image"]})
+    assert attacked["loss"] > clean["loss"] and attacked["ra"] <= clean["ra"]
 
 
 def test_a_shared_batch_has_the_same_crops(monkeypatch):
