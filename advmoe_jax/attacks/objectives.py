@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from advmoe_jax.attacks import driver
+from advmoe_jax.core import tree as trees
 from advmoe_jax.core.errors import one_of
 from advmoe_jax.ops import losses
 
@@ -79,7 +80,7 @@ class _Closure(NamedTuple):
 
 
 _closures: collections.OrderedDict[tuple, _Closure] = collections.OrderedDict()
-_MOST_CLOSURES = 8
+_MOST_CLOSURES = 4  # whose weights are kept
 
 
 def partial(function: Callable, *examples: jax.Array) -> jax.tree_util.Partial:
@@ -97,6 +98,8 @@ def partial(function: Callable, *examples: jax.Array) -> jax.tree_util.Partial:
         return function
     model = jax.tree_util.Partial(lambda *inputs: function(*inputs))  # jax remembers what it traced of a function
     traced = jax.make_jaxpr(model)(*(jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in examples))
+    if trees.is_traced(traced.consts):
+        return model  # nothing is compiled here
     program = re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr))
     # Methods are other objects each time; what is kept keeps the number of `self` from being given away.
     key = id(getattr(function, "__self__", function)), getattr(function, "__func__", None)
@@ -111,7 +114,7 @@ def partial(function: Callable, *examples: jax.Array) -> jax.tree_util.Partial:
 
 
 def _same(constants, before):
-    """Arrays of jax and tracers never change; those of numpy may have."""
+    """Arrays of jax never change; those of numpy may have."""
     return len(constants) == len(before) and all(
         np.array_equal(a, b) if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) else a is b
         for a, b in zip(constants, before))
