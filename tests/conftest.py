@@ -12,7 +12,7 @@ import pytest
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
 
-import advmoe_jax  # noqa: F401  sets XLA_FLAGS before a backend starts
+from advmoe_jax.models import resnet  # the package sets XLA_FLAGS before a backend starts
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
@@ -29,6 +29,14 @@ def pytest_collection_modifyitems(items):
     top = [item for item in items if item.path.parent == pathlib.Path(__file__).parent]
     others = [item for item in items if item not in top]
     items[:] = sorted(top, key=lambda item: item.path.name, reverse=True) + others
+
+
+@pytest.fixture(scope="module")
+def tiny_resnet():
+    """model.depth=4: a ResNet of one block. Most of what runs cost here is compiling their layers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(resnet.DEPTHS, "4", (1,))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,6 +18,7 @@ from advmoe_jax.core.errors import NonFiniteError, Preempted
 from advmoe_jax.data import prepare
 from advmoe_jax.train import loop
 
+pytestmark = pytest.mark.usefixtures("tiny_resnet")
 NATURAL = dict(eval__attacks="fgsm", train__length="1 steps")
 BAD_FIELDS = {
     "field_typo": ("model.widht=32", "unknown config field model.widht", "did you mean model.width"),
@@ -326,8 +327,9 @@ def test_a_reader_that_went_away():
 
 
 def test_a_backend_that_is_not_there(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "advmoe_jax.main", *flags("w")], capture_output=True, text=True,
-                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO), "JAX_PLATFORMS": "abacus"})
+    done = subprocess.run([sys.executable, "-m", "advmoe_jax.main", *flags("w", model__depth=10)],
+                          capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(REPO), "JAX_PLATFORMS": "abacus"})
     assert done.returncode == 2
     assert re.fullmatch(r"error: [^\n]*JAX_PLATFORMS: abacus[^\n]*\n", done.stderr), done.stderr
     assert not listing(tmp_path)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import TIMEOUT, assert_same_bits, entries, flags, logged, metrics, process, saved_steps, wait_until
 
-LENGTH = dict(train__length="30 steps", train__eval_every="10 steps", train__save_every="5 steps",
+LENGTH = dict(model__depth=10, train__length="30 steps", train__eval_every="10 steps", train__save_every="5 steps",
               eval__attacks="fgsm", system__loss="madry")  # which compile soonest
 METHODS = ("at_sdense", pytest.param("advmoe", marks=pytest.mark.slow))
 DAMAGES = ("truncated arrays", *(pytest.param(name, marks=pytest.mark.slow) for name in (

@@ -11,7 +11,7 @@ from tiny import TIMEOUT, entries, flags, logged, metrics, process, saved_steps,
 pytestmark = pytest.mark.multiprocess
 STEPS = 16
 METHODS = ("at_sdense", pytest.param("advmoe", marks=pytest.mark.slow))
-FIELDS = dict(train__length=f"{STEPS} steps", train__eval_every="8 steps", train__save_every="8 steps",
+FIELDS = dict(model__depth=10, train__length=f"{STEPS} steps", train__eval_every="8 steps", train__save_every="8 steps",
               eval__attacks="fgsm", system__loss="madry",
               optim__backbone__learning_rate=0.01)  # so that differences of rounding stay small
 

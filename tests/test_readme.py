@@ -19,6 +19,7 @@ from advmoe_jax.bench import __main__ as bench
 from advmoe_jax.bench import conv as conv_bench
 from advmoe_jax.data import prepare
 
+pytestmark = pytest.mark.usefixtures("tiny_resnet")
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SMALL = tuple(f"--config.{name}={value}" for name, value in FIELDS.items())

@@ -1,4 +1,7 @@
-"""Tiny runs on digits: their command lines, processes that run them, and what they leave behind."""
+"""Tiny runs on digits: their command lines, processes that run them, and what they leave behind.
+
+They need the fixture tiny_resnet, which processes do not have: there, model__depth=10.
+"""
 
 import contextlib
 import json
@@ -16,7 +19,7 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 DIGITS = str(REPO / "configs" / "digits_r18.py")
 TIMEOUT = 600  # seconds; a cold compilation cache on a busy machine
 FIELDS = {
-    "model.width": 4, "model.depth": 10, "model.router_width": 4, "data.batch_size": 32,
+    "model.width": 4, "model.depth": 4, "model.router_width": 4, "data.batch_size": 32,
     "attack.num_steps": 1, "train.attack": "fgsm", "train.num_examples": 20,
     "train.length": "4 steps", "train.eval_every": "2 steps", "train.save_every": "2 steps",
     "train.log_every": "1 steps", "eval.attacks": "fgsm pgd(num_steps=2)", "eval.n": 20, "eval.batch_size": 16}

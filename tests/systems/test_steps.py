@@ -19,13 +19,14 @@ from advmoe_jax.core import find, rng, tree
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
-from advmoe_jax.models import network, resnet
+from advmoe_jax.models import network
 from advmoe_jax.models.router import ROUTINGS
 from advmoe_jax.ops import losses, routing
 from advmoe_jax.systems import adversarial
 from advmoe_jax.train import state as states
 from advmoe_jax.train import step as train_step
 
+pytestmark = pytest.mark.usefixtures("tiny_resnet")
 COUNT, SHAPE, CLASSES, BATCH = 64, (8, 8, 1), 4, 32
 ADVMOE, DENSE = ("advmoe",), ("standard", "model.num_experts=1")
 CASES = {
@@ -35,13 +36,6 @@ CASES = {
 each_system = pytest.mark.parametrize("case", [
     pytest.param(case, marks=pytest.mark.slow if "model.routing=global" in case else ())
     for cases in CASES.values() for case in cases], ids="-".join)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_resnet():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(resnet.DEPTHS, "4", (1,))
-        yield
 
 
 def _config(name, *overrides):

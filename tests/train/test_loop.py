@@ -21,7 +21,6 @@ from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, tree
 from advmoe_jax.core.errors import NonFiniteError, Preempted, UserError
-from advmoe_jax.models import resnet
 from advmoe_jax.ops import routing
 from advmoe_jax.systems.assemble import assemble
 from advmoe_jax.train import checkpoint, log, loop
@@ -33,16 +32,14 @@ TOTAL = 6
 
 
 @pytest.fixture(scope="module")
-def experiment():
+def experiment(tiny_resnet):
     config = configs.default()
     for text in ("data.name=digits", "data.subset=120", "data.batch_size=16", "data.pad=1", "model.depth=4",
                  "model.width=8", "model.router_width=4", "attack.num_steps=1", "system.loss=madry",
                  f"train.length={TOTAL} steps", "train.eval_every=2 steps", "train.save_every=3 steps",
                  "train.log_every=1 steps", "train.attack=fgsm", "eval.batch_size=16"):
         configs.override(config, text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(resnet.DEPTHS, "4", (1,))
-        yield assemble(config)
+    return assemble(config)
 
 
 def _train(experiment, workdir, system=None, config=None):
