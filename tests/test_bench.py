@@ -72,7 +72,7 @@ def test_routing(monkeypatch, tmp_path):
     monkeypatch.setattr(routing, "_CASES", [(what, model, 8) for what, model, _ in routing._CASES[::4]])
     monkeypatch.setattr(nets, "trained", lambda _: np.full((8, 2), 0.5))
     rows = routing.measure(1, tmp_path)
-    assert [row["load of the first"] for row in rows] == ["50 %", "90 %", "50 %", "90 %", "trained"]
+    assert [row["load of the first"] for row in rows] == ["50 %", "90 %", "50 %", "90 %", "trained, 50 to 50 %"]
     assert all(row["dense / auto"] == row["dense ms"] / row[f"{row['auto is']} ms"] for row in rows)
 
 
