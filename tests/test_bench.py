@@ -9,6 +9,7 @@ import advmoe_jax
 from advmoe_jax.bench import __main__ as bench
 from advmoe_jax.bench import growth, layers, nets, reference, routing, train
 from advmoe_jax.core import config
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.train.log import Metrics
 
 
@@ -31,6 +32,12 @@ def test_loads_of_a_run(tmp_path):
         log.write(step, "train", {"lower/load": np.array(load), "lower/loss": 1.0})
     log.write(2, "validation", {"sa": 0.5, "ra": 0.25})
     np.testing.assert_allclose(nets.trained(tmp_path), shares[-1])
+
+
+def test_a_run_whose_loads_fit_no_case_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(nets, "trained", lambda _: np.full((5, 3), 1 / 3))
+    with pytest.raises(UserError, match=r"\(5, 3\): expected those of a case"):
+        routing.measure(1, tmp_path)
 
 
 @pytest.mark.parametrize("arguments, words", [

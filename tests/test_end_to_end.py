@@ -80,8 +80,10 @@ def test_metrics(method, run):
 @pytest.mark.parametrize("method", METHODS)
 def test_results(method, run):
     found = entries(run(method))
-    assert sorted((entry["checkpoint"], entry["attack"]) for entry in found) == [
-        (which, attack) for which in ("best", "last") for attack in ("fgsm", "pgd-2")]
+    order = [(which, attack) for which in ("best", "last") for attack in ("fgsm", "pgd-2")]
+    if saved_steps(run(method), "best")[-1] == saved_steps(run(method))[-1]:  # then both are attacked at once
+        order.sort(key=lambda pair: pair[1])
+    assert [(entry["checkpoint"], entry["attack"]) for entry in found] == order
     for entry in found:
         assert results.FIELDS <= entry.keys()
         assert (entry["n"], entry["norm"], entry["eps"], entry["eps_value"]) == (20, "linf", "0.1", 0.1)

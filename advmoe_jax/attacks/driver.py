@@ -211,12 +211,13 @@ def run(program: Program, inputs: Inputs, num_steps: int, driver: str = "auto") 
         loops = num_steps > 1 and (traced and num_steps > _MAX_UNROLLED or _loops_well(program, inputs, carry))
         driver = "device" if loops else "unroll" if traced else "host"
     if traced and driver == "device":  # the compiled function, which `_loops_well` may have traced already
-        return _finish(program, inputs, _steps(program, inputs, carry, np.int32(0), np.int32(num_steps)))
-    if traced or driver == "unroll":
+        carry = _steps(program, inputs, carry, np.int32(0), np.int32(num_steps))
+    elif traced or driver == "unroll":
         for i in range(num_steps):
             carry = _advance(program, inputs, carry, i)
-        return program.finish(inputs, carry)
-    return _finish(program, inputs, _run_in_chunks(program, inputs, carry, num_steps, on_host=driver == "host"))
+    else:
+        carry = _run_in_chunks(program, inputs, carry, num_steps, on_host=driver == "host")
+    return _finish(program, inputs, carry)
 
 
 def _run_in_chunks(program, inputs, carry, num_steps, on_host):

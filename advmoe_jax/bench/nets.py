@@ -17,12 +17,17 @@ IMAGE_SHAPE, CLASSES = (32, 32, 3), 10
 MODEL = {"model.width": 64, "model.depth": 18}
 
 
-def make(**model) -> tuple[Network, dict]:
-    """A network and its variables. `model`: fields of `config.model` that differ from the default."""
+def design(**model) -> Network:
+    """A network without variables. `model`: fields of `config.model` that differ from the default."""
     cfg = config.default()
     cfg.update_from_flattened_dict(MODEL)
     cfg.model.update(model)
-    net = network.make(cfg.model, IMAGE_SHAPE, CLASSES)
+    return network.make(cfg.model, IMAGE_SHAPE, CLASSES)
+
+
+def make(**model) -> tuple[Network, dict]:
+    """The network of `design`, and its variables."""
+    net = design(**model)
     return net, jax.jit(net.init)(jax.random.key(0))
 
 

@@ -34,7 +34,7 @@ def measure(rounds: int, workdir: Path | None = None) -> list[dict[str, Any]]:
         workdir: of a run, whose loads are added to the cases that have as many experts and choices.
     """
     trained = None if workdir is None else nets.trained(workdir)
-    if trained is not None and not any(_fits(trained, nets.make(**model)[0]) for _, model, _ in _CASES):
+    if trained is not None and not any(_fits(trained, nets.design(**model)) for _, model, _ in _CASES):
         raise UserError(f"--workdir is {workdir}, a run with choices and experts {trained.shape}: expected those of "
                         "a case, such as of a ResNet-18 with a router in each layer and two experts")
     return [row for case in _CASES for row in _rows(*case, rounds, trained)]
@@ -60,7 +60,7 @@ def _rows(what, model, batch, rounds, trained):
     for load, shares in loads.items():
         route = nets.route(net, batch, shares)
         ms = interleaved(alone | {kind: _forward(*of, route) for kind, of in routed.items()}, (x,), rounds)
-        auto = nets.make(**model)[0].module.dispatch.kind
+        auto = nets.design(**model).module.dispatch.kind
         least = ms["S-Dense"] + ms.get("router", 0)
         counts = [sum(spec.macs for spec in of.layers) for of in (dense[0], net)]
         rows.append({

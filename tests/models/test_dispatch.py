@@ -107,12 +107,13 @@ def test_blocks_are_exact(case, grads, train):
             _assert_equal(_run(_net(case, "blocks"), case, grad, train), theirs)
 
 
-@pytest.mark.parametrize("case, devices", [
-    (QUICK[0], 4), pytest.param(QUICK[0], 1, marks=pytest.mark.slow),
-    pytest.param(QUICK[1], 4, marks=pytest.mark.slow)], ids=str)
-def test_passes_in_one_batch_are_those_one_after_the_other(case, devices):
+@pytest.mark.parametrize("case, kind, devices", [
+    (QUICK[0], "blocks", 4), pytest.param(QUICK[0], "blocks", 1, marks=pytest.mark.slow),
+    pytest.param(QUICK[1], "blocks", 4, marks=pytest.mark.slow),
+    pytest.param(CASES[3], "all", 1, marks=pytest.mark.slow)], ids=str)
+def test_passes_in_one_batch_are_those_one_after_the_other(case, kind, devices):
     mesh = meshes.make() if devices == 4 else None
-    blocks, every = _net(case, "blocks", mesh), _net(case, "all")
+    net, every = _net(case, kind, mesh), _net(case, "all")
 
     def one_by_one(variables, x, cotangent, route):
         found, stats = [], variables["batch_stats"]
@@ -123,7 +124,7 @@ def test_passes_in_one_batch_are_those_one_after_the_other(case, devices):
         return jnp.sum(cotangent * logits), (logits, aux, stats)
 
     def at_once(variables, x, cotangent, route):
-        logits, aux, stats = blocks.apply_train(variables, x, route)
+        logits, aux, stats = net.apply_train(variables, x, route)
         return jnp.sum(cotangent * logits), (logits, aux, stats)
 
     with jax.enable_x64(True):
