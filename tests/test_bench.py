@@ -111,3 +111,21 @@ def test_reference(monkeypatch):
     monkeypatch.setattr(reference, "_FORWARD", 8)
     rows = reference.measure(1)
     assert len(rows) == 13 and all(row["torch / ours"] == row["torch ms"] / row["ours ms"] for row in rows)
+
+
+def test_macs_on_both_sides(monkeypatch):
+    torch = pytest.importorskip("torch", reason="needs the torch extra")
+    from advmoe_jax.bench import released
+
+    monkeypatch.setattr(nets, "MODEL", {"model.width": 64, "model.depth": 18})
+    monkeypatch.setattr(nets, "IMAGE_SHAPE", (32, 32, 3))
+    x, y = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
+    for num_experts, scale, method in ((1, 1.0, "at_dense"), (1, 0.5, "at_sdense"), (2, 0.5, None)):
+        theirs = released.ResNet18(num_experts, scale)
+        forward = released.macs(lambda: theirs(x)) / len(x)
+        ours = nets.design(num_experts=num_experts, model_scale=scale, routing="global", experts="disjoint")
+        assert forward == sum(spec.stored_macs for spec in ours.layers)
+        if method is not None:
+            step = released.trainer(theirs)
+            count = released.macs(lambda: step(x, y)) / len(x)
+            assert count == pytest.approx(train.count(method, {}), rel=2e-3)  # but for the stem's gradient to images

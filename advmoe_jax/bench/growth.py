@@ -46,13 +46,15 @@ def _row(growing, num_experts, batch, rounds):
     of = {"dense": dict(num_experts=1, model_scale=1.0), "S-Dense": dict(num_experts=1, model_scale=scale)}
     of |= {kind: dict(num_experts=num_experts, model_scale=scale, routing="layer", dispatch=kind)
            for kind in ("all", "blocks")}
-    compiled, runs = {}, {}
+    compiled, runs, macs = {}, {}, {}
     for kind, model in of.items():
         net, variables = nets.make(**model)
+        macs[kind] = nets.macs(net)
         route = nets.route(net, batch, np.full(num_experts, 1 / num_experts))
         compiled[kind] = jax.jit(net.apply).lower(variables, x, route).compile()
         runs[kind] = functools.partial(compiled[kind], variables, x, route)
     ms = interleaved(runs, (), rounds)
     memory = {kind: program.memory_analysis().temp_size_in_bytes / 2**20 for kind, program in compiled.items()}
     return {"growing": growing, "N": num_experts, "B": batch, **{f"{kind} ms": ms[kind] for kind in of},
-            **{f"{kind} MiB": memory[kind] for kind in of}, "dense / blocks": ms["dense"] / ms["blocks"]}
+            **{f"{kind} MiB": memory[kind] for kind in of}, "dense / blocks": ms["dense"] / ms["blocks"],
+            "by MACs": macs["dense"] / macs["blocks"]}

@@ -48,7 +48,8 @@ def _row(case, shape, rounds):
 
     layers = {"all": routed("all"), "blocks": routed("blocks"), "S-Dense": s_dense}
     kernels = dict.fromkeys(layers, kernel) | {"S-Dense": kernel[..., :width]}
-    row = {"N": num_experts, "r": scale, "experts": experts, "B": batch, "H": height, "C": channels}
+    row = {"N": num_experts, "r": scale, "experts": experts, "B": batch, "H": height, "C": channels,
+           "all / blocks by MACs": stored / width}
     for what, function in (("forward", _forward), ("with gradients", _gradients)):
         ms = interleaved({name: functools.partial(jax.jit(function(layer)), dy, x, kernels[name], scores)
                           for name, layer in layers.items()}, (), rounds)

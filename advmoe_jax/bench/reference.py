@@ -27,21 +27,25 @@ _RELEASED = dict(
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """A row for each network: milliseconds on both sides and their ratio."""
+    """A row for each network: milliseconds on both sides, their ratio, and that of the MACs: PyTorch computes every
+    expert."""
     if importlib.util.find_spec("torch") is None:
         raise UserError("bench reference needs PyTorch: pip install 'advmoe_jax[torch]'")
     return _forward(rounds) + _training(rounds)
 
 
-def _rows(what, theirs, ours, pairs, rounds):
-    """A row for each pair (name of ours, name of theirs); every function is timed once a round."""
+def _rows(what, batch, theirs, ours, pairs, rounds):
+    """A row for each pair (name of ours, name of theirs); every function is timed once a round. Ours have their MACs
+    beside them, for each image."""
+    from advmoe_jax.bench import released
     ms = interleaved({("torch", name): f for name, f in theirs.items()} | {
-        ("ours", name): f for name, f in ours.items()}, (), rounds)
+        ("ours", name): f for name, (f, _) in ours.items()}, (), rounds)
+    macs = {name: released.macs(f) / batch for name, f in theirs.items()}
     rows = []
     for name, other in pairs:
         theirs, own = ms["torch", other], ms["ours", name]
-        rows.append({"what": what, "ours": name, "torch": other, "torch ms": theirs, "ours ms": own,
-                     "torch / ours": theirs / own})
+        rows.append({"what": f"{what}, batch {batch}", "ours": name, "torch": other, "torch ms": theirs, "ours ms": own,
+                     "torch / ours": theirs / own, "by MACs": macs[other] / ours[name][1]})
     return rows
 
 
@@ -74,13 +78,13 @@ def _forward(rounds):
     def in_jax(**model):
         net, variables = nets.make(**model)
         variables = nets.settled(net, variables)
-        return functools.partial(jax.jit(net.apply), variables, x)
+        return functools.partial(jax.jit(net.apply), variables, x), nets.macs(net)
 
     theirs = {name: functools.partial(in_torch, net.eval(), _laid_out(name, images))
               for name, net in _torch_nets().items()}
     ours = {"Dense": in_jax(num_experts=1, model_scale=1.0), "S-Dense": in_jax(num_experts=1, model_scale=0.5),
             "MoE, ResNet-20 router": in_jax(num_experts=2, model_scale=0.5, routing="global")}
-    return _rows(f"forward, batch {_FORWARD}", theirs, ours, [*_DENSE, ("MoE, ResNet-20 router", "MoE")], rounds)
+    return _rows("forward", _FORWARD, theirs, ours, [*_DENSE, ("MoE, ResNet-20 router", "MoE")], rounds)
 
 
 def _training(rounds):
@@ -93,10 +97,9 @@ def _training(rounds):
               for name, net in _torch_nets().items()}
     theirs["MoE, with its passes for logs"] = functools.partial(
         released.trainer(_torch_nets()["MoE"].train(), logs=True), x, y)
-    ours = {"Dense": train.program("at_dense", {}), "S-Dense": train.program("at_sdense", {}),
-            "AdvMoE, as released": train.program("advmoe", _RELEASED),
-            "AdvMoE, as the paper": train.program("advmoe", {})}
+    ours = {"Dense": ("at_dense", {}), "S-Dense": ("at_sdense", {}), "AdvMoE, as released": ("advmoe", _RELEASED),
+            "AdvMoE, as the paper": ("advmoe", {})}
     pairs = [*_DENSE, *((name, other) for name in ("AdvMoE, as released", "AdvMoE, as the paper")
                         for other in ("MoE", "MoE, with its passes for logs"))]
-    ours = {name: functools.partial(run, 1) for name, run in ours.items()}
-    return _rows(f"iteration, batch {_TRAINING}", theirs, ours, pairs, rounds)
+    ours = {name: (functools.partial(train.program(*what), 1), train.count(*what)) for name, what in ours.items()}
+    return _rows("iteration", _TRAINING, theirs, ours, pairs, rounds)

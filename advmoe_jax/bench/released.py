@@ -5,9 +5,12 @@ one choice of a ResNet-20 router drops all but one; one batch, the backbone's st
 attack of its own. Images (B, 3, H, W), scores (B, E).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils import _python_dispatch, flop_counter
 
 _EPS, _STEP_SIZE, _STEPS, _BETA = 8 / 255, 5 / 255, 2, 6.0
 
@@ -157,3 +160,23 @@ def trainer(model: ResNet18, logs: bool = False):
             model(x), model(x_adv)
 
     return step
+
+
+def macs(run: Callable[[], object]) -> float:
+    """Multiply-accumulates of `run()`, as PyTorch counts them: half its floating-point operations."""
+    with _Counter() as counter:
+        run()
+    return counter.flops / 2
+
+
+class _Counter(_python_dispatch.TorchDispatchMode):
+    """PyTorch's FlopCounterMode without its hooks on modules, with which `autograd.grad` fails."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        count = flop_counter.flop_registry.get(function._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=found)
+        return found

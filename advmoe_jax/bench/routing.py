@@ -62,7 +62,7 @@ def _rows(what, model, batch, rounds, trained):
         ms = interleaved(alone | {kind: _forward(*of, route) for kind, of in routed.items()}, (x,), rounds)
         auto = nets.design(**model).module.dispatch.kind
         least = ms["S-Dense"] + ms.get("router", 0)
-        counts = [sum(spec.macs for spec in of.layers) for of in (dense[0], net)]
+        counts = [nets.macs(of) for of in (dense[0], net)]
         rows.append({
             "what": what, "N": num_experts, "B": batch, "load of the first": load,
             "dense ms": ms["dense"], "S-Dense ms": ms["S-Dense"], "router ms": ms.get("router", ""),

@@ -47,16 +47,17 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     programs, compiling, macs = {}, {}, {}
     for name, (method, fields) in _CONTENDERS.items():
         programs[name], compiling[name] = _prepared(method, fields)
-        macs[name] = _macs(_config(method, fields))
+        macs[name] = count(method, fields)
     ms = interleaved(programs, (), rounds)
     return [{"what": name, "ms": value / _ITERATIONS, "this / AT(Dense)": value / ms["AT(Dense)"],
              "by MACs": macs[name] / macs["AT(Dense)"],
              **dict(zip(("compile s, cold", "compile s, warm"), compiling[name]))} for name, value in ms.items()]
 
 
-def _macs(cfg) -> float:
-    """MACs that an iteration asks for, for each image of its batch. A gradient to inputs or parameters counts as much
-    as the forward pass."""
+def count(method: str, fields: dict[str, Any]) -> float:
+    """MACs that an iteration of `program` asks for, for each image of its batch. A gradient to inputs or parameters
+    counts as much as the forward pass."""
+    cfg = _config(method, fields)
     layers = network.make(cfg.model, nets.IMAGE_SHAPE, nets.CLASSES).layers
     router = sum(spec.macs for spec in layers if spec.path.startswith("router/"))
     backbone = sum(spec.macs for spec in layers) - router
