@@ -1,0 +1,71 @@
+"""What every backbone promises, for every module of advmoe_jax.models that makes one; a new one is covered as soon as
+its file is there.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advmoe_jax.core import config, find
+from advmoe_jax.core import tree as trees
+from advmoe_jax.models import network
+
+SHAPE, CLASSES, PASSES, BATCH = (8, 8, 3), 4, 2, 6
+SMALL = {"resnet": dict(depth=10)}  # the others as the config has them
+ROUTED = dict(num_experts=2, model_scale=0.5, routing="layer", router_width=4, dispatch="blocks")
+each = pytest.mark.parametrize("name", find.names("models", "backbone"))
+
+
+def _design(name, routed):
+    cfg = config.default().model
+    cfg.update(dict(name=name, width=4, **SMALL.get(name, {}), **(ROUTED if routed else dict(num_experts=1))))
+    return network.make(cfg, SHAPE, CLASSES)
+
+
+@functools.cache
+def _net(name):
+    """A routed network with its variables."""
+    net = _design(name, routed=True)
+    return net, jax.jit(net.init)(jax.random.key(0))
+
+
+def _images(*begin):
+    return jax.random.uniform(jax.random.key(1), (*begin, *SHAPE))
+
+
+@each
+@pytest.mark.parametrize("routed", [False, True], ids=["dense", "routed"])
+def test_layers_are_those_of_the_parameters(name, routed):
+    net = _design(name, routed)
+    params = trees.named_leaves(jax.eval_shape(net.init, jax.random.key(0))["params"])
+    kernels = {path.removesuffix("/kernel"): leaf.shape for path, leaf in params.items() if path.endswith("/kernel")}
+    assert {spec.path: spec.kernel for spec in net.layers} == kernels
+
+
+@each
+def test_each_of_several_passes_is_normalised_by_its_own_statistics(name):
+    """Which a backbone that does not hand `train` on to each BatchNorm fails, and so do AdvMoE's clean and attacked
+    images, which share a batch."""
+    net, variables = _net(name)
+    x = _images(BATCH, PASSES) * jnp.array([0.2, 1.0])[None, :, None, None, None]
+    train = jax.jit(net.apply_train)
+    logits, _, stats = train(variables, x)
+    for i in range(PASSES):
+        alone, _, updated = train(variables, x[:, i])
+        np.testing.assert_allclose(logits[:, i], alone, rtol=1e-3, atol=1e-3 * float(jnp.abs(alone).max()))
+        variables = {"params": variables["params"], "batch_stats": updated}
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5),
+                 stats["backbone"], updated["backbone"])
+
+
+@each
+def test_in_evaluation_no_image_depends_on_the_others(name):
+    net, variables = _net(name)
+    x, evaluate = _images(BATCH), jax.jit(net.apply)
+    logits, _ = evaluate(variables, x)
+    others, _ = evaluate(variables, x.at[1:].set(1 - x[1:]))
+    np.testing.assert_allclose(logits[0], others[0], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(logits[1], others[1], rtol=1e-4, atol=1e-5)
