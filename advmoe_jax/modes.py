@@ -17,7 +17,8 @@ from advmoe_jax.core import config as configs
 from advmoe_jax.core import files, xla
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UnreliableError, UserError, one_of
-from advmoe_jax.report import macs, reports, results
+from advmoe_jax.models import macs
+from advmoe_jax.report import reports, results
 from advmoe_jax.systems.assemble import Experiment, assemble
 from advmoe_jax.train import checkpoint, evaluate, log, loop, preemption
 from advmoe_jax.train import state as states

@@ -12,6 +12,7 @@ import numpy as np
 
 from advmoe_jax.bench import nets
 from advmoe_jax.bench.timing import interleaved
+from advmoe_jax.models import macs
 
 _BATCHES, _EXPERTS, _BATCH = (8, 16, 32, 64, 128, 256, 512), (1, 2, 4, 8, 16), 128
 _KINDS = ("dense", "S-Dense", "all", "blocks")
@@ -46,10 +47,10 @@ def _row(growing, num_experts, batch, rounds):
     of = {"dense": dict(num_experts=1, model_scale=1.0), "S-Dense": dict(num_experts=1, model_scale=scale)}
     of |= {kind: dict(num_experts=num_experts, model_scale=scale, routing="layer", dispatch=kind)
            for kind in ("all", "blocks")}
-    compiled, runs, macs = {}, {}, {}
+    compiled, runs, counts = {}, {}, {}
     for kind, model in of.items():
         net, variables = nets.make(**model)
-        macs[kind] = nets.macs(net)
+        counts[kind] = macs.count(net)["total"]
         route = nets.route(net, batch, np.full(num_experts, 1 / num_experts))
         compiled[kind] = jax.jit(net.apply).lower(variables, x, route).compile()
         runs[kind] = functools.partial(compiled[kind], variables, x, route)
@@ -57,4 +58,4 @@ def _row(growing, num_experts, batch, rounds):
     memory = {kind: program.memory_analysis().temp_size_in_bytes / 2**20 for kind, program in compiled.items()}
     return {"growing": growing, "N": num_experts, "B": batch, **{f"{kind} ms": ms[kind] for kind in of},
             **{f"{kind} MiB": memory[kind] for kind in of}, "dense / blocks": ms["dense"] / ms["blocks"],
-            "by MACs": macs["dense"] / macs["blocks"]}
+            "by MACs": counts["dense"] / counts["blocks"]}

@@ -31,11 +31,6 @@ def make(**model) -> tuple[Network, dict]:
     return net, jax.jit(net.init)(jax.random.key(0))
 
 
-def macs(net: Network) -> int:
-    """Multiply-accumulates that one image needs, of its own experts alone."""
-    return sum(spec.macs for spec in net.layers)
-
-
 def settled(net: Network, variables: dict) -> dict:
     """Variables with the statistics of random images, and a router of one choice that spreads them over the experts:
     fresh ones send all to one, which costs less."""

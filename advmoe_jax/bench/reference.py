@@ -16,6 +16,7 @@ import numpy as np
 from advmoe_jax.bench import nets, train
 from advmoe_jax.bench.timing import interleaved
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.models import macs
 
 _FORWARD, _TRAINING = 64, 32  # batches
 _LAST = ", channels last"
@@ -40,12 +41,12 @@ def _rows(what, batch, theirs, ours, pairs, rounds):
     from advmoe_jax.bench import released
     ms = interleaved({("torch", name): f for name, f in theirs.items()} | {
         ("ours", name): f for name, (f, _) in ours.items()}, (), rounds)
-    macs = {name: released.macs(f) / batch for name, f in theirs.items()}
+    counts = {name: released.macs(f) / batch for name, f in theirs.items()}
     rows = []
     for name, other in pairs:
         theirs, own = ms["torch", other], ms["ours", name]
         rows.append({"what": f"{what}, batch {batch}", "ours": name, "torch": other, "torch ms": theirs, "ours ms": own,
-                     "torch / ours": theirs / own, "by MACs": macs[other] / ours[name][1]})
+                     "torch / ours": theirs / own, "by MACs": counts[other] / ours[name][1]})
     return rows
 
 
@@ -78,7 +79,7 @@ def _forward(rounds):
     def in_jax(**model):
         net, variables = nets.make(**model)
         variables = nets.settled(net, variables)
-        return functools.partial(jax.jit(net.apply), variables, x), nets.macs(net)
+        return functools.partial(jax.jit(net.apply), variables, x), macs.count(net)["total"]
 
     theirs = {name: functools.partial(in_torch, net.eval(), _laid_out(name, images))
               for name, net in _torch_nets().items()}

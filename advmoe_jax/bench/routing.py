@@ -14,6 +14,7 @@ import jax
 from advmoe_jax.bench import nets
 from advmoe_jax.bench.timing import interleaved
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.models import macs
 from advmoe_jax.ops import routing
 
 _TWO, _FOUR = dict(num_experts=2, model_scale=0.5), dict(num_experts=4, model_scale=0.25)
@@ -62,7 +63,7 @@ def _rows(what, model, batch, rounds, trained):
         ms = interleaved(alone | {kind: _forward(*of, route) for kind, of in routed.items()}, (x,), rounds)
         auto = nets.design(**model).module.dispatch.kind
         least = ms["S-Dense"] + ms.get("router", 0)
-        counts = [nets.macs(of) for of in (dense[0], net)]
+        counts = [macs.count(of)["total"] for of in (dense[0], net)]
         rows.append({
             "what": what, "N": num_experts, "B": batch, "load of the first": load,
             "dense ms": ms["dense"], "S-Dense ms": ms["S-Dense"], "router ms": ms.get("router", ""),

@@ -21,7 +21,7 @@ from advmoe_jax.core import config as configs
 from advmoe_jax.core import find
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.data import pipeline
-from advmoe_jax.models import network
+from advmoe_jax.models import macs, network
 from advmoe_jax.train import loop
 
 _BATCH, _EXAMPLES, _ITERATIONS = 32, 320, 2  # timed together, so that a router's turn comes round
@@ -44,13 +44,13 @@ _CONTENDERS = {
 def measure(rounds: int) -> list[dict[str, Any]]:
     """A row for each contender: milliseconds of an iteration, its ratio to AT(Dense), the same by MACs, seconds of
     compiling."""
-    programs, compiling, macs = {}, {}, {}
+    programs, compiling, counts = {}, {}, {}
     for name, (method, fields) in _CONTENDERS.items():
         programs[name], compiling[name] = _prepared(method, fields)
-        macs[name] = count(method, fields)
+        counts[name] = count(method, fields)
     ms = interleaved(programs, (), rounds)
     return [{"what": name, "ms": value / _ITERATIONS, "this / AT(Dense)": value / ms["AT(Dense)"],
-             "by MACs": macs[name] / macs["AT(Dense)"],
+             "by MACs": counts[name] / counts["AT(Dense)"],
              **dict(zip(("compile s, cold", "compile s, warm"), compiling[name]))} for name, value in ms.items()]
 
 
@@ -58,10 +58,10 @@ def count(method: str, fields: dict[str, Any]) -> float:
     """MACs that an iteration of `program` asks for, for each image of its batch. A gradient to inputs or parameters
     counts as much as the forward pass."""
     cfg = _config(method, fields)
-    layers = network.make(cfg.model, nets.IMAGE_SHAPE, nets.CLASSES).layers
-    router = sum(spec.macs for spec in layers if spec.path.startswith("router/"))
-    backbone = sum(spec.macs for spec in layers) - router
-    routed = sum(spec.macs for spec in layers if spec.routed)
+    net = network.make(cfg.model, nets.IMAGE_SHAPE, nets.CLASSES)
+    of = macs.count(net)
+    router, backbone = of["router"], of["pathway"]
+    routed = sum(spec.macs for spec in net.layers if spec.routed)
     attack = backbone + router + cfg.attack.num_steps * (2 * backbone + router)  # the clean pass, and the steps
     others = (cfg.model.num_experts - 1) * routed if cfg.model.router_grad == "ste_full" else 0
     of_router, of_backbone = 2 * (2 * backbone + 3 * router + others), 2 * (3 * backbone + router)  # clean and attacked

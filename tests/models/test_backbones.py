@@ -47,8 +47,8 @@ def test_layers_are_those_of_the_parameters(name, routed):
 
 @each
 def test_each_of_several_passes_is_normalised_by_its_own_statistics(name):
-    """AdvMoE's clean and attacked images share a batch. A backbone that does not hand `train` on to each BatchNorm mixes
-    them."""
+    """AdvMoE's clean and attacked images share a batch. A backbone that does not hand `train` on to each BatchNorm
+    mixes them."""
     net, variables = _net(name)
     x = _images(BATCH, PASSES) * jnp.array([0.2, 1.0])[None, :, None, None, None]
     train = jax.jit(net.apply_train)

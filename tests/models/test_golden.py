@@ -17,11 +17,10 @@ import pytest
 
 from advmoe_jax.core import config, tree
 from advmoe_jax.interop import torch_import
-from advmoe_jax.models import network
+from advmoe_jax.models import macs, network
 from advmoe_jax.models.layers import scaled_width
 from advmoe_jax.ops import routing
 from advmoe_jax.ops.dispatch import Choice
-from advmoe_jax.report import macs
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "advmoe_nets.json").read_text())
 MOE, SMALL_DENSE = GOLDEN["rn18_moe_N2_r.5"], GOLDEN["rn18_ori_r.5"]

@@ -3,8 +3,7 @@
 import pytest
 
 from advmoe_jax.core import config as configs
-from advmoe_jax.models import network
-from advmoe_jax.report import macs
+from advmoe_jax.models import macs, network
 
 DENSE = dict(num_experts=1, model_scale=1.0)
 S_DENSE = dict(num_experts=1, model_scale=0.5)
