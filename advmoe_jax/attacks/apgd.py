@@ -5,14 +5,13 @@ x images (B, H, W, C) in [0, 1], d = H * W * C, K classes.
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import driver, objectives, settings
+from advmoe_jax.attacks import build, driver, objectives, settings
+from advmoe_jax.attacks.about import About
 from advmoe_jax.core import rng
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls
@@ -20,7 +19,7 @@ from advmoe_jax.ops import balls
 _MOMENTUM = 0.75  # share of the step in an update, the rest goes to the last movement
 _L1_SHRINK, _L1_SMALLEST, _L1_JUDGED = 1.5, 10.0, 0.04  # the last is the share of the steps between judgements
 _L1_PHASES = ((3, 0.3), (2, 0.3), (1, 0.4))  # budgets in eps, and shares of the steps
-NORMS = balls.NORMS
+ABOUT = About(balls.NORMS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +27,6 @@ class Config:
     """Settings of APGD; the defaults are AutoAttack's.
 
     Attributes:
-        norm: "linf" | "l2" | "l1".
-        eps: budget, a number or a fraction such as "8/255".
         num_steps: steps in each restart.
         restarts: random starts, for each target.
         loss: "ce" | "dlr" | "margin", or an Objective.
@@ -40,8 +37,7 @@ class Config:
             `logits_fn(x, keys)`, keys (B,).
         largest_first: l1 only: 30 % of the steps at 3 eps and 30 % at 2 eps come first.
         quirks: whether the first increase is counted against a loss of 0, as the reference code does.
-        early_stop: as in pgd.Config.
-        driver: see attacks.driver.
+        norm, eps, early_stop, driver: see attacks.settings.
     """
 
     norm: str = "linf"
@@ -60,24 +56,20 @@ class Config:
 
 def label(config: Config) -> str:
     """As tables name it: "apgd-ce", "apgd-t", with another number of steps than 100 "apgd-ce-20"."""
-    name = "apgd-t" if config.targets else f"apgd-{config.loss}"
+    loss = "custom" if isinstance(config.loss, objectives.Objective) else config.loss
+    name = "apgd-t" if config.targets else f"apgd-{loss}"
     return name if config.num_steps == 100 else f"{name}-{config.num_steps}"
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
+def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does.
 
     x_adv is the last misclassified iterate, or without one the iterate of the highest loss. Images that are
     misclassified when clean come back as they are.
-
-    Raises:
-        UserError: a setting is out of range.
     """
-    eps = settings.budget("apgd", config, NORMS, num_steps=1, restarts=1, targets=0, eot=0)
+    eps = settings.read("apgd", config, ABOUT, num_steps=1, restarts=1, targets=0, eot=0, rho="0 to 1")["eps"]
     if config.loss == "kl":
         raise UserError("apgd has loss=kl: expected a loss of labels, one of ce, dlr, margin")
-    if not 0 <= config.rho <= 1:
-        raise UserError(f"apgd has rho={config.rho}: expected 0 to 1")
     if config.targets and config.loss not in objectives.TARGETED:
         raise UserError(f"apgd has targets={config.targets} with loss={config.loss}: "
                         f"expected one of {', '.join(objectives.TARGETED)}")
@@ -89,30 +81,26 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
 
     is_l1, last = config.norm == "l1", len(phases) - 1
     programs = [Program(config.norm, objective, 0 if is_l1 else steps, config.rho, config.eot, config.quirks,
-                      stops=config.early_stop and i == last) for i, (_, steps) in enumerate(phases)]
+                        stops=config.early_stop and i == last) for i, (_, steps) in enumerate(phases)]
 
     def attack(logits_fn, key, x, y):
-        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
-        logits_fn = objectives.partial(logits_fn, x, *([rows["keys"]] if config.eot else []))
-        worst, targets = objectives.clean(logits_fn, rows, config.targets, config.eot > 0)
+        inputs = build.inputs_of(logits_fn, key, x, y, with_keys=config.eot > 0)
 
-        def one(inputs, number):
-            rows = inputs.rows | {"keys": rng.fold_in(inputs.rows["keys"], number)}
+        def one(inputs, _):
+            rows = dict(inputs.rows)
             if config.targets:
-                rows["y"] = rows["y"], rows.pop("targets")[:, number // config.restarts]
+                rows["y"] = rows["y"], rows.pop("target")
             for i, (program, (factor, steps)) in enumerate(zip(programs, phases)):
                 scalars = dict(eps=factor * eps)
                 if is_l1:
                     rows.setdefault("init", rows["x"])
                     scalars |= dict(every=max(int(_L1_JUDGED * steps), 1), is_first=i == 0, is_only=last == 0)
-                found = driver.run(program, inputs._replace(rows=rows, scalars=scalars), steps + 1, config.driver)
-                best = found.pop("best")
+                candidate = driver.run(program, inputs._replace(rows=rows, scalars=scalars), steps + 1, config.driver)
+                best = candidate.pop("best")
                 rows = rows | {"init": best} if is_l1 else rows
-            return found
+            return candidate
 
-        inputs = driver.Inputs(logits_fn, rows | ({"targets": targets} if config.targets else {}), None)
-        num_rounds = config.restarts * max(targets.shape[-1], 1)
-        return jax.lax.stop_gradient(driver.rounds(one, inputs, worst, num_rounds, stops=True)["x"])
+        return build.over_targets(one, inputs, config.targets, config.restarts, config.eot > 0)
 
     return attack
 
@@ -120,12 +108,12 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
 def checkpoints(num_steps: int) -> list[tuple[int, int]]:
     """(step, steps since the last one) after which the step size may change, for linf and l2."""
     gap, least, less = (max(int(share * num_steps), 1) for share in (0.22, 0.06, 0.03))
-    found, step = [], gap
+    due, step = [], gap
     while step <= num_steps:
-        found.append((step, gap))
+        due.append((step, gap))
         gap = max(gap - less, least)
         step += gap
-    return found
+    return due
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +136,7 @@ class Program:
     def cost(self):
         return (max(self.eot, 1),) * 2
 
-    def start(self, inputs: driver.Inputs) -> Any:
+    def start(self, inputs: driver.Inputs) -> driver.Carry:
         rows, eps = inputs.rows, inputs.scalars["eps"]
         x = rows["x"]
         x_adv = _random_start(rows["keys"], x, eps, self.norm)
@@ -166,70 +154,60 @@ class Program:
                                 moved=jnp.where(is_only, zero + size, moved))
         return carry | dict(loss=zero, increases=zero, checked_loss=zero, reduced=~no)
 
-    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
-        now = dict(carry)
-        loss, grad, broken = self._look(inputs, now["x"], i)
-        now["broken_x"] = driver.select(broken, now["x"], now["broken_x"])
-        now["broken"] |= broken
-        better = loss > now["best_loss"]
-        now |= driver.select(better, dict(best=now["x"], best_grad=grad, best_loss=loss), {
-            name: now[name] for name in ("best", "best_grad", "best_loss")})
-        back = self._judge(inputs, now, loss, i)
-        now["x"], grad = driver.select(back, (now["best"], now["best_grad"]), (now["x"], grad))
-        moved = self._move(inputs, now, grad, i)
-        return now | dict(previous=now["x"], x=moved)
+    def step(self, inputs: driver.Inputs, carry: driver.Carry, i: jax.Array) -> driver.Carry:
+        carry = dict(carry)
+        loss, grad, broken = self._look(inputs, carry["x"], i)
+        carry["broken_x"] = driver.select(broken, carry["x"], carry["broken_x"])
+        carry["broken"] |= broken
+        better = loss > carry["best_loss"]
+        carry |= driver.select(better, dict(best=carry["x"], best_grad=grad, best_loss=loss), {
+            name: carry[name] for name in ("best", "best_grad", "best_loss")})
+        back = self._judge(inputs, carry, loss, i)
+        carry["x"], grad = driver.select(back, (carry["best"], carry["best_grad"]), (carry["x"], grad))
+        moved = self._move(inputs, carry, grad, i)
+        return carry | dict(previous=carry["x"], x=moved)
 
-    def done(self, carry: Any) -> jax.Array:
+    def done(self, carry: driver.Carry) -> jax.Array:
         return carry["broken"]
 
-    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
+    def finish(self, inputs: driver.Inputs, carry: driver.Carry) -> dict[str, jax.Array]:
         return dict(x=driver.select(carry["broken"], carry["broken_x"], carry["best"]), loss=carry["best_loss"],
                     broken=carry["broken"], best=carry["best"])
 
     def _look(self, inputs, x, i):
-        """Loss (B,), its gradient, and whether the rows are misclassified."""
-        y = inputs.rows["y"]
-
-        def total(u, keys):
-            outputs = inputs.logits_fn(u) if keys is None else inputs.logits_fn(u, keys)
-            loss = self.objective.loss(outputs, y)
-            return jnp.sum(loss), (loss, self.objective.success(outputs, y))
-
-        look = jax.grad(total, has_aux=True)
-        if not self.eot:
-            grad, (loss, broken) = look(x, None)
-            return loss, jnp.nan_to_num(grad), broken
+        """Loss (B,), its gradient, and whether the rows are misclassified; means over draws with `eot`."""
         keys = rng.fold_in(inputs.rows["keys"], i + 1)
-        found = [look(x, rng.fold_in(keys, n)) for n in range(self.eot)]
-        grad, (loss, broken) = jax.tree.map(lambda *leaves: sum(leaves) / self.eot, *found)
+        draws = [(rng.fold_in(keys, n),) for n in range(self.eot)] or [()]
+        looks = [objectives.gradient(self.objective, inputs.logits_fn, x, inputs.rows["y"], *draw) for draw in draws]
+        loss, grad, broken = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *looks)
         return loss, jnp.nan_to_num(grad), broken > 0.5
 
-    def _judge(self, inputs, now, loss, i):
-        """Adapts the step size in place; gives the rows that go back to their best iterate."""
+    def _judge(self, inputs, carry, loss, i):
+        """Adapts the step size in `carry` itself; gives the rows (B,) that return to their best iterate."""
         eps = inputs.scalars["eps"]
         if self.norm == "l1":
             due = (i > 0) & (i % inputs.scalars["every"] == 0)
             x = inputs.rows["x"]
-            moved = balls.moved(now["best"], x)
-            sparser = moved < 0.95 * now["moved"]
-            size = jnp.where(sparser, eps, jnp.maximum(now["step_size"] / _L1_SHRINK, eps / _L1_SMALLEST))
-            now |= driver.select(
+            moved = balls.moved(carry["best"], x)
+            sparser = moved < 0.95 * carry["moved"]
+            size = jnp.where(sparser, eps, jnp.maximum(carry["step_size"] / _L1_SHRINK, eps / _L1_SMALLEST))
+            carry |= driver.select(
                 jnp.broadcast_to(due, loss.shape), dict(step_size=size, kept=moved / x[0].size / 1.5, moved=moved),
-                {name: now[name] for name in ("step_size", "kept", "moved")})
+                {name: carry[name] for name in ("step_size", "kept", "moved")})
             return due & sparser
         gap, due = self._table()
         gap, due = jnp.asarray(gap)[i], jnp.asarray(due)[i]
-        before = jnp.where(i == 1, 0, now["loss"]) if self.quirks else now["loss"]
-        now["increases"] += (loss > before) & (i > 0)
-        now["loss"] = loss
-        now["checked_loss"] = jnp.where(i == 0, loss, now["checked_loss"])
-        stalls = now["increases"] <= self.rho * gap
-        stays = ~now["reduced"] & (now["best_loss"] <= now["checked_loss"])
+        before = jnp.where(i == 1, 0, carry["loss"]) if self.quirks else carry["loss"]
+        carry["increases"] += (loss > before) & (i > 0)
+        carry["loss"] = loss
+        carry["checked_loss"] = jnp.where(i == 0, loss, carry["checked_loss"])
+        stalls = carry["increases"] <= self.rho * gap
+        stays = ~carry["reduced"] & (carry["best_loss"] <= carry["checked_loss"])
         reduce = due & (stalls | stays)
-        now["step_size"] = jnp.where(reduce, now["step_size"] / 2, now["step_size"])
-        now["reduced"] = jnp.where(due, reduce, now["reduced"])
-        now["checked_loss"] = jnp.where(due, now["best_loss"], now["checked_loss"])
-        now["increases"] = jnp.where(due, 0, now["increases"])
+        carry["step_size"] = jnp.where(reduce, carry["step_size"] / 2, carry["step_size"])
+        carry["reduced"] = jnp.where(due, reduce, carry["reduced"])
+        carry["checked_loss"] = jnp.where(due, carry["best_loss"], carry["checked_loss"])
+        carry["increases"] = jnp.where(due, 0, carry["increases"])
         return reduce
 
     def _table(self):
@@ -238,27 +216,23 @@ class Program:
             gap[step], due[step] = since, True
         return gap, due
 
-    def _move(self, inputs, now, grad, i):
+    def _move(self, inputs, carry, grad, i):
         x, eps = inputs.rows["x"], inputs.scalars["eps"]
-        size = now["step_size"][:, None, None, None]
+        size = carry["step_size"][:, None, None, None]
         if self.norm == "l1":
-            direction = balls.sparse_sign(grad, now["kept"])
-            return balls.project(now["x"] + size * direction, x, eps, "l1")
+            direction = balls.sparse_sign(grad, carry["kept"])
+            return balls.project(carry["x"] + size * direction, x, eps, "l1")
         direction = jnp.sign(grad) if self.norm == "linf" else balls.normalized(grad)
-        z = balls.project(now["x"] + size * direction, x, eps, self.norm)
+        z = balls.project(carry["x"] + size * direction, x, eps, self.norm)
         share = jnp.where(i == 0, 1, _MOMENTUM)
-        return balls.project(now["x"] + share * (z - now["x"]) + (1 - share) * (now["x"] - now["previous"]),
+        return balls.project(carry["x"] + share * (z - carry["x"]) + (1 - share) * (carry["x"] - carry["previous"]),
                              x, eps, self.norm)
 
 
 def _random_start(keys, x, eps, norm):
     """linf: uniform noise stretched to the ball's surface; l2: on the sphere; l1: projected Gaussian noise."""
-    if norm == "linf":
-        noise = jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:], x.dtype, -1, 1))(keys)
-        noise = noise / balls.norm(noise, "linf")[:, None, None, None]
-    else:
-        noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)
-        if norm == "l1":
-            return balls.project(x + noise, x, eps, "l1")
-        noise = balls.normalized(noise)
+    noise = build.noise(keys, x, norm)
+    if norm == "l1":
+        return balls.project(x + noise, x, eps, "l1")
+    noise = noise / balls.norm(noise, "linf")[:, None, None, None] if norm == "linf" else balls.normalized(noise)
     return balls.project(x + eps * noise, x, eps, norm)

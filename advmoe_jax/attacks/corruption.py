@@ -5,18 +5,18 @@ x images (B, H, W, C) in [0, 1]; what comes back is rounded down to 8 bits, as t
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.core import rng, units
+from advmoe_jax.attacks import build
+from advmoe_jax.attacks.about import About
+from advmoe_jax.core import units
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.ops import colour, filters
 
-NORMS = ()
-TAKES = "values"  # see parse.Spec
+ABOUT = About(takes="values")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,29 +38,20 @@ def label(config: Config) -> str:
     return f"cifar-c-like-{config.kind.replace('_', '-')}-{config.severity}"
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
-    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does; the model and `y` do not matter.
-
-    Raises:
-        UserError: no such kind or severity.
-    """
+def make(config: Config = Config()) -> build.Attack:
+    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does; the model and `y` do not matter."""
     one_of("corruption", config.kind, KINDS)
     if units.whole(config.severity, 1, "corruption's severity") > 5:
         raise UserError(f"corruption has severity={config.severity}: expected 1 to 5")
-
     level = KINDS[config.kind][1][config.severity - 1]
     corrupted = _corrupted_in_shapes if config.kind in _SHAPES else _corrupted_by_numbers
-
-    def attack(logits_fn, key, x, y):
-        return jax.lax.stop_gradient(corrupted(rng.rowwise(key, x.shape[0]), x, config.kind, level))
-
-    return attack
+    return build.of_images(lambda keys, x: corrupted(keys, x, config.kind, level))
 
 
 def _corrupted(keys, x, kind, level):
     corrupt = KINDS[kind][0]
-    found = jax.vmap(lambda key, image: corrupt(key, image, level))(keys, x)
-    return (colour.to_bytes(jnp.clip(found, 0, 1)) / 255).astype(x.dtype)
+    images = jax.vmap(lambda key, image: corrupt(key, image, level))(keys, x)
+    return (colour.to_bytes(jnp.clip(images, 0, 1)) / 255).astype(x.dtype)
 
 
 _corrupted_by_numbers = jax.jit(_corrupted, static_argnames="kind")

@@ -5,23 +5,20 @@ x images (B, H, W, C) in [0, 1] are (tanh(w) + 1) / 2.
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from advmoe_jax.attacks import driver, minimal, objectives, settings
-from advmoe_jax.core import units
-from advmoe_jax.core.errors import UserError
+from advmoe_jax.attacks import build, driver, minimal, objectives, settings
+from advmoe_jax.attacks.about import About
 from advmoe_jax.ops import losses
 
 _INSIDE = 0.999999  # atanh is infinite on the border of the box
 _PROGRESS = 0.9999  # a tenth of the steps must bring the loss below this share of it
 _CHECKS = 10
 _ADAM = optax.scale_by_adam()
-NORMS = ("l2",)
+ABOUT = About(("l2",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,17 +28,13 @@ class Config:
     With c=1, num_steps=50 and binary_search_steps=1 it is the attack that papers run with torchattacks.
 
     Attributes:
-        norm: "l2".
-        eps: budget, a number or a fraction.
         num_steps: Adam steps for each c.
         binary_search_steps: values of c that are tried, each image having its own.
         c: weight of the hinge in the first search step, more than 0; times 10 until the attack succeeds, then halfway
             between the largest that failed and the smallest that succeeded.
         confidence: logit margin that an adversarial image must have, 0 or more.
         learning_rate: of Adam, in w, more than 0.
-        beyond: see attacks.settings.
-        early_stop: as in fab.Config.
-        driver: see attacks.driver.
+        norm ("l2"), eps, beyond, early_stop, driver: see attacks.settings.
     """
 
     norm: str = "l2"
@@ -62,23 +55,10 @@ def label(config: Config) -> str:
     return f"cw-l2-{searched}{config.num_steps}"
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
-    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does; it draws nothing.
-
-    Images that are misclassified when clean come back as they are.
-
-    Raises:
-        UserError: a setting is out of range.
-    """
-    eps = settings.budget("cw_l2", config, NORMS, num_steps=1, binary_search_steps=1)
-    numbers = {name: units.number(getattr(config, name), f"cw_l2's {name}")
-               for name in ("c", "learning_rate", "confidence")}
-    for name in ("c", "learning_rate"):
-        if numbers[name] <= 0:
-            raise UserError(f"cw_l2 has {name}={getattr(config, name)}: expected more than 0")
-    if numbers["confidence"] < 0:
-        raise UserError(f"cw_l2 has confidence={config.confidence}: expected 0 or more")
-    numbers["eps"] = eps
+def make(config: Config = Config()) -> build.Attack:
+    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as minimal.attack_by does; it draws nothing."""
+    numbers = settings.read("cw_l2", config, ABOUT, num_steps=1, binary_search_steps=1, c="more than 0",
+                            learning_rate="more than 0", confidence="0 or more")
     program = _CW(config.num_steps, config.binary_search_steps, config.beyond, config.early_stop)
     looks = config.binary_search_steps * (config.num_steps + 1)
     return minimal.attack_by(lambda _: program, numbers, looks, config.driver)
@@ -95,16 +75,18 @@ class _CW:
     searches: int
     beyond: str
     early_stop: bool
+    norm = "l2"
     stops = True
     cost = (1, 1)
+    finish = minimal.finish
 
-    def start(self, inputs: driver.Inputs) -> Any:
+    def start(self, inputs: driver.Inputs) -> driver.Carry:
         x = inputs.rows["x"]
         zero, no = jnp.zeros(x.shape[0], x.dtype), jnp.zeros(x.shape[0], bool)
         return dict(**self._fresh(x), **minimal.none_yet(x), c=zero + inputs.scalars["c"], low=zero,
                     high=zero + jnp.inf, search=zero.astype(jnp.int32), through=no)
 
-    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
+    def step(self, inputs: driver.Inputs, carry: driver.Carry, i: jax.Array) -> driver.Carry:
         x, y, scalars = inputs.rows["x"], inputs.rows["y"], inputs.scalars
 
         def total(w):
@@ -116,24 +98,21 @@ class _CW:
             return jnp.sum(loss), (loss, u, objectives.misclassified(favoured, y))
 
         grad, (loss, u, broken) = jax.grad(total, has_aux=True)(carry["w"])
-        found = minimal.nearer(carry, x, u, broken, "l2")
+        nearest = minimal.nearer(carry, inputs, u, broken, "l2")
         checked = carry["taken"] % math.ceil(self.num_steps / _CHECKS) == 0
         stuck = checked & ~(loss <= _PROGRESS * carry["checked_loss"])
         updates, adam = jax.vmap(_ADAM.update)(jnp.nan_to_num(grad), carry["adam"])
         moved = {name: carry[name] for name in ("c", "low", "high", "search")} | dict(
             w=carry["w"] - scalars["learning_rate"] * updates, adam=adam, taken=carry["taken"] + 1,
             checked_loss=jnp.where(checked, loss, carry["checked_loss"]), succeeded=carry["succeeded"] | broken)
-        now = driver.select(stuck | (carry["taken"] == self.num_steps), self._next_c(x, moved), moved)
-        through = now["search"] == self.searches
+        search = driver.select(stuck | (carry["taken"] == self.num_steps), self._next_c(x, moved), moved)
+        through = search["search"] == self.searches
         if self.early_stop:
-            through |= found["distance"] <= scalars["eps"]
-        return dict(**now, **found, through=through)
+            through |= nearest["within"]
+        return dict(**search, **nearest, through=through)
 
-    def done(self, carry: Any) -> jax.Array:
+    def done(self, carry: driver.Carry) -> jax.Array:
         return carry["through"]
-
-    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
-        return minimal.candidate(carry, inputs.rows["x"], inputs.scalars["eps"], "l2", self.beyond)
 
     def _fresh(self, x):
         """What each search step starts from."""
@@ -141,8 +120,8 @@ class _CW:
         return dict(w=w, adam=jax.vmap(_ADAM.init)(w), taken=jnp.zeros(x.shape[0], jnp.int32),
                     checked_loss=jnp.full(x.shape[0], jnp.inf, x.dtype), succeeded=jnp.zeros(x.shape[0], bool))
 
-    def _next_c(self, x, now):
-        low = jnp.where(now["succeeded"], now["low"], now["c"])
-        high = jnp.where(now["succeeded"], now["c"], now["high"])
-        c = jnp.where(jnp.isinf(high), 10 * now["c"], (low + high) / 2)
-        return dict(**self._fresh(x), c=c, low=low, high=high, search=now["search"] + 1)
+    def _next_c(self, x, last):
+        low = jnp.where(last["succeeded"], last["low"], last["c"])
+        high = jnp.where(last["succeeded"], last["c"], last["high"])
+        c = jnp.where(jnp.isinf(high), 10 * last["c"], (low + high) / 2)
+        return dict(**self._fresh(x), c=c, low=low, high=high, search=last["search"] + 1)

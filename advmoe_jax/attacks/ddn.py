@@ -4,19 +4,18 @@ x images (B, H, W, C) in [0, 1].
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver, minimal, objectives, settings
-from advmoe_jax.core import rng, units
+from advmoe_jax.attacks import build, driver, minimal, objectives, settings
+from advmoe_jax.attacks.about import About
+from advmoe_jax.core import rng
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.ops import balls, losses
+from advmoe_jax.ops import balls
 
 _LAST_STEP_SIZE = 0.01
-NORMS = ("l2",)
+ABOUT = About(("l2",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +23,11 @@ class Config:
     """Settings of DDN; the defaults are the authors', but for `levels`.
 
     Attributes:
-        norm: "l2".
-        eps: budget, a number or a fraction.
         num_steps: gradient steps; the norm, before the box, stays above start_eps (1 - gamma)^num_steps.
         start_eps: norm of the first perturbation, more than 0.
         gamma: share by which the norm shrinks on a misclassified iterate and grows on another, 0 to 1.
         levels: grey levels that the images are rounded to, 256 as the authors do; 0 for no rounding.
-        beyond: see attacks.settings.
-        early_stop: as in fab.Config.
-        driver: see attacks.driver.
+        norm ("l2"), eps, beyond, early_stop, driver: see attacks.settings.
     """
 
     norm: str = "l2"
@@ -51,25 +46,14 @@ def label(config: Config) -> str:
     return f"ddn-{config.num_steps}"
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
-    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does.
-
-    Images that are misclassified when clean come back as they are.
-
-    Raises:
-        UserError: a setting is out of range.
-    """
-    eps = settings.budget("ddn", config, NORMS, num_steps=1, levels=0)
+def make(config: Config = Config()) -> build.Attack:
+    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as minimal.attack_by does."""
+    numbers = settings.read("ddn", config, ABOUT, num_steps=1, levels=0, start_eps="more than 0",
+                            gamma="more than 0 and less than 1")
     if config.levels == 1:
         raise UserError("ddn has levels=1: expected 0 for no rounding, or 2 or more")
-    numbers = dict(eps=eps, num_steps=config.num_steps,
-                   start_eps=units.number(config.start_eps, "ddn's start_eps"),
-                   gamma=units.number(config.gamma, "ddn's gamma"))
-    if numbers["start_eps"] <= 0:
-        raise UserError(f"ddn has start_eps={config.start_eps}: expected more than 0")
-    if not 0 < numbers["gamma"] < 1:
-        raise UserError(f"ddn has gamma={config.gamma}: expected more than 0 and less than 1")
     program = _DDN(config.levels, config.beyond, config.early_stop)
+    numbers["num_steps"] = config.num_steps
     return minimal.attack_by(lambda _: program, numbers, config.num_steps + 1, config.driver)
 
 
@@ -80,28 +64,23 @@ def step_size(i: jax.Array, num_steps: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _DDN:
-    """The attack as a `driver.Program`; step i looks at iterate i and then moves, in vain after the last look."""
+    """The attack as a `driver.Program`; step i looks at iterate i and then moves it; the last move is not used."""
 
     levels: int
     beyond: str
     stops: bool
+    norm = "l2"
     cost = (1, 1)
+    finish = minimal.finish
 
-    def start(self, inputs: driver.Inputs) -> Any:
+    def start(self, inputs: driver.Inputs) -> driver.Carry:
         x = inputs.rows["x"]
-        return dict(x=x, radius=jnp.broadcast_to(inputs.scalars["start_eps"], x.shape[:1]), **minimal.none_yet(x),
-                    within=jnp.zeros(x.shape[0], bool))
+        return dict(x=x, radius=jnp.broadcast_to(inputs.scalars["start_eps"], x.shape[:1]), **minimal.none_yet(x))
 
-    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
-        x, y, u = inputs.rows["x"], inputs.rows["y"], carry["x"]
-        scalars = inputs.scalars
-
-        def total(v):
-            logits = inputs.logits_fn(v)
-            return jnp.sum(losses.cross_entropy(logits, y)), objectives.misclassified(logits, y)
-
-        grad, broken = jax.grad(total, has_aux=True)(u)
-        found = minimal.nearer(carry, x, u, broken, "l2")
+    def step(self, inputs: driver.Inputs, carry: driver.Carry, i: jax.Array) -> driver.Carry:
+        x, u, scalars = inputs.rows["x"], carry["x"], inputs.scalars
+        _, grad, broken = objectives.gradient(objectives.NAMED["ce"], inputs.logits_fn, u, inputs.rows["y"])
+        nearest = minimal.nearer(carry, inputs, u, broken, "l2")
         direction = balls.steepest(jnp.nan_to_num(grad), u, "l2", rng.fold_in(inputs.rows["keys"], i))
         delta = u - x + step_size(i, scalars["num_steps"]) * direction
         radius = carry["radius"] * jnp.where(broken, 1 - scalars["gamma"], 1 + scalars["gamma"])
@@ -109,10 +88,7 @@ class _DDN:
         u = jnp.clip(x + radius[:, None, None, None] * balls.normalized(delta), 0, 1)
         if self.levels:
             u = jnp.round(u * (self.levels - 1)) / (self.levels - 1)
-        return dict(x=u, radius=radius, **found, within=found["distance"] <= scalars["eps"])
+        return dict(x=u, radius=radius, **nearest)
 
-    def done(self, carry: Any) -> jax.Array:
+    def done(self, carry: driver.Carry) -> jax.Array:
         return carry["within"]
-
-    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
-        return minimal.candidate(carry, inputs.rows["x"], inputs.scalars["eps"], "l2", self.beyond)

@@ -4,20 +4,16 @@ x images (B, H, W, C) in [0, 1], K classes, T of them candidates.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver, minimal, objectives, settings
-from advmoe_jax.core import units
-from advmoe_jax.core.errors import UserError
+from advmoe_jax.attacks import build, driver, minimal, objectives, settings
+from advmoe_jax.attacks.about import About
 from advmoe_jax.ops import balls
 
 _BEYOND_THE_PLANE = 1e-4  # added to the logit difference that a step closes
-NORMS = ("linf", "l2")
+ABOUT = About(("linf", "l2"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +21,10 @@ class Config:
     """Settings of DeepFool.
 
     Attributes:
-        norm: "linf" | "l2".
-        eps: budget, a number or a fraction such as "8/255".
         num_steps: steps at most; an image is left alone once its class changes.
         overshoot: share by which the whole perturbation is lengthened, 0 or more.
         candidates: classes of the largest clean logits that are considered, the label among them, 2 or more.
-        beyond: see attacks.settings.
-        driver: see attacks.driver.
+        norm ("linf" | "l2"), eps, beyond, driver: see attacks.settings.
     """
 
     norm: str = "linf"
@@ -48,59 +41,43 @@ def label(config: Config) -> str:
     return "deepfool" if config.num_steps == 50 else f"deepfool-{config.num_steps}"
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
-    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does; it draws nothing.
-
-    Images that are misclassified when clean come back as they are.
-
-    Raises:
-        UserError: a setting is out of range.
-    """
-    eps = settings.budget("deepfool", config, NORMS, num_steps=1, candidates=2)
-    overshoot = units.number(config.overshoot, "deepfool's overshoot")
-    if overshoot < 0:
-        raise UserError(f"deepfool has overshoot={config.overshoot}: expected 0 or more")
-    program = functools.partial(_DeepFool, config.norm, config.beyond)
-    return minimal.attack_by(program, dict(eps=eps, overshoot=overshoot), config.num_steps + 1, config.driver,
-                             config.candidates - 1)
+def make(config: Config = Config()) -> build.Attack:
+    """Builds `attack(logits_fn, key, x, y) -> x_adv`, as minimal.attack_by does; it draws nothing."""
+    numbers = settings.read("deepfool", config, ABOUT, num_steps=1, candidates=2, overshoot="0 or more")
+    return minimal.attack_by(lambda ranked: _DeepFool(config.norm, config.beyond, cost=(1, ranked)), numbers,
+                             config.num_steps + 1, config.driver, config.candidates - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class _DeepFool:
-    """The attack as a `driver.Program`; step i looks at iterate i and then moves, in vain after the last look."""
+    """The attack as a `driver.Program`; step i looks at iterate i and then moves it; the last move is not used."""
 
     norm: str
     beyond: str
-    num_targets: int
+    cost: tuple[int, int]
     stops = True
+    finish = minimal.finish
 
-    @property
-    def cost(self):
-        return 1, self.num_targets
-
-    def start(self, inputs: driver.Inputs) -> Any:
+    def start(self, inputs: driver.Inputs) -> driver.Carry:
         x = inputs.rows["x"]
         return dict(x=x, total=jnp.zeros_like(x), **minimal.none_yet(x))
 
-    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
+    def step(self, inputs: driver.Inputs, carry: driver.Carry, i: jax.Array) -> driver.Carry:
         x, y = inputs.rows["x"], inputs.rows["y"]
         logits, gaps, normals = self._planes(inputs, carry["x"])
-        found = minimal.nearer(carry, x, carry["x"], objectives.misclassified(logits, y), self.norm)
+        nearest = minimal.nearer(carry, inputs, carry["x"], objectives.misclassified(logits, y), self.norm)
         dual = "l1" if self.norm == "linf" else "l2"
         lengths = jnp.maximum(jax.vmap(lambda normal: balls.norm(normal, dual))(normals), 1e-12)
-        nearest = jnp.argmin(jnp.abs(gaps) / lengths, 0), jnp.arange(x.shape[0])
-        far = (jnp.abs(gaps[nearest]) + _BEYOND_THE_PLANE) / lengths[nearest]
-        normal = normals[nearest]
+        plane = jnp.argmin(jnp.abs(gaps) / lengths, 0), jnp.arange(x.shape[0])
+        far = (jnp.abs(gaps[plane]) + _BEYOND_THE_PLANE) / lengths[plane]
+        normal = normals[plane]
         direction = jnp.sign(normal) if self.norm == "linf" else balls.normalized(normal)
         total = carry["total"] + far[:, None, None, None] * direction
         moved = jnp.clip(x + (1 + inputs.scalars["overshoot"]) * total, 0, 1)
-        return found | dict(x=moved, total=total)
+        return nearest | dict(x=moved, total=total)
 
-    def done(self, carry: Any) -> jax.Array:
+    def done(self, carry: driver.Carry) -> jax.Array:
         return jnp.isfinite(carry["distance"])
-
-    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
-        return minimal.candidate(carry, inputs.rows["x"], inputs.scalars["eps"], self.norm, self.beyond)
 
     def _planes(self, inputs, u):
         """Logits (B, K); of each candidate z_k - z_y (T, B) and its gradient (T, B, H, W, C)."""

@@ -1,9 +1,11 @@
 """Runs iterative attacks: unrolled or looped inside a traced program, chunk by chunk outside one.
 
-XLA on CPU runs a loop over convolutions of any layout but one many times slower than the same compiled step called
-again and again; over that layout it runs faster, and an accelerator would idle between such calls. Outside a traced
-program the rows that an attack is through with are left out of what follows, in batches of a few sizes.
-B rows of a batch.
+Loop or single steps? On CPU, a loop over convolutions is fast in one layout only (NHWC images, HWIO kernels); in any
+other one XLA runs it many times slower than the same compiled step, called again and again. An accelerator would idle
+between such calls, so it always loops.
+
+Outside a traced program, rows that are done leave the batch after each chunk of steps. The smaller batch has one of a
+few sizes, since each size compiles, and is filled up with padding. B rows of a batch.
 """
 
 import contextlib
@@ -26,9 +28,12 @@ from advmoe_jax.core.errors import one_of
 DRIVERS = ("auto", "unroll", "device", "host")
 _MAX_UNROLLED = 5
 _SMALLEST_BATCH = 8  # rows on each device
-_SMALLER = 5  # most sizes of batches below the full one, each of which compiles
-_CHUNK = 10  # steps between two looks at what is finished
-_QUICK_IN_LOOPS = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # of convolutions on CPU: NHWC, HWIO, NHWC
+_SMALLER_BATCHES = 5  # sizes below the full one, at most; each compiles
+_CHUNK = 10  # steps between two looks at which rows are done
+_FAST_IN_LOOPS = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # of convolutions on CPU: NHWC, HWIO, NHWC
+
+Carry = Any
+"""What a program hands from step to step: a pytree of arrays with leading B."""
 
 
 class Inputs(NamedTuple):
@@ -51,29 +56,32 @@ class Program(Protocol):
     Only `step` calls the model. Each row is treated alone.
 
     Attributes:
-        stops: whether rows that are `done` may be left out of further steps.
+        stops: whether rows that are `done` stay as they are in further steps, so that they may leave the batch.
         cost: forward and backward passes of a step.
     """
 
     stops: bool
     cost: tuple[int, int]
 
-    def start(self, inputs: Inputs) -> Any:
-        """The first carry, a pytree of arrays with leading B."""
+    def start(self, inputs: Inputs) -> Carry:
+        """The first carry."""
 
-    def step(self, inputs: Inputs, carry: Any, i: jax.Array) -> Any:
+    def step(self, inputs: Inputs, carry: Carry, i: jax.Array) -> Carry:
         """The next carry."""
 
-    def done(self, carry: Any) -> jax.Array:
-        """(B,) bool: rows on which further steps change nothing that counts."""
+    def done(self, carry: Carry) -> jax.Array:
+        """(B,) bool: rows whose result can no longer change in a way that counts."""
 
-    def finish(self, inputs: Inputs, carry: Any) -> Any:
-        """The result, a pytree of arrays with leading B."""
+    def finish(self, inputs: Inputs, carry: Carry) -> dict[str, jax.Array]:
+        """The result: a candidate, see `none_yet`, and other arrays with leading B."""
 
 
 @dataclasses.dataclass
 class Ledger:
-    """Passes of rows through the model: `forward` and `backward` of rows that needed them, `executed_*` of all."""
+    """Passes of rows through the model.
+
+    `forward` and `backward` count the rows that needed a pass; `executed_*` count all rows of the batch, padding too.
+    """
 
     forward: int = 0
     backward: int = 0
@@ -94,7 +102,7 @@ _rows: contextvars.ContextVar["_Rows | None"] = contextvars.ContextVar("rows", d
 
 @contextlib.contextmanager
 def counted() -> Iterator[Ledger]:
-    """Counts what attacks do to the model while it is open; what runs inside a traced program is not seen."""
+    """Counts the passes of the attacks inside this context; those inside a traced program are not seen."""
     ledger = Ledger()
     token = _ledger.set(ledger)
     try:
@@ -104,7 +112,8 @@ def counted() -> Iterator[Ledger]:
 
 
 class _Rows(NamedTuple):
-    """Of a batch: the first `real` rows are no fillers, `needed` of them count, `full` is the batch of the sizes."""
+    """The first `real` rows of a batch are images, the rest is padding. `needed` of them are counted as needed. Smaller
+    batches have the sizes that `bucket` gives for `full`."""
 
     real: int
     full: int
@@ -113,9 +122,14 @@ class _Rows(NamedTuple):
 
 @contextlib.contextmanager
 def real_rows(count: int, full: int, needed: int | None = None) -> Iterator[None]:
-    """Says that the rows from `count` on are fillers while it is open: they are neither counted nor waited for.
+    """Inside this context, a batch has `count` rows of images; the rows after them are padding.
 
-    The sizes in which rows go on are those of a batch of `full`. `needed` says how many rows count, where not all do.
+    Padding is not counted as needed, and no attack waits for it.
+
+    Args:
+        count: rows of images, which come first.
+        full: the batch size from which `bucket` makes the smaller ones.
+        needed: how many of the rows a ledger counts as needed; all unless given.
     """
     token = _rows.set(_Rows(count, full, count if needed is None else needed))
     try:
@@ -125,7 +139,7 @@ def real_rows(count: int, full: int, needed: int | None = None) -> Iterator[None
 
 
 def count(cost: tuple[int, int], rows: int) -> None:
-    """Counts one pass that no program makes, such as the clean one."""
+    """Counts one pass outside of a program, such as the one over clean images."""
     if ledger := _ledger.get():
         ledger.add(cost, 1, _rows_of(rows).real, rows)
 
@@ -135,58 +149,45 @@ def _rows_of(size):
     return _Rows(min(real, size), full, min(needed, size))
 
 
-@functools.partial(jax.jit, static_argnames=("program",))
+def _advance(program, inputs, carry, i):
+    """One step. Rows that are done stay as they are, so that their result is the same whenever they leave the batch."""
+    stepped = program.step(inputs, carry, i)
+    return select(program.done(carry), carry, stepped) if program.stops else stepped
+
+
+def _loop(program, inputs, carry, first, end):
+    def continues(state):
+        i, carry = state
+        return (i < end) & ~jnp.all(program.done(carry)) if program.stops else i < end
+
+    return jax.lax.while_loop(continues, lambda s: (s[0] + 1, _advance(program, inputs, s[1], s[0])),
+                              (jnp.asarray(first, jnp.int32), carry))[1]
+
+
+_jit = functools.partial(jax.jit, static_argnames=("program",))
+_step = _jit(_advance, donate_argnames=("carry",))
+_steps = _jit(_loop, donate_argnames=("carry",))
+_done = _jit(lambda program, carry: program.done(carry))
+_finish = _jit(lambda program, inputs, carry: program.finish(inputs, carry))
+
+
+@_jit
 def _start(program, inputs):
     # The carry is donated later on: it must own its buffers.
     return jax.tree.map(jnp.array, program.start(inputs))
 
 
-@functools.partial(jax.jit, static_argnames=("program",), donate_argnames=("carry",))
-def _step(program, inputs, carry, i):
-    return _advance(program, inputs, carry, i)
-
-
-@functools.partial(jax.jit, static_argnames=("program",), donate_argnames=("carry",))
-def _steps(program, inputs, carry, first, end):
-    return _loop(program, inputs, carry, first, end)
-
-
-@functools.partial(jax.jit, static_argnames=("program",))
-def _done(program, carry):
-    return program.done(carry)
-
-
-@functools.partial(jax.jit, static_argnames=("program",))
-def _finish(program, inputs, carry):
-    return program.finish(inputs, carry)
-
-
-def _advance(program, inputs, carry, i):
-    """A step that leaves rows alone that are done, so that it does not matter when they are left out."""
-    moved = program.step(inputs, carry, i)
-    return select(program.done(carry), carry, moved) if program.stops else moved
-
-
-def _loop(program, inputs, carry, first, end):
-    def goes_on(state):
-        i, carry = state
-        return (i < end) & ~jnp.all(program.done(carry)) if program.stops else i < end
-
-    return jax.lax.while_loop(goes_on, lambda s: (s[0] + 1, _advance(program, inputs, s[1], s[0])),
-                              (jnp.asarray(first, jnp.int32), carry))[1]
-
-
-def _loops_well(program, inputs, carry):
-    """Whether a loop over steps is quick: on CPU all convolutions have images in NHWC and kernels in HWIO."""
+def _is_fast_in_loops(program, inputs, carry):
+    """Whether a loop over steps is fast: on CPU, if all convolutions have images in NHWC and kernels in HWIO."""
     if jax.default_backend() != "cpu":
         return True
     steps = _steps.trace(program, inputs, carry, np.int32(0), np.int32(0)).jaxpr
-    return all(tuple(equation.params["dimension_numbers"]) == _QUICK_IN_LOOPS for equation in equations(steps.jaxpr)
+    return all(tuple(equation.params["dimension_numbers"]) == _FAST_IN_LOOPS for equation in equations(steps.jaxpr)
                if equation.primitive is jax.lax.conv_general_dilated_p)
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a traced program, those inside of others too."""
+    """All equations of a traced program, with those of the programs inside it."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jaxprs_in_params(equation.params):
@@ -200,17 +201,18 @@ def run(program: Program, inputs: Inputs, num_steps: int, driver: str = "auto") 
         program: what to run.
         inputs: arrays or tracers.
         num_steps: static number of steps.
-        driver: "unroll" and "device" trace the whole attack, "host" compiles one step. "auto" loops on the device,
-            unless that is a CPU and a convolution of the step, such as the gradient of one that autodiff made, is slow
-            in loops there: then the host steps, and inside a traced program up to 5 steps are unrolled.
+        driver: "unroll" traces every step, "device" a loop over steps; "host" compiles one step and calls it. "auto" is
+            "device" where loops are fast (see above). Elsewhere it is "host"; inside a traced program "unroll" up to 5
+            steps and "device" for more.
     """
     inputs = _as_jax(inputs)
     traced = trees.is_traced(inputs)
     carry = _start(program, inputs)
     if one_of("driver", driver, DRIVERS) == "auto":
-        loops = num_steps > 1 and (traced and num_steps > _MAX_UNROLLED or _loops_well(program, inputs, carry))
-        driver = "device" if loops else "unroll" if traced else "host"
-    if traced and driver == "device":  # the compiled function, which `_loops_well` may have traced already
+        is_loop = num_steps > 1 and (
+            traced and num_steps > _MAX_UNROLLED or _is_fast_in_loops(program, inputs, carry))
+        driver = "device" if is_loop else "unroll" if traced else "host"
+    if traced and driver == "device":  # the compiled function, which `_is_fast_in_loops` may have traced already
         carry = _steps(program, inputs, carry, np.int32(0), np.int32(num_steps))
     elif traced or driver == "unroll":
         for i in range(num_steps):
@@ -221,42 +223,42 @@ def run(program: Program, inputs: Inputs, num_steps: int, driver: str = "auto") 
 
 
 def _run_in_chunks(program, inputs, carry, num_steps, on_host):
-    """The last carry of all rows; after each chunk the rows that are done may be left out."""
+    """The last carry of all rows. After each chunk of steps, rows that are done may leave the batch."""
     whole = carry
     size = batch = _size(inputs.rows)
-    where = np.arange(size)  # the row of `whole` that each row of `carry` is, or `size` for a filler
+    origin = np.arange(size)  # the row of `whole` that each row of `carry` came from; `size` for padding
     real, full, needed = _rows_of(size)
     rows, i = inputs.rows, 0
     while i < num_steps:
         end = min(i + _CHUNK, num_steps) if program.stops else num_steps
         if ledger := _ledger.get():
             ledger.add(program.cost, end - i, needed, batch)
-        now = inputs._replace(rows=rows)
+        batch_inputs = inputs._replace(rows=rows)
         if on_host:
             for step in range(i, end):
-                carry = _step(program, now, carry, np.int32(step))
+                carry = _step(program, batch_inputs, carry, np.int32(step))
         else:
-            carry = _steps(program, now, carry, np.int32(i), np.int32(end))
+            carry = _steps(program, batch_inputs, carry, np.int32(i), np.int32(end))
         i = end
         if not program.stops or i == num_steps:
             continue
-        going = np.flatnonzero(~meshes.fetch(_done(program, carry)) & (where < real))
-        if len(going) == 0:
+        active = np.flatnonzero(~meshes.fetch(_done(program, carry)) & (origin < real))
+        if len(active) == 0:
             break
-        needed = min(needed, len(going))
-        if (smaller := bucket(len(going), full, _devices(rows))) < batch:
-            whole = carry if batch == size else scatter(whole, carry, where)
-            take = filled(going, smaller)
-            carry, rows = gather(carry, take), gather(rows, take)
-            where = np.where(np.arange(smaller) < len(going), where[take], size)
+        needed = min(needed, len(active))
+        if (smaller := bucket(len(active), full, _devices(rows))) < batch:
+            whole = carry if batch == size else scatter(whole, carry, origin)
+            chosen = filled(active, smaller)
+            carry, rows = gather(carry, chosen), gather(rows, chosen)
+            origin = np.where(np.arange(smaller) < len(active), origin[chosen], size)
             batch = smaller
-    return carry if batch == size else scatter(whole, carry, where)
+    return carry if batch == size else scatter(whole, carry, origin)
 
 
 def none_yet(x: jax.Array, broken: jax.Array | None = None) -> dict[str, jax.Array]:
-    """The candidate {"x", "loss", "broken"} of the clean images, which every other one beats.
+    """The candidate {"x", "loss", "broken"} of clean images: every other candidate is worse, and replaces it.
 
-    Where `broken` (B,) says that the clean image is misclassified already, none does.
+    Where `broken` (B,) says that the clean image is misclassified, it is final: nothing replaces it.
     """
     broken = jnp.zeros(x.shape[0], bool) if broken is None else broken
     return dict(x=x, loss=jnp.where(broken, jnp.inf, -jnp.inf).astype(x.dtype), broken=broken)
@@ -264,14 +266,14 @@ def none_yet(x: jax.Array, broken: jax.Array | None = None) -> dict[str, jax.Arr
 
 def rounds(one: Callable[[Inputs, int], dict[str, jax.Array]], inputs: Inputs, worst: dict[str, jax.Array],
            num_rounds: int, stops: bool) -> dict[str, jax.Array]:
-    """The worst candidate of several restarts or targets.
+    """The worst candidate of several rounds: restarts, targets, members.
 
     Args:
-        one: `(inputs, round) -> candidate`.
+        one: `(inputs, number of the round) -> candidate`.
         inputs: of all rows.
-        worst: what is known before the first round.
+        worst: the candidate before the first round.
         num_rounds: how many.
-        stops: whether a row that is broken keeps its candidate; outside a traced program it is left out.
+        stops: whether a broken row keeps its candidate; outside a traced program it leaves the batch.
     """
     inputs = _as_jax(inputs)
     size = _size(inputs.rows)
@@ -283,47 +285,49 @@ def rounds(one: Callable[[Inputs, int], dict[str, jax.Array]], inputs: Inputs, w
         if trees.is_traced((inputs, worst)):
             worst = select(worst["broken"], worst, worse(worst, one(inputs, number)))
             continue
-        going = np.flatnonzero(~meshes.fetch(worst["broken"])[:real])
-        if len(going) == 0:
+        active = np.flatnonzero(~meshes.fetch(worst["broken"])[:real])
+        if len(active) == 0:
             break
-        if (batch := bucket(len(going), full, _devices(inputs.rows))) >= size:
-            with real_rows(real, full, len(going)):
+        if (batch := bucket(len(active), full, _devices(inputs.rows))) >= size:
+            with real_rows(real, full, len(active)):
                 worst = _worse(worst, one(inputs, number))
             continue
-        take = filled(going, batch)
-        with real_rows(len(going), full):
-            found = one(inputs._replace(rows=gather(inputs.rows, take)), number)
-        where = np.where(np.arange(batch) < len(going), take, size)
-        worst = scatter(worst, _worse(gather(worst, take), found), where)
+        chosen = filled(active, batch)
+        with real_rows(len(active), full):
+            candidate = one(inputs._replace(rows=gather(inputs.rows, chosen)), number)
+        origin = np.where(np.arange(batch) < len(active), chosen, size)
+        worst = scatter(worst, _worse(gather(worst, chosen), candidate), origin)
     return worst
 
 
 def worse(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Per row the broken one of two candidates, or the one of higher loss; `a` on a tie or a NaN."""
-    take = (b["broken"] & ~a["broken"]) | ((b["broken"] == a["broken"]) & (b["loss"] > a["loss"]))
-    return select(take, b, a)
+    """Per row the worse candidate: the broken one, or that of higher loss; `a` if equal, or if a loss is NaN."""
+    b_is_worse = (b["broken"] & ~a["broken"]) | ((b["broken"] == a["broken"]) & (b["loss"] > a["loss"]))
+    return select(b_is_worse, b, a)
 
 
 _worse = jax.jit(worse)
 
 
-def select(take: jax.Array, a: Any, b: Any) -> Any:
-    """Per row `a` where `take` (B,), else `b`; pytrees of arrays with leading B."""
-    return jax.tree.map(lambda u, v: jnp.where(take.reshape(-1, *[1] * (u.ndim - 1)), u, v), a, b)
+def select(condition: jax.Array, a: Any, b: Any) -> Any:
+    """Per row `a` where the condition (B,) holds, else `b`; pytrees of arrays with leading B."""
+    return jax.tree.map(lambda u, v: jnp.where(condition.reshape(-1, *[1] * (u.ndim - 1)), u, v), a, b)
 
 
 def bucket(count: int, full: int, devices: int = 1) -> int:
-    """The batch that `count` rows go on in: the smallest that holds them of up to six sizes, from `full` to 8 rows a
-    device, in equal ratios of 1.6 or more."""
+    """The size of the batch for `count` rows: the smallest of up to six sizes that holds them.
+
+    The sizes go down from `full` to 8 rows a device in equal ratios of 1.6 or more.
+    """
     least = min(full, _SMALLEST_BATCH * devices)
-    smaller = min(_SMALLER, int(math.log(full / least, 1.6)))
+    smaller = min(_SMALLER_BATCHES, int(math.log(full / least, 1.6)))
     sizes = (-(-round(full * (least / full) ** (n / max(smaller, 1))) // devices) * devices
              for n in range(smaller, -1, -1))
     return next(size for size in sizes if size >= min(count, full))
 
 
 def filled(rows: np.ndarray, size: int) -> np.ndarray:
-    """Row numbers, followed by repetitions of the first up to `size`."""
+    """Row numbers, followed by padding up to `size`: the first row, again and again."""
     return np.concatenate([rows, np.full(size - len(rows), rows[0])])
 
 
@@ -332,24 +336,19 @@ def gather(tree: Any, rows: np.ndarray) -> Any:
     return jax.tree.map(_laid_out_as, tree, _gather(tree, rows))
 
 
-def scatter(tree: Any, part: Any, where: np.ndarray) -> Any:
-    """`tree` with the rows of `part` written to rows `where`; those that are out of range are dropped."""
-    return jax.tree.map(_laid_out_as, tree, _scatter(tree, part, where))
+def scatter(tree: Any, part: Any, rows: np.ndarray) -> Any:
+    """`tree` with the rows of `part` written to `rows`; numbers out of range (padding) are dropped."""
+    return jax.tree.map(_laid_out_as, tree, _scatter(tree, part, rows))
 
 
 def _laid_out_as(leaf, new):
-    """`new` cut over the devices as `leaf` is; what is on one device may move freely."""
+    """`new`, laid out on the devices as `leaf` is; an array on one device may stay where it is."""
     return jax.device_put(new, leaf.sharding) if len(leaf.sharding.device_set) > 1 else new
 
 
-@jax.jit
-def _gather(tree, rows):
-    return jax.tree.map(lambda leaf: leaf[rows], tree)
-
-
-@jax.jit
-def _scatter(tree, part, where):
-    return jax.tree.map(lambda leaf, new: leaf.at[where].set(new, mode="drop"), tree, part)
+_gather = jax.jit(lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree))
+_scatter = jax.jit(lambda tree, part, rows: jax.tree.map(
+    lambda leaf, new: leaf.at[rows].set(new, mode="drop"), tree, part))
 
 
 def _as_jax(inputs: Inputs) -> Inputs:

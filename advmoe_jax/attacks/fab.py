@@ -4,20 +4,18 @@ x images (B, H, W, C) in [0, 1], d = H * W * C, K classes.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver, minimal, objectives, settings
-from advmoe_jax.core import rng
+from advmoe_jax.attacks import build, driver, minimal, objectives, settings
+from advmoe_jax.attacks.about import About
 from advmoe_jax.ops import balls, hyperplanes
 
 _MOST_TOWARDS_CLEAN = 0.1  # alpha_max
 _BEYOND_THE_PLANE = 1.05  # eta
 _BACK = 0.9  # beta
-NORMS = balls.NORMS
+ABOUT = About(balls.NORMS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +23,11 @@ class Config:
     """Settings of FAB; the defaults are AutoAttack's FAB-T.
 
     Attributes:
-        norm: "linf" | "l2" | "l1".
-        eps: budget, a number or a fraction such as "8/255".
         num_steps: steps in each restart.
         restarts: for each target; the first one starts at the image, the others at random.
         targets: classes that are aimed at one after the other, by falling clean logit, at most K - 1; 0 for the class
             of the nearest plane in each step, at K backward passes.
-        beyond: see attacks.settings.
-        early_stop: as in pgd.Config: whether an image is left alone once the perturbation is within eps.
-        driver: see attacks.driver.
+        norm, eps, beyond, early_stop, driver: see attacks.settings.
     """
 
     norm: str = "linf"
@@ -52,61 +46,50 @@ def label(config: Config) -> str:
     return name if config.num_steps == 100 else f"{name}-{config.num_steps}"
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
+def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does.
 
     Images that are misclassified when clean come back as they are.
-
-    Raises:
-        UserError: a setting is out of range.
     """
-    eps = settings.budget("fab", config, NORMS, num_steps=1, restarts=1, targets=0)
+    eps = settings.read("fab", config, ABOUT, num_steps=1, restarts=1, targets=0)["eps"]
 
     def attack(logits_fn, key, x, y):
-        logits_fn = objectives.partial(logits_fn, x)
-        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
-        planes = 1 if config.targets else jax.eval_shape(logits_fn, x).shape[-1]
+        inputs = build.inputs_of(logits_fn, key, x, y, eps=eps)
+        planes = 1 if config.targets else jax.eval_shape(inputs.logits_fn, x).shape[-1]
         program = _FAB(config.norm, planes, config.beyond, config.early_stop)
-        worst, targets = objectives.clean(logits_fn, rows, config.targets)
 
-        def one(inputs, number):
-            rows = inputs.rows | {"keys": rng.fold_in(inputs.rows["keys"], number)}
-            if config.targets:
-                rows["target"] = rows.pop("targets")[:, number // config.restarts]
-            scalars = inputs.scalars | {"is_first": number % config.restarts == 0}
-            return driver.run(program, inputs._replace(rows=rows, scalars=scalars), config.num_steps, config.driver)
+        def one(inputs, is_first):
+            inputs = inputs._replace(scalars=inputs.scalars | {"is_first": is_first})
+            return driver.run(program, inputs, config.num_steps, config.driver)
 
-        inputs = driver.Inputs(logits_fn, rows | ({"targets": targets} if config.targets else {}),
-                               dict(eps=jnp.asarray(eps, x.dtype)))
-        num_rounds = config.restarts * max(targets.shape[-1], 1)
-        return jax.lax.stop_gradient(driver.rounds(one, inputs, worst, num_rounds, stops=True)["x"])
+        return build.over_targets(one, inputs, config.targets, config.restarts)
 
     return attack
 
 
 @dataclasses.dataclass(frozen=True)
 class _FAB:
-    """One run as a `driver.Program`; planes is 1 with a target, else K. The scalar "is_first" says where it starts."""
+    """One run as a `driver.Program`; planes is 1 with a target, else K. It starts at the image if "is_first", else at
+    random."""
 
     norm: str
     planes: int
     beyond: str
     stops: bool
+    finish = minimal.finish
 
     @property
     def cost(self):
         return 2, self.planes
 
-    def start(self, inputs: driver.Inputs) -> Any:
+    def start(self, inputs: driver.Inputs) -> driver.Carry:
         x, eps = inputs.rows["x"], inputs.scalars["eps"]
-        draw = jax.random.uniform if self.norm == "linf" else jax.random.normal
-        limits = (-1, 1) if self.norm == "linf" else ()
-        noise = jax.vmap(lambda k: draw(k, x.shape[1:], x.dtype, *limits))(inputs.rows["keys"])
+        noise = build.noise(inputs.rows["keys"], x, self.norm)
         away = jnp.clip(x + eps / 2 * noise / balls.norm(noise, self.norm)[:, None, None, None], 0, 1)
         u = jnp.where(inputs.scalars["is_first"], x, away)
-        return dict(x=u, **minimal.none_yet(x), within=jnp.zeros(x.shape[0], bool))
+        return dict(x=u, **minimal.none_yet(x))
 
-    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
+    def step(self, inputs: driver.Inputs, carry: driver.Carry, i: jax.Array) -> driver.Carry:
         x, u, y = inputs.rows["x"], carry["x"], inputs.rows["y"]
         gap, normal = self._nearest_plane(inputs, u)
         flat = u.reshape(u.shape[0], -1)
@@ -119,25 +102,19 @@ class _FAB:
         u = jnp.clip((1 - alpha) * (u + _BEYOND_THE_PLANE * to_plane)
                      + alpha * (x + _BEYOND_THE_PLANE * clean_to_plane), 0, 1)
         broken = objectives.misclassified(inputs.logits_fn(u), y)
-        found = minimal.nearer(carry, x, u, broken, self.norm)
+        nearest = minimal.nearer(carry, inputs, u, broken, self.norm)
         u = jnp.where(broken[:, None, None, None], x + _BACK * (u - x), u)
-        return dict(x=u, **found, within=found["distance"] <= inputs.scalars["eps"])
+        return dict(x=u, **nearest)
 
-    def done(self, carry: Any) -> jax.Array:
+    def done(self, carry: driver.Carry) -> jax.Array:
         return carry["within"]
-
-    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
-        return minimal.candidate(carry, inputs.rows["x"], inputs.scalars["eps"], self.norm, self.beyond)
 
     def _nearest_plane(self, inputs, u):
         """The linearised difference z_k - z_y of the class to go to: its value (B,) and gradient (B, d)."""
         y, size = inputs.rows["y"], u.shape[0]
         if self.planes == 1:
-            def total(v):
-                gap = objectives.TARGETED["margin"].loss(inputs.logits_fn(v), (y, inputs.rows["target"]))
-                return jnp.sum(gap), gap
-
-            grad, gap = jax.grad(total, has_aux=True)(u)
+            margin, labels = objectives.TARGETED["margin"], (y, inputs.rows["target"])
+            gap, grad, _ = objectives.gradient(margin, inputs.logits_fn, u, labels)
             return gap, jnp.nan_to_num(grad).reshape(size, -1)
         gaps, normals = minimal.differences(inputs.logits_fn, u, y)
         normals = jnp.nan_to_num(normals)

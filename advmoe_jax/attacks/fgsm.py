@@ -1,14 +1,12 @@
 """The fast gradient sign method (Goodfellow et al., ICLR 2015) and its l2 and l1 forms: one step of size eps."""
 
 import dataclasses
-from collections.abc import Callable
 
-import jax
-
-from advmoe_jax.attacks import objectives, pgd
+from advmoe_jax.attacks import build, objectives, pgd
+from advmoe_jax.attacks.about import About
 from advmoe_jax.ops import balls
 
-NORMS = balls.NORMS
+ABOUT = About(balls.NORMS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +23,7 @@ def label(config: Config) -> str:
     return "fgsm"
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
+def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`: one step of PGD from the clean image, kept as it is."""
     return pgd.make(pgd.Config(config.norm, config.eps, num_steps=1, step_size="1 eps", start="none",
                                loss=config.loss, keep="last"))

@@ -82,9 +82,9 @@ def of_attempts(found: Found) -> tuple[Flag, ...]:
     and no smaller a budget."""
     won = np.zeros(len(found.index), bool)
     for blind in found.attempts:
-        if blind.spec.takes != "values":
+        if blind.spec.about.takes != "values":
             continue
-        rivals = [attempt for attempt in found.attempts if attempt.spec.takes != "values" and any(
+        rivals = [attempt for attempt in found.attempts if attempt.spec.about.takes != "values" and any(
             eps <= attempt.spec.budgets.get(norm, -1) for norm, eps in blind.spec.budgets.items())]
         tried = np.any([attempt.attacked for attempt in rivals], 0) if rivals else False
         won |= blind.attacked & tried & found.survivors(rivals) & ~found.survivors([blind])

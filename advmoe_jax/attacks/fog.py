@@ -4,19 +4,19 @@ x images (B, H, W, C) in [0, 1]; they are rounded down to 8 bits first.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from advmoe_jax.attacks import build, settings
+from advmoe_jax.attacks.about import About
 from advmoe_jax.core import units
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import one_of
 from advmoe_jax.ops import colour
 
 OVERFLOWS = ("wrap", "clip")
-NORMS = ()
-TAKES = "values"  # see parse.Spec
+ABOUT = About(takes="values")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,22 +40,13 @@ def label(config: Config) -> str:
     return "fog" if config.overflow == "wrap" else f"fog-{config.overflow}"
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
+def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does; only `x` matters.
-
-    Raises:
-        UserError: a setting is out of range.
     """
     one_of("fog's overflow", config.overflow, OVERFLOWS)
-    for name in ("t", "light"):
-        if units.number(getattr(config, name), f"fog's {name}") < 0:
-            raise UserError(f"fog has {name}={getattr(config, name)}: expected 0 or more")
+    settings.read("fog", config, ABOUT, t="0 or more", light="0 or more")
     table = np.float32(levels(config) / 255)
-
-    def attack(logits_fn, key, x, y):
-        return jax.lax.stop_gradient(_look_up(x, table))
-
-    return attack
+    return build.of_images(lambda _, x: _look_up(x, table))
 
 
 def levels(config: Config) -> np.ndarray:
@@ -66,6 +57,4 @@ def levels(config: Config) -> np.ndarray:
     return hazy % 256 if config.overflow == "wrap" else np.minimum(hazy, 255)
 
 
-@jax.jit
-def _look_up(x, table):
-    return table[colour.to_bytes(x).astype(jnp.int32)].astype(x.dtype)
+_look_up = jax.jit(lambda x, table: table[colour.to_bytes(x).astype(jnp.int32)].astype(x.dtype))

@@ -5,16 +5,14 @@ its strength is searched.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import sampling
+from advmoe_jax.attacks import build, sampling
+from advmoe_jax.attacks.about import About
 
-NORMS = ("l2", "l1")  # the largest number of all, which is linf, says little about Gaussian noise
-TAKES = "values"  # see parse.Spec
-FIXED_BY = "sigma"  # whatever norm and eps are
+ABOUT = About(("l2", "l1"), takes="values", fixed_by="sigma")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +20,13 @@ class Config:
     """Settings of Gaussian noise.
 
     Attributes:
-        norm: "l2" | "l1", in which the search measures.
+        norm: "l2" | "l1", in which the search measures; linf, the largest number of all, says little about noise.
         eps: budget of the search, a number or a fraction.
         sigma: standard deviation, 0 to 1, of noise that is then clipped to the box, whatever eps is; 0 to search.
         draws: of which each image keeps the worst: the one of least norm, or with a sigma the one that breaks it, or
             has the highest cross-entropy. The draws of fewer are among those of more.
         num_steps: equal steps in which each draw of a search ascends to eps; halving one of them takes up to 7 more.
-        early_stop: whether an image is left alone once it is broken.
-        driver: see attacks.driver.
+        early_stop, driver: see attacks.settings.
     """
 
     norm: str = "l2"
@@ -46,16 +43,13 @@ def label(config: Config) -> str:
     return sampling.label("gaussian-noise", config.sigma, config.draws)
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
+def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does.
 
     A search gives the misclassified image that is nearest, or without one the image of the highest cross-entropy, the
     clean one included.
-
-    Raises:
-        UserError: a setting is out of range.
     """
-    return sampling.attack_by(noise, NORMS, config, FIXED_BY, "gaussian_noise")
+    return sampling.attack_by(noise, ABOUT, config, "gaussian_noise")
 
 
 def noise(key: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:

@@ -9,39 +9,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver, objectives
-from advmoe_jax.core import rng
+from advmoe_jax.attacks import build, driver, objectives
 from advmoe_jax.ops import balls, losses
 
 
 def none_yet(x: jax.Array) -> dict[str, jax.Array]:
-    """Nothing found: {"found": images, "distance": (B,) infinite}."""
-    return dict(found=x, distance=jnp.full(x.shape[0], jnp.inf, x.dtype))
+    """No misclassified image yet: {"nearest": images, "distance": (B,) infinite, "within": (B,) whether within eps}."""
+    return dict(nearest=x, distance=jnp.full(x.shape[0], jnp.inf, x.dtype), within=jnp.zeros(x.shape[0], bool))
 
 
-def nearer(known: dict[str, jax.Array], x: jax.Array, x_adv: jax.Array, broken: jax.Array, norm: str
+def nearer(known: dict[str, jax.Array], inputs: driver.Inputs, x_adv: jax.Array, broken: jax.Array, norm: str
            ) -> dict[str, jax.Array]:
-    """`known` with the rows of x_adv that are misclassified and nearer to x."""
-    distance = balls.norm(x_adv - x, norm)
+    """What `none_yet` names: of `known`, or where x_adv is misclassified and nearer to the image, of x_adv."""
+    distance = balls.norm(x_adv - inputs.rows["x"], norm)
     better = broken & (distance < known["distance"])
-    return driver.select(better, dict(found=x_adv, distance=distance),
-                         {name: known[name] for name in ("found", "distance")})
+    return driver.select(better, dict(nearest=x_adv, distance=distance, within=distance <= inputs.scalars["eps"]),
+                         {name: known[name] for name in ("nearest", "distance", "within")})
 
 
-def candidate(known: dict[str, Any], x: jax.Array, eps: jax.Array, norm: str, beyond: str) -> dict[str, jax.Array]:
-    """A driver's candidate of what was found; its loss is the negative distance."""
-    within = known["distance"] <= eps
-    x_adv = known["found"]
-    if beyond == "project":
-        shrink = jnp.minimum(1, eps / jnp.maximum(known["distance"], 1e-12))
-        x_adv = balls.project(x + shrink[:, None, None, None] * (x_adv - x), x, eps, norm)
-    elif beyond == "clean":
-        x_adv = driver.select(within, x_adv, x)
-    return dict(x=x_adv, loss=-known["distance"], broken=within)
+def finish(program: Any, inputs: driver.Inputs, carry: driver.Carry) -> dict[str, jax.Array]:
+    """`finish` of programs with a `norm` and `beyond`: the nearest image as a candidate; its loss is -distance."""
+    x, eps, x_adv, distance = inputs.rows["x"], inputs.scalars["eps"], carry["nearest"], carry["distance"]
+    if program.beyond == "project":
+        shrink = jnp.minimum(1, eps / jnp.maximum(distance, 1e-12))
+        x_adv = balls.project(x + shrink[:, None, None, None] * (x_adv - x), x, eps, program.norm)
+    elif program.beyond == "clean":
+        x_adv = driver.select(carry["within"], x_adv, x)
+    return dict(x=x_adv, loss=-distance, broken=carry["within"])
 
 
-def attack_by(program: Callable[[int], driver.Program], numbers: dict[str, float], num_steps: int, driver_name: str,
-              targets: int = 0) -> Callable[..., jax.Array]:
+def attack_by(program: Callable[[int], driver.Program], numbers: dict[str, Any], num_steps: int, driver_name: str,
+              targets: int = 0) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does.
 
     Images that are misclassified when clean come back as they are.
@@ -54,15 +52,13 @@ def attack_by(program: Callable[[int], driver.Program], numbers: dict[str, float
         targets: how many classes to rank by falling clean logit, in the program's rows "targets".
     """
     def attack(logits_fn, key, x, y):
-        logits_fn = objectives.partial(logits_fn, x)
-        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
-        worst, ranking = objectives.clean(logits_fn, rows, targets)
+        inputs = build.inputs_of(logits_fn, key, x, y, **numbers)
+        worst, ranking = objectives.clean(inputs, targets)
         made = program(ranking.shape[-1])
-        inputs = driver.Inputs(logits_fn, rows | ({"targets": ranking} if targets else {}),
-                               {name: jnp.asarray(n, x.dtype) for name, n in numbers.items()})
-        found = driver.rounds(lambda inputs, _: driver.run(made, inputs, num_steps, driver_name), inputs, worst, 1,
+        inputs = inputs._replace(rows=inputs.rows | ({"targets": ranking} if targets else {}))
+        worst = driver.rounds(lambda inputs, _: driver.run(made, inputs, num_steps, driver_name), inputs, worst, 1,
                               stops=True)
-        return jax.lax.stop_gradient(found["x"])
+        return jax.lax.stop_gradient(worst["x"])
 
     return attack
 

@@ -5,18 +5,17 @@ balls take the worst case of an attack in each; MSD is what a model is trained w
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver, objectives, settings
+from advmoe_jax.attacks import build, driver, objectives, sampling, settings
+from advmoe_jax.attacks.about import About
 from advmoe_jax.core import rng, units
-from advmoe_jax.ops import balls, losses
+from advmoe_jax.ops import balls
 
 _FEWEST, _MOST = 5, 20  # coordinates of an l1 step
-NORMS = ()
+ABOUT = About()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +27,7 @@ class Config:
         step_linf, step_l2: step sizes, as pgd.Config's.
         step_l1: how far each of 20 coordinates moves in an l1 step; fewer move further, so that the l1 size stays.
         num_steps: gradient steps, each with three more forward passes.
-        early_stop: as in pgd.Config.
-        driver: see attacks.driver.
+        early_stop, driver: see attacks.settings.
     """
 
     eps_linf: str | float = 0.03
@@ -48,27 +46,16 @@ def label(config: Config) -> str:
     return f"msd-{config.num_steps}"
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
+def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does.
-
-    Raises:
-        UserError: a setting is out of range.
     """
-    settings.check("msd", config, num_steps=1)
+    settings.read("msd", config, ABOUT, num_steps=1)
     eps, sizes = {}, {}
     for norm in balls.NORMS:
         eps[norm] = units.eps(getattr(config, f"eps_{norm}"), norm, f"eps_{norm}")
         step = f"step_{norm}"
         sizes[norm] = units.step_size(getattr(config, step), eps[norm], config.num_steps, norm, step)
-    program = _MSD(config.early_stop)
-
-    def attack(logits_fn, key, x, y):
-        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
-        scalars = jax.tree.map(lambda n: jnp.asarray(n, x.dtype), dict(eps=eps, sizes=sizes))
-        inputs = driver.Inputs(objectives.partial(logits_fn, x), rows, scalars)
-        return jax.lax.stop_gradient(driver.run(program, inputs, config.num_steps, config.driver)["x"])
-
-    return attack
+    return build.one_run(_MSD(config.early_stop), config.num_steps, config.driver, eps=eps, sizes=sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,31 +65,30 @@ class _MSD:
     stops: bool
     cost = (4, 1)
 
-    def start(self, inputs: driver.Inputs) -> Any:
+    def start(self, inputs: driver.Inputs) -> driver.Carry:
         x = inputs.rows["x"]
         return x, driver.none_yet(x)
 
-    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
+    def step(self, inputs: driver.Inputs, carry: driver.Carry, i: jax.Array) -> driver.Carry:
         u, best = carry
         x, y = inputs.rows["x"], inputs.rows["y"]
         eps, sizes = inputs.scalars["eps"], inputs.scalars["sizes"]
         keys = rng.fold_in(inputs.rows["keys"], i)
-        grad = jnp.nan_to_num(jax.grad(lambda v: jnp.sum(losses.cross_entropy(inputs.logits_fn(v), y)))(u))
+        grad = jnp.nan_to_num(objectives.gradient(objectives.NAMED["ce"], inputs.logits_fn, u, y)[1])
         ways = {norm: sizes[norm] * balls.steepest(grad, u, norm, keys) for norm in ("linf", "l2")}
         ways["l1"] = _l1_step(grad, u, sizes["l1"], keys)
-        now = driver.none_yet(u)
+        steepest = driver.none_yet(u)
         for norm, way in ways.items():
             moved = balls.project(u + way, x, eps[norm], norm)
-            logits = inputs.logits_fn(moved)
-            one = dict(x=moved, loss=losses.cross_entropy(logits, y), broken=objectives.misclassified(logits, y))
-            now = driver.select(one["loss"] > now["loss"], one, now)
+            one = sampling.look(inputs, moved)
+            steepest = driver.select(one["loss"] > steepest["loss"], one, steepest)
             best = driver.worse(best, one)
-        return now["x"], best
+        return steepest["x"], best
 
-    def done(self, carry: Any) -> jax.Array:
+    def done(self, carry: driver.Carry) -> jax.Array:
         return carry[1]["broken"]
 
-    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
+    def finish(self, inputs: driver.Inputs, carry: driver.Carry) -> dict[str, jax.Array]:
         return carry[1]
 
 

@@ -3,24 +3,23 @@
 x images (B, H, W, C) in [0, 1]. The authors run ART on images whose channels are divided by their standard deviations:
 a step of s there is one of s times the channel's deviation here. FGSM is 0.01 and 0.1 (and 0.001 on Tiny-ImageNet and
 ImageNet) from the predicted label, PGD 8/255 in three steps of 2/255 from the true one: weak attacks, for comparison
-with those tables. Their accuracies count images that were wrong when clean and that the perturbation makes right, see
-ALL_IMAGES. One thing differs: they clip CIFAR to one range for all channels, which lets pixels leave [0, 1] by up to
-0.05, and ImageNet not at all; here images stay in [0, 1].
+with those tables. Their accuracies count images that were wrong when clean and that the perturbation makes right (see
+About.all_images). One thing differs: they clip CIFAR to one range for all channels, which lets pixels leave [0, 1] by
+up to 0.05, and ImageNet not at all; here images stay in [0, 1].
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import driver, objectives, pgd, settings
-from advmoe_jax.core import rng, units
+from advmoe_jax.attacks import build, driver, objectives, pgd, settings
+from advmoe_jax.attacks.about import About
+from advmoe_jax.core import units
 from advmoe_jax.core.errors import UserError, one_of
 
-NORMS = ()
-ALL_IMAGES = True  # see parse.Spec
+ABOUT = About(all_images=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Config:
         step_sd: step size in standard deviations, or "1 eps".
         labels: "predicted", those of the clean images, as ART does when it is given none, or "true".
         std: standard deviations of the channels, one number or one for each, separated by spaces.
-        driver: see attacks.driver.
+        driver: see attacks.settings.
     """
 
     eps_sd: str | float = 0.01
@@ -49,13 +48,13 @@ def label(config: Config) -> str:
     return f"{'fgsm' if config.num_steps == 1 else f'pgd-{config.num_steps}'}-{config.eps_sd}sd"
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
+def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does: no random start, the last iterate is kept.
 
     Raises:
         UserError: a setting is out of range, or there are other channels than in `std`.
     """
-    settings.check("normalized", config, num_steps=1)
+    settings.read("normalized", config, ABOUT, num_steps=1)
     one_of("labels of normalized", config.labels, ("predicted", "true"))
     eps = units.eps(config.eps_sd, "", "eps_sd")
     step_size = units.step_size(config.step_sd, eps, config.num_steps, "", "step_sd")
@@ -72,15 +71,11 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
         if config.labels == "predicted":
             driver.count((1, 0), x.shape[0])
             y = _predicted(logits_fn, x)
-        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
-        scalars = dict(eps=jnp.asarray(eps * std, x.dtype)[None, None, None],
-                       step_size=jnp.asarray(step_size * std, x.dtype)[None, None, None], restart=0)
-        return jax.lax.stop_gradient(driver.run(
-            program, driver.Inputs(logits_fn, rows, scalars), config.num_steps + 1, config.driver)["x"])
+        inputs = build.inputs_of(logits_fn, key, x, y, eps=(eps * std)[None, None, None],
+                                 step_size=(step_size * std)[None, None, None])
+        return jax.lax.stop_gradient(driver.run(program, inputs, config.num_steps + 1, config.driver)["x"])
 
     return attack
 
 
-@jax.jit
-def _predicted(logits_fn, x):
-    return jnp.argmax(logits_fn(x), -1)
+_predicted = jax.jit(lambda logits_fn, x: jnp.argmax(logits_fn(x), -1))

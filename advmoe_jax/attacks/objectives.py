@@ -35,14 +35,6 @@ def misclassified(logits: jax.Array, y: jax.Array) -> jax.Array:
     return (jnp.argmax(logits, -1) != y) | jnp.any(jnp.isnan(logits), -1)
 
 
-def _kl(logits: jax.Array, clean_logits: jax.Array) -> jax.Array:
-    return losses.kl(clean_logits, logits)
-
-
-def _never(logits: jax.Array, _) -> jax.Array:
-    return jnp.zeros(logits.shape[0], bool)
-
-
 def _misclassified_first(logits: jax.Array, y: tuple[jax.Array, jax.Array]) -> jax.Array:
     return misclassified(logits, y[0])
 
@@ -51,7 +43,8 @@ NAMED = {
     "ce": Objective(losses.cross_entropy, misclassified),
     "margin": Objective(losses.margin, misclassified),
     "dlr": Objective(losses.dlr, misclassified),
-    "kl": Objective(_kl, _never),
+    "kl": Objective(lambda logits, clean_logits: losses.kl(clean_logits, logits),
+                    lambda logits, _: jnp.zeros(logits.shape[0], bool)),
 }
 """By name; they take labels (B,), but for kl, which takes the logits (B, K) of the clean images (TRADES)."""
 
@@ -68,6 +61,18 @@ def get(objective: str | Objective) -> Objective:
     if isinstance(objective, Objective):
         return objective
     return NAMED[one_of("attack loss", objective, NAMED)]
+
+
+def gradient(objective: Objective, model_fn: jax.tree_util.Partial, x: jax.Array, y: Any, *more: jax.Array
+             ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The loss (B,), its gradient, and success (B,). `more` is what the model takes beside them."""
+    def total(u):
+        outputs = model_fn(u, *more)
+        loss = objective.loss(outputs, y)
+        return jnp.sum(loss), (loss, objective.success(outputs, y))
+
+    grad, (loss, success) = jax.grad(total, has_aux=True)(x)
+    return loss, grad, success
 
 
 class _Closure(NamedTuple):
@@ -91,7 +96,7 @@ def partial(function: Callable, *examples: jax.Array) -> jax.tree_util.Partial:
     compiled programs are used again only if it is still the same model.
 
     Args:
-        function: a `jax.tree_util.Partial`, or what takes arrays like `examples`.
+        function: a `jax.tree_util.Partial`, or a function of arrays like `examples`.
         examples: arrays of which the shapes and types count.
     """
     if isinstance(function, jax.tree_util.Partial):
@@ -129,21 +134,14 @@ def _first(outputs_fn, *inputs):
     return outputs_fn(*inputs)[0]
 
 
-def clean(logits_fn: jax.tree_util.Partial, rows: dict[str, Any], targets: int, noisy: bool = False
-          ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """One pass over the clean images.
+def clean(inputs: driver.Inputs, targets: int, noisy: bool = False) -> tuple[dict[str, jax.Array], jax.Array]:
+    """One pass over the clean images: a driver's candidate, and a ranking (B, min(targets, K - 1)) of classes.
 
-    Args:
-        logits_fn: the model.
-        rows: {"keys", "x", "y"} of the images.
-        targets: how many classes to rank.
-        noisy: whether `logits_fn` takes keys too.
-    Returns:
-        A driver's candidate, broken where the image is misclassified already; and (B, min(targets, K - 1)) the
-        classes other than the label by falling logit.
+    Where an image is misclassified the candidate is broken, hence final. The ranking holds the classes other than the
+    label by falling logit. `noisy` says whether the model takes keys (B,) too.
     """
-    driver.count((1, 0), rows["x"].shape[0])
-    return _clean(logits_fn, rows, targets, noisy)
+    driver.count((1, 0), inputs.rows["x"].shape[0])
+    return _clean(inputs.logits_fn, inputs.rows, targets, noisy)
 
 
 @functools.partial(jax.jit, static_argnames=("targets", "noisy"))

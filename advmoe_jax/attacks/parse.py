@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from advmoe_jax.attacks.about import About
 from advmoe_jax.core import find, units
 from advmoe_jax.core.errors import UserError, one_of, unknown_name
 from advmoe_jax.ops import balls
@@ -25,24 +26,20 @@ class Spec:
         config: its settings.
         run: attack(logits_fn, key, x, y) -> x_adv.
         label: as tables name it: "pgd-50", "apgd-t".
-        takes: the function that it attacks: "logits", x -> logits; "values", the same without its gradient; "outputs",
-            x -> (logits, aux); "routed", (x, route) -> (logits, aux) of a routed model.
-        all_images: whether it is run on images that are misclassified when clean too, since papers count those that it
-            makes right.
-        unbounded: whether it changes images by a strength of its own, and keeps to no norm.
+        about: what it is, whatever its settings.
+        unbounded: whether its strength is fixed by a setting, so that it keeps to no budget.
     """
 
     name: str
     config: Any
     run: Callable[..., jax.Array]
     label: str
-    takes: str = "logits"
-    all_images: bool = False
+    about: About = About()
     unbounded: bool = False
 
     @property
     def budgets(self) -> dict[str, float]:
-        """{norm: eps} of which each image keeps one; empty if there are none."""
+        """{norm: eps}, of which an adversarial image keeps at least one; empty if there are none."""
         if self.unbounded:
             return {}
         names = {norm: f"eps_{norm}" for norm in balls.NORMS if hasattr(self.config, f"eps_{norm}")}
@@ -66,12 +63,15 @@ def attack(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), **sett
 
     Args:
         name: of the module.
-        defaults: settings that it takes if it knows them and has no others.
+        defaults: settings for the fields of its Config that `settings` leaves out; those without a field are dropped.
         settings: of its Config.
     Raises:
-        UserError: no such attack, no such setting, or a value out of range.
+        UserError: no such attack, no such setting, a value out of range, or a module that does not say what it is.
     """
     module = find.module("attacks", name, defines="make")
+    about = getattr(module, "ABOUT", None)
+    if not isinstance(about, About):
+        raise UserError(f"attack {name} does not say what it is: expected ABOUT = About(...) in {name}.py")
     fields = {field.name: field.type for field in dataclasses.fields(module.Config)}
     for setting, value in settings.items():
         if setting not in fields:
@@ -80,12 +80,11 @@ def attack(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), **sett
             settings[setting] = one_of(f"{setting} of {name}", str(value).lower(), ("true", "false")) == "true"
         elif fields[setting] is float and isinstance(value, str):
             settings[setting] = units.number(value, f"{name}'s {setting}")
-    fixed = getattr(module, "FIXED_BY", "")
-    if settings.get(fixed):
+    if settings.get(about.fixed_by):
         defaults = {}
     config = module.Config(**{k: v for k, v in defaults.items() if k in fields} | settings)
-    return Spec(name, config, module.make(config), module.label(config), getattr(module, "TAKES", "logits"),
-                getattr(module, "ALL_IMAGES", False), bool(fixed and units.number(getattr(config, fixed))))
+    unbounded = bool(about.fixed_by and units.number(getattr(config, about.fixed_by)))
+    return Spec(name, config, module.make(config), module.label(config), about, unbounded)
 
 
 def attacks(text: str, **defaults: Any) -> tuple[Spec, ...]:

@@ -4,20 +4,19 @@ x images (B, H, W, C) in [0, 1]; eps and step sizes in the same units.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver, objectives, settings
+from advmoe_jax.attacks import build, driver, objectives, settings
+from advmoe_jax.attacks.about import About
 from advmoe_jax.core import rng, units
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.ops import balls
 
 STARTS = ("uniform", "gaussian", "none")
 _TRADES_NOISE = 0.001
-NORMS = balls.NORMS
+ABOUT = About(balls.NORMS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +32,7 @@ class Config:
         start: "uniform" in the ball, "gaussian" (standard deviation 0.001, as TRADES) or "none".
         loss: "ce" | "margin" | "kl", or an Objective.
         keep: "best" iterate by (broken, loss), or the "last" one as papers do, which is weaker.
-        early_stop: whether an image is left alone once it is broken. Outside a traced program that saves its share
-            of the work; the verdicts are the same.
-        driver: see attacks.driver.
+        early_stop, driver: see attacks.settings.
     """
 
     norm: str = "linf"
@@ -55,12 +52,12 @@ def label(config: Config) -> str:
     return f"pgd-{config.num_steps}"
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
+def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`.
 
-    `logits_fn` is best a `jax.tree_util.Partial(apply, variables)`: a closure works, but its weights become
-    constants, and with others it is compiled again. `key` is one key or one per example. `y` is (B,) labels, or
-    what the objective takes in their place.
+    `logits_fn` is best a `jax.tree_util.Partial(apply, variables)`. A closure works too, but its weights become
+    constants, and other weights compile again. `key` is one key or one per example. `y` is (B,) labels, or what the
+    objective takes in their place. Like `make` of every attack, this one checks its settings.
 
     Raises:
         UserError: a setting is out of range.
@@ -69,16 +66,14 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
     one_of("keep", config.keep, ("best", "last"))
     if config.early_stop and config.keep == "last":
         raise UserError("pgd has early_stop=True and keep='last': expected keep='best', which it may stop at")
-    eps = settings.budget("pgd", config, NORMS, num_steps=1, restarts=1)
+    eps = settings.read("pgd", config, ABOUT, num_steps=1, restarts=1)["eps"]
     step_size = units.step_size(config.step_size, eps, config.num_steps, config.norm)
     looks_at_last = config.keep == "best" or config.restarts > 1
     program = Search(config.norm, config.start, objectives.get(config.loss), config.keep == "best", config.early_stop,
                      looks_at_last=looks_at_last)
 
     def attack(logits_fn, key, x, y):
-        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
-        scalars = dict(eps=jnp.asarray(eps, x.dtype), step_size=jnp.asarray(step_size, x.dtype))
-        inputs = driver.Inputs(objectives.partial(logits_fn, x), rows, scalars)
+        inputs = build.inputs_of(logits_fn, key, x, y, eps=eps, step_size=step_size)
 
         def one(inputs, restart):
             started = inputs._replace(scalars=inputs.scalars | {"restart": restart})
@@ -92,11 +87,11 @@ def make(config: Config = Config()) -> Callable[..., jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """One restart as a `driver.Program`; step i looks at iterate i and then moves, in vain after the last look.
+    """One restart as a `driver.Program`. Step i looks at iterate i, then moves it.
 
-    Without `looks_at_last` the result is where the last step moved to, of which nothing is known.
-    Rows are "keys", "x", "y"; "init", images to start from, if there are any; and "route", what the model takes beside
-    the image, if it takes anything. Scalars are "eps", "step_size", "restart".
+    The result is an iterate that was looked at; without `looks_at_last` it is where the last step moved to.
+    Rows are "keys", "x", "y"; optional are "init", images to start from, and "route", what the model takes beside the
+    image. Scalars are "eps", "step_size" and, unless it is 0, "restart".
     """
 
     norm: str
@@ -107,42 +102,33 @@ class Search:
     cost: tuple[int, int] = (1, 1)
     looks_at_last: bool = True
 
-    def start(self, inputs: driver.Inputs) -> Any:
-        x, eps = inputs.rows["x"], inputs.scalars["eps"]
-        keys = self._keys(inputs)
+    def start(self, inputs: driver.Inputs) -> driver.Carry:
+        x, eps, keys = inputs.rows["x"], inputs.scalars["eps"], self._keys(inputs)
         if "init" in inputs.rows:
             x_adv = balls.project(inputs.rows["init"], x, eps, self.norm)
         elif self.start_name == "uniform":
             x_adv = balls.random_start(keys, x, eps, self.norm)
         elif self.start_name == "gaussian":
-            noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)
-            x_adv = balls.project(x + _TRADES_NOISE * noise, x, eps, self.norm)
+            x_adv = balls.project(x + _TRADES_NOISE * build.noise(keys, x, "l2"), x, eps, self.norm)
         else:
             x_adv = x
         return x_adv, driver.none_yet(x)
 
-    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
-        x_adv, found = carry
-        y = inputs.rows["y"]
+    def step(self, inputs: driver.Inputs, carry: driver.Carry, i: jax.Array) -> driver.Carry:
+        x_adv, kept = carry
         route = (inputs.rows["route"],) if "route" in inputs.rows else ()
-
-        def total(u):
-            outputs = inputs.logits_fn(u, *route)
-            loss = self.objective.loss(outputs, y)
-            return jnp.sum(loss), (loss, self.objective.success(outputs, y))
-
-        grad, (loss, broken) = jax.grad(total, has_aux=True)(x_adv)
-        now = dict(x=x_adv, loss=loss, broken=broken)
-        found = driver.worse(found, now) if self.keep_best else now
+        loss, grad, broken = objectives.gradient(self.objective, inputs.logits_fn, x_adv, inputs.rows["y"], *route)
+        candidate = dict(x=x_adv, loss=loss, broken=broken)
+        kept = driver.worse(kept, candidate) if self.keep_best else candidate
         direction = balls.steepest(jnp.nan_to_num(grad), x_adv, self.norm, rng.fold_in(self._keys(inputs), i))
         moved = x_adv + inputs.scalars["step_size"] * direction
-        return balls.project(moved, inputs.rows["x"], inputs.scalars["eps"], self.norm), found
+        return balls.project(moved, inputs.rows["x"], inputs.scalars["eps"], self.norm), kept
 
-    def done(self, carry: Any) -> jax.Array:
+    def done(self, carry: driver.Carry) -> jax.Array:
         return carry[1]["broken"]
 
-    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
+    def finish(self, inputs: driver.Inputs, carry: driver.Carry) -> dict[str, jax.Array]:
         return carry[1] if self.looks_at_last else carry[1] | {"x": carry[0]}
 
     def _keys(self, inputs):
-        return rng.fold_in(inputs.rows["keys"], inputs.scalars["restart"])
+        return rng.fold_in(inputs.rows["keys"], inputs.scalars.get("restart", 0))

@@ -6,19 +6,17 @@ box, so that a radius of 1 is a corner of it. Its l2 length before that is r sqr
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import driver, minimal, objectives, settings
+from advmoe_jax.attacks import build, driver, minimal, settings
+from advmoe_jax.attacks.about import About
 
 _TOLERANCE = 1e-3  # of a radius, as an l2 length
 _NO_CLASS = -1
-NORMS = ("linf", "l2")
-TAKES = "values"  # see parse.Spec
+ABOUT = About(("linf", "l2"), takes="values")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +25,8 @@ class Config:
 
     Attributes:
         norm: "linf" | "l2", in which the nearest image is kept; the search is the same.
-        eps: budget, a number or a fraction such as "8/255".
         num_queries: labels that the attack may ask for, that of the clean image among them.
-        beyond: see attacks.settings.
-        early_stop: as in fab.Config.
-        driver: see attacks.driver.
+        eps, beyond, early_stop, driver: see attacks.settings.
     """
 
     norm: str = "linf"
@@ -47,23 +42,14 @@ def label(config: Config) -> str:
     return "rays" if config.num_queries == 10000 else f"rays-{config.num_queries}"
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
+def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does; it draws nothing.
 
     Images that are misclassified when clean come back as they are.
-
-    Raises:
-        UserError: a setting is out of range.
     """
-    eps = settings.budget("rays", config, NORMS, num_queries=1)
+    eps = settings.read("rays", config, ABOUT, num_queries=1)["eps"]
     program = _RayS(config.norm, config.beyond, config.early_stop)
-
-    def attack(logits_fn, key, x, y):
-        labels_fn = jax.tree_util.Partial(_labels, objectives.partial(logits_fn, x))
-        inputs = driver.Inputs(labels_fn, dict(x=x, y=y), dict(eps=jnp.asarray(eps, x.dtype)))
-        return jax.lax.stop_gradient(driver.run(program, inputs, config.num_queries, config.driver)["x"])
-
-    return attack
+    return build.one_run(program, config.num_queries, config.driver, eps=eps)
 
 
 def _labels(logits_fn, x):
@@ -92,14 +78,14 @@ class _RayS:
     stops = True
     cost = (1, 0)
 
-    def start(self, inputs: driver.Inputs) -> Any:
+    def start(self, inputs: driver.Inputs) -> driver.Carry:
         x = inputs.rows["x"]
         zero, no = jnp.zeros(x.shape[0], x.dtype), jnp.zeros(x.shape[0], bool)
         none = jnp.zeros(x.shape[0], jnp.int32)
         return dict(**minimal.none_yet(x), signs=jnp.ones_like(x), radius=zero + jnp.inf, low=zero, high=zero,
                     bisecting=no, level=none, block=none, queries=none, through=no)
 
-    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
+    def step(self, inputs: driver.Inputs, carry: driver.Carry, i: jax.Array) -> driver.Carry:
         x, y = inputs.rows["x"], inputs.rows["y"]
         dim = x[0].size
         first, end = block(carry["level"], carry["block"], dim)
@@ -110,34 +96,33 @@ class _RayS:
         radius = jnp.where(carry["bisecting"], middle, carry["radius"])
         radius = jnp.where(i == 0, 0, radius)  # the clean image
         u = jnp.clip(x + _column(radius) * signs, 0, 1)
-        broken = inputs.logits_fn(u) != y
-        now = dict(carry) | minimal.nearer(carry, x, u, broken, self.norm)
-        now["queries"] += 1
+        broken = _labels(inputs.logits_fn, u) != y
+        new = dict(carry) | minimal.nearer(carry, inputs, u, broken, self.norm)
+        new["queries"] += 1
 
         tried = ~carry["bisecting"] & (i > 0)
-        now["low"] = jnp.where(carry["bisecting"], jnp.where(broken, carry["low"], middle), 0)
-        now["high"] = jnp.where(carry["bisecting"], jnp.where(broken, middle, carry["high"]),
+        new["low"] = jnp.where(carry["bisecting"], jnp.where(broken, carry["low"], middle), 0)
+        new["high"] = jnp.where(carry["bisecting"], jnp.where(broken, middle, carry["high"]),
                                 jnp.minimum(carry["radius"], 1))
-        found = carry["bisecting"] & (now["high"] - now["low"] <= _TOLERANCE / math.sqrt(dim))
-        now["bisecting"] = (carry["bisecting"] & ~found) | (tried & broken)
-        better = found & (now["high"] < carry["radius"])
-        now["radius"] = jnp.where(better, now["high"], carry["radius"])
-        now["signs"] = driver.select(better, signs, carry["signs"])
+        bisected = carry["bisecting"] & (new["high"] - new["low"] <= _TOLERANCE / math.sqrt(dim))
+        new["bisecting"] = (carry["bisecting"] & ~bisected) | (tried & broken)
+        better = bisected & (new["high"] < carry["radius"])
+        new["radius"] = jnp.where(better, new["high"], carry["radius"])
+        new["signs"] = driver.select(better, signs, carry["signs"])
 
-        next_block = found | (tried & ~broken)
+        next_block = bisected | (tried & ~broken)
         last = end == dim
         smallest = math.ceil(math.log2(dim))
-        now["level"] = jnp.minimum(carry["level"] + (next_block & last), smallest)
-        now["block"] = jnp.where(next_block, jnp.where(last, 0, carry["block"] + 1), carry["block"])
-        now["through"] = now["distance"] <= (inputs.scalars["eps"] if self.early_stop else 0)
-        return now
+        new["level"] = jnp.minimum(carry["level"] + (next_block & last), smallest)
+        new["block"] = jnp.where(next_block, jnp.where(last, 0, carry["block"] + 1), carry["block"])
+        new["through"] = new["within"] if self.early_stop else new["distance"] <= 0
+        return new
 
-    def done(self, carry: Any) -> jax.Array:
+    def done(self, carry: driver.Carry) -> jax.Array:
         return carry["through"]
 
-    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
-        found = minimal.candidate(carry, inputs.rows["x"], inputs.scalars["eps"], self.norm, self.beyond)
-        return found | dict(queries=carry["queries"])
+    def finish(self, inputs: driver.Inputs, carry: driver.Carry) -> dict[str, jax.Array]:
+        return minimal.finish(self, inputs, carry) | dict(queries=carry["queries"])
 
 
 def _column(value):

@@ -4,18 +4,15 @@ x images (B, H, W, C) in [0, 1]. The reference code draws one angle a batch.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import UserError
+from advmoe_jax.attacks import build, settings
+from advmoe_jax.attacks.about import About
 from advmoe_jax.ops import warp
 
-NORMS = ()
-TAKES = "values"  # see parse.Spec
+ABOUT = About(takes="values")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,29 +31,19 @@ def label(config: Config) -> str:
     return "rotation" if config.limit == 180 else f"rotation-{config.limit}"
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
+def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does; the model and `y` do not matter.
 
     The nearest pixel is taken, and 0 from outside.
-
-    Raises:
-        UserError: the limit is out of range.
     """
-    limit = units.number(config.limit, "rotation's limit")
-    if not 0 <= limit <= 180:
-        raise UserError(f"rotation has limit={config.limit}: expected 0 to 180 degrees")
-
-    def attack(logits_fn, key, x, y):
-        keys = rng.rowwise(key, x.shape[0])
-        return jax.lax.stop_gradient(rotate(x, angles(keys, limit)))
-
-    return attack
+    limit = settings.read("rotation", config, ABOUT, limit="0 to 180 degrees")["limit"]
+    return build.of_images(lambda keys, x: rotate(x, angles(keys, limit)))
 
 
 @jax.jit
 def angles(keys: jax.Array, limit: float) -> jax.Array:
     """(B,) keys -> (B,) degrees in [-limit, limit]."""
-    return limit * jax.vmap(functools.partial(jax.random.uniform, minval=-1, maxval=1))(keys)
+    return limit * jax.vmap(lambda key: jax.random.uniform(key, minval=-1, maxval=1))(keys)
 
 
 @jax.jit

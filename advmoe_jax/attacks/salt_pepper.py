@@ -4,16 +4,14 @@ x images (B, H, W, C) in [0, 1]. Foolbox draws anew for each share; here the pix
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import sampling
+from advmoe_jax.attacks import build, sampling
+from advmoe_jax.attacks.about import About
 
-NORMS = ("l2", "l1")
-TAKES = "values"  # see parse.Spec
-FIXED_BY = "amount"  # whatever norm and eps are
+ABOUT = About(("l2", "l1"), takes="values", fixed_by="amount")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +23,8 @@ class Config:
         eps: budget of the search; the default is MoL's for CIFAR-10.
         amount: share of the pixels, 0 to 1, half of them white and half black on average, whatever eps is; 0 to search.
         whole_pixels: whether all channels of a pixel turn at once.
-        draws: as in gaussian_noise.Config.
-        num_steps: as in gaussian_noise.Config.
-        early_stop: whether an image is left alone once it is broken.
-        driver: see attacks.driver.
+        draws, num_steps: as in gaussian_noise.Config.
+        early_stop, driver: see attacks.settings.
     """
 
     norm: str = "l1"
@@ -46,14 +42,11 @@ def label(config: Config) -> str:
     return sampling.label("salt-pepper", config.amount, config.draws)
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
+def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as gaussian_noise.make does.
-
-    Raises:
-        UserError: a setting is out of range.
     """
     noise = pixel_noise if config.whole_pixels else channel_noise
-    return sampling.attack_by(noise, NORMS, config, FIXED_BY, "salt_pepper")
+    return sampling.attack_by(noise, ABOUT, config, "salt_pepper")
 
 
 def pixel_noise(key: jax.Array, x: jax.Array, amount: jax.Array) -> jax.Array:

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver, objectives, settings
+from advmoe_jax.attacks import build, driver, objectives, settings
+from advmoe_jax.attacks.about import About
 from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls, losses
 
 _MOST = 1  # strength: a standard deviation, or a share
@@ -24,8 +24,7 @@ _PRECISION = 0.01  # of the strength: how well a search knows where a draw break
 
 def look(inputs: driver.Inputs, x: jax.Array) -> dict[str, jax.Array]:
     """A driver's candidate of images, by one forward pass; its loss is the cross-entropy."""
-    logits = inputs.logits_fn(x)
-    y = inputs.rows["y"]
+    logits, y = inputs.logits_fn(x), inputs.rows["y"]
     return dict(x=x, loss=losses.cross_entropy(logits, y), broken=objectives.misclassified(logits, y))
 
 
@@ -36,40 +35,29 @@ def label(name: str, strength: str | float, draws: int) -> str:
     return f"{name}-{units.number(strength):g}" + (f"-worst-of-{draws}" if draws > 1 else "")
 
 
-def attack_by(noise: Callable, norms: tuple[str, ...], config: Any, setting: str, name: str
-              ) -> Callable[..., jax.Array]:
+def attack_by(noise: Callable, about: About, config: Any, name: str) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does, of noise.
 
     Args:
         noise: a function of a module, so that compiled programs are shared.
-        norms: that the config may have.
-        config: with norm, eps, draws, num_steps, early_stop, driver and the fixed strength.
-        setting: the name that the fixed strength has in it.
+        about: of the attack.
+        config: with norm, eps, draws, num_steps, early_stop, driver and `about.fixed_by`, the fixed strength.
         name: of the attack.
     Raises:
         UserError: a setting is out of range.
     """
-    eps = settings.budget(name, config, norms, draws=1, num_steps=1)
-    strength = units.number(getattr(config, setting), f"{name}'s {setting}")
-    if not 0 <= strength <= _MOST:
-        raise UserError(f"{name} has {setting}={getattr(config, setting)}: expected 0 to search, or up to {_MOST}")
+    fixed = about.fixed_by
+    numbers = settings.read(name, config, about, draws=1, num_steps=1, **{fixed: "0 to search, or up to 1"})
+    eps, strength = numbers["eps"], numbers[fixed]
+    if strength and config.draws == 1:  # nothing to choose from: no pass through the model
+        return build.of_images(lambda keys, x: _draw_jitted(
+            noise, dict(keys=keys, x=x), jnp.asarray(strength, x.dtype)))
     if strength:
-        program, num_steps = _Draws(noise, config.early_stop), config.draws
+        program, num_steps = Tries(_drawn, noise, config.early_stop), config.draws
     else:
         program = _Search(noise, config.norm, config.num_steps, config.early_stop)
         num_steps = 1 + config.draws * program.steps_per_draw
-
-    def attack(logits_fn, key, x, y):
-        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
-        scalars = dict(eps=jnp.asarray(eps, x.dtype), strength=jnp.asarray(strength, x.dtype))
-        if strength and config.draws == 1:  # nothing to choose from: no pass through the model
-            x_adv = _draw_jitted(noise, rows, scalars["strength"])
-        else:
-            inputs = driver.Inputs(objectives.partial(logits_fn, x), rows, scalars)
-            x_adv = driver.run(program, inputs, num_steps, config.driver)["x"]
-        return jax.lax.stop_gradient(x_adv)
-
-    return attack
+    return build.one_run(program, num_steps, config.driver, eps=eps, strength=strength)
 
 
 def _draw(noise, rows, strength, number=0):
@@ -80,24 +68,32 @@ def _draw(noise, rows, strength, number=0):
 _draw_jitted = jax.jit(_draw, static_argnames="noise")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Draws:
-    """The worst of some draws as a `driver.Program`; step i tries draw i."""
+def _drawn(noise, inputs, i):
+    return _draw(noise, inputs.rows, inputs.scalars["strength"], i)
 
-    noise: Callable
+
+@dataclasses.dataclass(frozen=True)
+class Tries:
+    """The worst of some images as a `driver.Program`; step i looks at try_fn(settings, inputs, i).
+
+    `try_fn` is a function of a module, and `settings` are hashable, so that compiled programs are shared.
+    """
+
+    try_fn: Callable[[Any, driver.Inputs, jax.Array], jax.Array]
+    settings: Any
     stops: bool
     cost = (1, 0)
 
-    def start(self, inputs: driver.Inputs) -> Any:
+    def start(self, inputs: driver.Inputs) -> driver.Carry:
         return driver.none_yet(inputs.rows["x"])
 
-    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
-        return driver.worse(carry, look(inputs, _draw(self.noise, inputs.rows, inputs.scalars["strength"], i)))
+    def step(self, inputs: driver.Inputs, carry: driver.Carry, i: jax.Array) -> driver.Carry:
+        return driver.worse(carry, look(inputs, self.try_fn(self.settings, inputs, i)))
 
-    def done(self, carry: Any) -> jax.Array:
+    def done(self, carry: driver.Carry) -> jax.Array:
         return carry["broken"]
 
-    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
+    def finish(self, inputs: driver.Inputs, carry: driver.Carry) -> dict[str, jax.Array]:
         return carry
 
 
@@ -120,12 +116,12 @@ class _Search:
     def steps_per_draw(self):
         return self.num_steps + max(math.ceil(-math.log2(_PRECISION * self.num_steps)), 0)
 
-    def start(self, inputs: driver.Inputs) -> Any:
+    def start(self, inputs: driver.Inputs) -> driver.Carry:
         x = inputs.rows["x"]
         zero = jnp.zeros(x.shape[0], x.dtype)
         return dict(worst=driver.none_yet(x), reach=zero, low=zero, high=zero, hit=jnp.zeros(x.shape[0], bool))
 
-    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
+    def step(self, inputs: driver.Inputs, carry: driver.Carry, i: jax.Array) -> driver.Carry:
         rows, worst, i = inputs.rows, carry["worst"], jnp.asarray(i)
         number, n = jnp.divmod(jnp.maximum(i - 1, 0), self.steps_per_draw)
         is_first = (n == 0) & (i > 0)
@@ -135,17 +131,17 @@ class _Search:
 
         halved = jnp.where(high - low > _PRECISION * high, (low + high) / 2, high)
         strength = jnp.where(hit, halved, jnp.minimum(low + reach / self.num_steps, reach))
-        now = look(inputs, _draw(self.noise, rows, strength, number))
-        broken = now["broken"]
-        now["loss"] = jnp.where(broken, -balls.norm(now["x"] - rows["x"], self.norm), now["loss"])
-        return dict(worst=driver.worse(worst, now), reach=reach, low=jnp.where(broken, low, strength),
+        drawn = look(inputs, _draw(self.noise, rows, strength, number))
+        broken = drawn["broken"]
+        drawn["loss"] = jnp.where(broken, -balls.norm(drawn["x"] - rows["x"], self.norm), drawn["loss"])
+        return dict(worst=driver.worse(worst, drawn), reach=reach, low=jnp.where(broken, low, strength),
                     high=jnp.where(broken, strength, high), hit=hit | broken)
 
-    def done(self, carry: Any) -> jax.Array:
+    def done(self, carry: driver.Carry) -> jax.Array:
         worst = carry["worst"]
         return worst["broken"] & (self.early_stop | (worst["loss"] >= 0))
 
-    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
+    def finish(self, inputs: driver.Inputs, carry: driver.Carry) -> dict[str, jax.Array]:
         return carry["worst"]
 
     def _reach(self, inputs, number):

@@ -4,17 +4,15 @@ x images (B, H, W, C) in [0, 1], C 1 or 3; they are rounded down to 8 bits first
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import UserError
+from advmoe_jax.attacks import build, settings
+from advmoe_jax.attacks.about import About
 from advmoe_jax.ops import colour
 
-NORMS = ()
-TAKES = "values"  # see parse.Spec
+ABOUT = About(takes="values")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,20 +32,11 @@ def label(config: Config) -> str:
     return "snow" if config.multiplier == 8 else f"snow-{config.multiplier}"
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
+def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does; the model and `y` do not matter.
-
-    Raises:
-        UserError: the multiplier is out of range.
     """
-    multiplier = units.number(config.multiplier, "snow's multiplier")
-    if multiplier < 0:
-        raise UserError(f"snow has multiplier={config.multiplier}: expected 0 or more")
-
-    def attack(logits_fn, key, x, y):
-        return jax.lax.stop_gradient(_bleach(x, snow_points(rng.rowwise(key, x.shape[0])), multiplier))
-
-    return attack
+    multiplier = settings.read("snow", config, ABOUT, multiplier="0 or more")["multiplier"]
+    return build.of_images(lambda keys, x: _bleach(x, snow_points(keys), multiplier))
 
 
 @jax.jit

@@ -6,21 +6,18 @@ once a batch and never uses the last row and column of positions.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import driver, objectives, settings
+from advmoe_jax.attacks import build, driver, objectives, settings
+from advmoe_jax.attacks.about import About
 from advmoe_jax.core import rng
-from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls, losses
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which the share of the image is halved
-NORMS = balls.NORMS
-TAKES = "values"  # see parse.Spec
+ABOUT = About(balls.NORMS, takes="values")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +25,9 @@ class Config:
     """Settings of Square; the defaults are AutoAttack's.
 
     Attributes:
-        norm: "linf" | "l2" | "l1".
-        eps: budget, a number or a fraction such as "8/255".
         num_queries: forward passes after the first one.
         share: of the image that the first windows cover; it is halved after 10, 50, 200, 500, 1000, ... queries.
-        early_stop: whether an image is left alone once it is broken, as in the reference code.
-        driver: see attacks.driver.
+        norm, eps, early_stop (on in the reference code), driver: see attacks.settings.
     """
 
     norm: str = "linf"
@@ -49,35 +43,28 @@ def label(config: Config) -> str:
     return "square" if config.num_queries == 5000 else f"square-{config.num_queries}"
 
 
-def make(config: Config = Config()) -> Callable[..., jax.Array]:
+def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does.
-
-    Raises:
-        UserError: a setting is out of range.
     """
-    eps = settings.budget("square", config, NORMS, num_queries=1)
-    if not 0 < config.share <= 1:
-        raise UserError(f"square has share={config.share}: expected more than 0 and at most 1")
+    eps = settings.read("square", config, ABOUT, num_queries=1, share="more than 0 and at most 1")["eps"]
 
     def attack(logits_fn, key, x, y):
         program = _Square(config.norm, sides(config, *x.shape[1:3]), config.early_stop)
-        rows = dict(keys=rng.rowwise(key, x.shape[0]), x=x, y=y)
-        inputs = driver.Inputs(objectives.partial(logits_fn, x), rows, dict(eps=jnp.asarray(eps, x.dtype)))
-        return jax.lax.stop_gradient(driver.run(program, inputs, config.num_queries + 1, config.driver)["x"])
+        return build.one_run(program, config.num_queries + 1, config.driver, eps=eps)(logits_fn, key, x, y)
 
     return attack
 
 
 def sides(config: Config, height: int, width: int) -> tuple[tuple[int, int], ...]:
     """(first query, side of the windows in pixels), in order, for as long as there are queries."""
-    found = []
+    stages = []
     for halvings, first in enumerate((0, *(after + 1 for after in _HALVINGS))):
         side = max(round((config.share / 2**halvings * height * width) ** 0.5), 1 if config.norm == "linf" else 3)
         if config.norm != "linf" and side % 2 == 0:
             side += 1
         if first < config.num_queries:
-            found.append((first, min(side, height, width)))
-    return tuple(found)
+            stages.append((first, min(side, height, width)))
+    return tuple(stages)
 
 
 @functools.cache
@@ -111,11 +98,10 @@ class _Square:
     stops: bool
     cost = (1, 0)
 
-    def start(self, inputs: driver.Inputs) -> Any:
-        x = inputs.rows["x"]
-        return dict(x=x, margin=jnp.full(x.shape[0], -jnp.inf, x.dtype), broken=jnp.zeros(x.shape[0], bool))
+    def start(self, inputs: driver.Inputs) -> driver.Carry:
+        return driver.none_yet(inputs.rows["x"])
 
-    def step(self, inputs: driver.Inputs, carry: Any, i: jax.Array) -> Any:
+    def step(self, inputs: driver.Inputs, carry: driver.Carry, i: jax.Array) -> driver.Carry:
         rows, eps = inputs.rows, inputs.scalars["eps"]
         keys = rng.fold_in(rows["keys"], i)
         first = functools.partial(self._first, eps=eps)
@@ -123,25 +109,25 @@ class _Square:
         x_new = jax.lax.cond(i == 0, jax.vmap(first), jax.vmap(window), keys, rows["x"], carry["x"])
         logits = inputs.logits_fn(x_new)
         margin, broken = losses.margin(logits, rows["y"]), objectives.misclassified(logits, rows["y"])
-        better = ~carry["broken"] & (broken | (margin > carry["margin"]))
-        return driver.select(better, dict(x=x_new, margin=margin, broken=broken), carry)
+        better = ~carry["broken"] & (broken | (margin > carry["loss"]))
+        return driver.select(better, dict(x=x_new, loss=margin, broken=broken), carry)
 
-    def done(self, carry: Any) -> jax.Array:
+    def done(self, carry: driver.Carry) -> jax.Array:
         return carry["broken"]
 
-    def finish(self, inputs: driver.Inputs, carry: Any) -> Any:
-        return dict(x=carry["x"], loss=carry["margin"], broken=carry["broken"])
+    def finish(self, inputs: driver.Inputs, carry: driver.Carry) -> dict[str, jax.Array]:
+        return carry
 
     def _stage(self, i):
         return jnp.sum(i >= jnp.asarray([first for first, _ in self.sides])) - 1
 
     def _bumps(self, height, width):
         """(stages, 2, H, W): bumps in the upper left corner, as they are and turned."""
-        found = np.zeros((len(self.sides), 2, height, width), np.float32)
+        bumps = np.zeros((len(self.sides), 2, height, width), np.float32)
         for stage, (_, side) in enumerate(self.sides):
             values = bump(self.norm, side)
-            found[stage, 0, :side, :side], found[stage, 1, :side, :side] = values, values.T
-        return found
+            bumps[stage, 0, :side, :side], bumps[stage, 1, :side, :side] = values, values.T
+        return bumps
 
     # One image (H, W, C) each from here on.
 

@@ -139,7 +139,7 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
         logged.setdefault(record["attempt"], []).append((record, arrays))
     for number, (spec, view, model) in enumerate(_plan(specs, drawn, routed, views if is_random else None)):
         stands = found.survivors() if survivors_only else found.correct
-        if spec.all_images:
+        if spec.about.all_images:
             stands = np.ones_like(stands)
         parts = list(logged.get(number, ()))
         todo = stands & ~np.isin(index, [i for _, arrays in parts for i in arrays["index"]])
@@ -161,11 +161,11 @@ def _plan(specs, views, routed, with_keys):
         if getattr(spec.config, "eot", 0):
             yield from ((spec, view, objectives.logits_fn(with_keys[view]) if with_keys else jax.tree_util.Partial(
                 _without_keys, outputs_fn)) for view, outputs_fn in views.items())
-        elif spec.takes == "outputs":
+        elif spec.about.takes == "outputs":
             yield from ((spec, view, outputs_fn) for view, outputs_fn in views.items())
-        elif spec.takes == "logits":
+        elif spec.about.takes == "logits":
             yield from ((spec, view, objectives.logits_fn(outputs_fn)) for view, outputs_fn in views.items())
-        elif spec.takes == "values":
+        elif spec.about.takes == "values":
             yield spec, "no gradient", objectives.logits_fn(next(iter(views.values())))
         elif routed is None:
             raise UserError(f"{spec.label} attacks a router: expected a routed model, of 2 or more experts")

@@ -90,7 +90,7 @@ def summarize(found: Found, suite: Suite, num_experts: int, noticed: tuple[Flag,
             "ra_after": float(stands.mean()), "seconds": round(attempt.seconds, 2), **attempt.passes})
         if not suite.survivors_only:
             attempts[-1]["ra"] = float(survives.mean())
-        if attempt.spec.all_images:
+        if attempt.spec.about.all_images:
             attempts[-1]["accuracy"] = float((attempt.after["label"] == found.label).mean())
     record = {
         "attack": suite.name, "norm": suite.norm, "eps": suite.eps,

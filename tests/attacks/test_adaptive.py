@@ -60,7 +60,7 @@ def test_the_attack_that_ignores_the_router_misses():
     assert _robust(pgd.make(pgd.Config(eps=eps))(model, jax.random.key(0), x, y)) == 1
 
 
-@pytest.mark.parametrize("norm", adaptive.NORMS)
+@pytest.mark.parametrize("norm", adaptive.ABOUT.norms)
 @pytest.mark.parametrize("mode", ["soft", "router", "joint", "expert"])
 def test_the_router_is_turned(mode, norm):
     within = 0.6 if norm == "l1" else 0.9  # SLIDE spends a part of its budget on the random start
@@ -131,4 +131,11 @@ def test_bad_settings(text, words):
 
 
 def test_it_says_that_it_needs_routes():
-    assert (parse.attack("adaptive").takes, parse.attack("pgd").takes) == ("routed", "logits")
+    assert (parse.attack("adaptive").about.takes, parse.attack("pgd").about.takes) == ("routed", "logits")
+
+
+def test_it_says_what_a_model_lacks():
+    _, x, y, _ = _case()
+    plain = jax.tree_util.Partial(lambda u, route: (u.reshape(COUNT, -1)[:, :CLASSES], {"expert_ids": y[:, None]}))
+    with pytest.raises(UserError, match="adaptive reads router_logits: expected a model that gives router_logits, exp"):
+        adaptive.make()(plain, jax.random.key(0), x, y)

@@ -5,15 +5,20 @@ A new attack is covered as soon as its file is there; settings that it does not 
 
 import dataclasses
 import functools
+import inspect
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advmoe_jax.attacks import parse
+from advmoe_jax import attacks
+from advmoe_jax.attacks import objectives, parse
+from advmoe_jax.attacks.about import About
 from advmoe_jax.core import find, rng
 from advmoe_jax.core import mesh as meshes
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls, losses
 
 NAMES = find.names("attacks", "make")
@@ -25,9 +30,10 @@ OWN = {"cw_l2": dict(c=1.0, binary_search_steps=2, learning_rate=0.05), "ddn": d
        "rays": dict(num_queries=300)}  # of attacks that would not break anything else
 
 MODULES = {name: find.module("attacks", name, defines="make") for name in NAMES}
-CASES = [(name, norm) for name, module in MODULES.items()
-         if getattr(module, "TAKES", "logits") in ("logits", "values")  # others: test_adaptive.py, test_exits.py
-         for norm in module.NORMS or ("",)]
+ABOUTS = {name: module.ABOUT for name, module in MODULES.items() if hasattr(module, "ABOUT")}  # all, by the first test
+CASES = [(name, norm) for name, about in ABOUTS.items()
+         if about.takes in ("logits", "values")  # others: test_adaptive.py, test_exits.py
+         for norm in about.norms or ("",)]
 each = pytest.mark.parametrize("name, norm", CASES)
 in_ball = pytest.mark.parametrize("name, norm", [case for case in CASES if case[1]])
 
@@ -78,7 +84,93 @@ def _verdicts(x_adv, y):
 
 
 def test_attacks_are_found():
+    """Every file that has a part of an attack is one, by its `make`."""
     assert {"fgsm", "pgd"} <= set(NAMES)
+    parts = ("\nABOUT = ", "\nclass Config(", "\nclass Config:")
+    files = pathlib.Path(attacks.__path__[0]).glob("*.py")
+    assert {file.stem for file in files if any(part in file.read_text() for part in parts)} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_says_what_it_is(name):
+    """ABOUT, Config, label and make, and that they agree."""
+    module = MODULES[name]
+    assert isinstance(module.ABOUT, About)
+    assert dataclasses.is_dataclass(module.Config) and module.Config.__dataclass_params__.frozen
+    config = module.Config()
+    assert module.label(config) and isinstance(module.label(config), str)
+    assert list(inspect.signature(module.make).parameters) == ["config"] and callable(module.make(config))
+    fields = {field.name for field in dataclasses.fields(config)}
+    assert ("norm" in fields) == ("eps" in fields) == bool(module.ABOUT.norms)
+    assert not module.ABOUT.norms or config.norm in module.ABOUT.norms
+    assert module.ABOUT.fixed_by in fields | {""}
+    assert bool(module.ABOUT.needs) == (module.ABOUT.takes in ("outputs", "routed"))
+    assert parse.attack(name).about == module.ABOUT
+
+
+@pytest.mark.parametrize("name", [name for name, about in ABOUTS.items() if about.norms])
+def test_knows_no_other_norm(name):
+    with pytest.raises(UserError, match=f"unknown norm of {name if name != 'fgsm' else 'pgd'} 'l7'"):
+        parse.attack(name, norm="l7")
+
+
+def test_a_module_that_does_not_say_what_it_is(monkeypatch):
+    monkeypatch.delattr(MODULES["pgd"], "ABOUT")
+    with pytest.raises(UserError) as caught:
+        parse.attack("pgd")
+    assert str(caught.value) == "attack pgd does not say what it is: expected ABOUT = About(...) in pgd.py"
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(takes="logit"), "did you mean 'logits'"), (dict(norms=("linf", "l3")), "unknown norm of an attack 'l3'"),
+    (dict(norms="linf"), "unknown norm")])
+def test_about_is_checked(wrong, words):
+    with pytest.raises(UserError, match=words):
+        About(**wrong)
+
+
+def _weighted(logits, y):
+    return jnp.sum(logits * y["weights"], -1)
+
+
+def _never(logits, y):
+    return jnp.zeros(logits.shape[0], bool)
+
+
+OBJECTIVE = objectives.Objective(_weighted, _never)
+
+
+@pytest.mark.parametrize("text", ["pgd(num_steps=1,keep=last)", "fgsm"])
+def test_raises_the_objective_that_training_gives(text):
+    """A default setting, of which `y` may be any pytree; inside a traced program too."""
+    weights, x, _ = _case()
+    weights = weights[0][:, :CLASSES]
+    model = jax.tree_util.Partial(lambda w, u: (u.reshape(len(u), -1) - 0.5) @ w, weights)
+    y = {"weights": jnp.asarray(np.random.default_rng(2).standard_normal((BATCH, CLASSES)), jnp.float32)}
+    [spec] = parse.attacks(text, norm="linf", eps="8/255", loss=OBJECTIVE)
+    assert spec.config.loss is OBJECTIVE
+    steepest = jnp.sign(jnp.einsum("bk,dk->bd", y["weights"], weights)).reshape(x.shape)
+    expected = jnp.clip(x + 8 / 255 * steepest, 0, 1)
+    np.testing.assert_allclose(spec.run(model, _keys(np.arange(BATCH)), x, y), expected, atol=1e-6)
+    traced = jax.jit(lambda keys, x, y: spec.run(model, keys, x, y))
+    np.testing.assert_allclose(traced(_keys(np.arange(BATCH)), x, y), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "loss" in vars(MODULES[name].Config())])
+def test_text_goes_before_the_objective_that_training_gives(name):
+    given, other = parse.attacks(f"{name} {name}(loss=ce)", norm="linf", eps="8/255", loss=OBJECTIVE)
+    assert given.config.loss is OBJECTIVE and other.config.loss == "ce"
+    assert " " not in given.label
+    weights, x, y = _case()
+    x_adv = other.run(jax.tree_util.Partial(_apply, weights), _keys(np.arange(BATCH)), x, y)
+    alone = parse.attack(name, norm="linf", eps="8/255").run(
+        jax.tree_util.Partial(_apply, weights), _keys(np.arange(BATCH)), x, y)
+    np.testing.assert_array_equal(x_adv, alone)
+
+
+def test_settings_without_a_field_are_dropped_from_the_defaults():
+    [spec] = parse.attacks("fog", norm="linf", eps="8/255", loss=OBJECTIVE)
+    assert "loss" not in spec.settings
 
 
 @each
@@ -125,7 +217,7 @@ def test_an_example_does_not_depend_on_its_batch(name, norm):
         np.testing.assert_array_equal(_verdicts(x_adv, y[rows]), _verdicts(_found(name, norm), y)[rows])
 
 
-@pytest.mark.parametrize("name, norm", [case for case in CASES if hasattr(MODULES[case[0]], "TAKES")])
+@pytest.mark.parametrize("name, norm", [case for case in CASES if ABOUTS[case[0]].takes == "values"])
 def test_values_are_all_that_some_see(name, norm):
     weights, x, y = _case()
     found = _spec(name, norm).run(

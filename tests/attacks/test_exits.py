@@ -42,7 +42,7 @@ def _robust(x_adv):
     return np.asarray(jnp.argmax(_ensemble(weights, x_adv)[0], -1) == y)
 
 
-@pytest.mark.parametrize("norm", exits.NORMS)
+@pytest.mark.parametrize("norm", exits.ABOUT.norms)
 @pytest.mark.parametrize("mode", ["average", "probabilities", "each", "best", "soft", "member", "force"])
 def test_breaks_the_dynamic_rule_within_the_budget(mode, norm):
     eps = {"linf": EPS, "l2": 0.35, "l1": 1.5}[norm]
@@ -82,3 +82,10 @@ def test_member_attacks_each_in_turn():
 def test_bad_settings(text, words):
     with pytest.raises(UserError, match=words):
         parse.attacks(text)
+
+
+def test_it_says_what_a_model_lacks():
+    _, x, y = _case()
+    plain = jax.tree_util.Partial(lambda u: (u.reshape(COUNT, -1)[:, :CLASSES], {}))
+    with pytest.raises(UserError, match="exits reads member_logits: expected a model that gives member_logits"):
+        exits.make()(plain, jax.random.key(0), x, y)

@@ -381,7 +381,7 @@ def test_rays_is_the_same_as_plain_loops(queries):
     x = numbers.uniform(0.2, 0.8, (4, 3, 2, 2)).astype(np.float32)
     y = np.argmax(_linear(weights, x), -1)
     program = rays._RayS("linf", "keep", False)
-    inputs = driver.Inputs(jax.tree_util.Partial(rays._labels, jax.tree_util.Partial(_linear, weights)),
+    inputs = driver.Inputs(jax.tree_util.Partial(_linear, weights),
                            dict(x=jnp.asarray(x), y=jnp.asarray(y)), dict(eps=jnp.float32(0)))
     carry = jax.lax.fori_loop(0, queries, lambda i, carry: program.step(inputs, carry, i), program.start(inputs))
     for row in range(4):
@@ -405,7 +405,7 @@ def test_rays_counts_its_queries():
     weights, x, y = _case(2)
     y = y.at[0].set(1 - y[0])
     eps = float(np.quantile(_distances(2, "linf"), 0.6))
-    inputs = driver.Inputs(jax.tree_util.Partial(rays._labels, jax.tree_util.Partial(_linear, weights)),
+    inputs = driver.Inputs(jax.tree_util.Partial(_linear, weights),
                            dict(x=x, y=y), dict(eps=jnp.float32(eps)))
     end = {early_stop: driver.run(rays._RayS("linf", "clean", early_stop), inputs, 500)
            for early_stop in (False, True)}

@@ -258,7 +258,7 @@ def test_the_weakest_gaussian_noise_on_a_linear_model(norm, eps, num_steps, high
     assert np.all(model(x_adv)[:, 1] > 0)
 
 
-@pytest.mark.parametrize("norm", salt_pepper.NORMS)
+@pytest.mark.parametrize("norm", salt_pepper.ABOUT.norms)
 @pytest.mark.parametrize("whole, channels", [(True, 3), (False, 1)])
 def test_the_fewest_pixels_that_a_detector_allows(norm, whole, channels):
     """Seven pixels at least, half of the range each, in all channels."""

@@ -1,0 +1,34 @@
+"""What an attack is, for those who list, check and run it; every attack module exports one as `ABOUT`."""
+
+import dataclasses
+
+from advmoe_jax.core.errors import one_of
+from advmoe_jax.ops import balls
+
+TAKES = ("logits", "values", "outputs", "routed")
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """Facts of an attack that do not depend on its settings.
+
+    Attributes:
+        norms: the norms that its setting `norm` may have; empty if it has no such setting.
+        takes: the function that it attacks. "logits": x -> logits. "values": the same, of which it uses no gradient.
+            "outputs": x -> (logits, aux). "routed": (x, route) -> (logits, aux) of a routed model.
+        needs: the entries of aux that it reads, such as "member_logits"; a model without them cannot be attacked.
+        all_images: whether it also attacks images that are misclassified when clean, since the papers that use it count
+            those that it makes right.
+        fixed_by: the setting that makes its strength a fixed one, so that it keeps to no budget; "" if there is none.
+    """
+
+    norms: tuple[str, ...] = ()
+    takes: str = "logits"
+    needs: tuple[str, ...] = ()
+    all_images: bool = False
+    fixed_by: str = ""
+
+    def __post_init__(self):
+        one_of("function that an attack takes", self.takes, TAKES)
+        for norm in self.norms:
+            one_of("norm of an attack", norm, balls.NORMS)

@@ -1,0 +1,101 @@
+"""Attacks on the parts of a model, its router or its members: several runs of PGD, of which each image keeps the worst.
+
+A run is a list of phases, each of which starts where the one before it ended. B images.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from advmoe_jax.attacks import build, driver, pgd, settings
+from advmoe_jax.attacks.about import About
+from advmoe_jax.attacks.objectives import Objective
+from advmoe_jax.core import units
+from advmoe_jax.core.errors import UserError, one_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of an attack with modes.
+
+    Attributes:
+        mode: what its runs raise.
+        norm, eps, num_steps, step_size, early_stop, driver: of each run of PGD, as in pgd.Config.
+    """
+
+    mode: str
+    norm: str = "linf"
+    eps: str | float = "8/255"
+    num_steps: int = 50
+    step_size: str | float = "2.5 eps/steps"
+    early_stop: bool = True
+    driver: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A part of a run.
+
+    Attributes:
+        objective: what it raises.
+        rows: rows of the attack -> rows of pgd.Search.
+        model: outputs_fn -> the `jax.tree_util.Partial` that is attacked.
+        passes: forward passes of a step.
+    """
+
+    objective: Objective
+    rows: Callable[[dict[str, Any]], dict[str, Any]]
+    model: Callable[[Any], jax.tree_util.Partial] = lambda outputs_fn: outputs_fn
+    passes: int = 1
+
+
+def label(config: Settings) -> str:
+    """As tables name it: "joint-50"."""
+    return f"{config.mode}-{config.num_steps}"
+
+
+def attack_by(name: str, config: Settings, about: About, modes: tuple[str, ...], begin: Callable, least_steps: int,
+              stops: bool) -> build.Attack:
+    """Builds `attack(outputs_fn, key, x, y) -> x_adv`.
+
+    Args:
+        name, config, about: of the attack.
+        modes: their names.
+        begin: inputs -> (inputs, the candidate before the first run, the runs, each a list of phases).
+        least_steps: the smallest `num_steps`.
+        stops: as in driver.rounds.
+    Raises:
+        UserError: a setting is out of range.
+    """
+    one_of(f"mode of {name}", config.mode, modes)
+    eps = settings.read(name, config, about, num_steps=least_steps)["eps"]
+    units.step_size(config.step_size, eps, config.num_steps, config.norm)
+
+    def attack(outputs_fn, key, x, y):
+        inputs, worst, runs = begin(build.inputs_of(outputs_fn, key, x, y, eps=eps))
+
+        def one(inputs, number):
+            steps, init = max(round(config.num_steps / len(runs[number])), 1), {}
+            step_size = jnp.asarray(units.step_size(config.step_size, eps, steps, config.norm), x.dtype)
+            for phase in runs[number]:
+                program = pgd.Search(config.norm, "uniform", phase.objective, True, config.early_stop,
+                                     cost=(phase.passes, 1))
+                phase_inputs = driver.Inputs(phase.model(inputs.logits_fn), phase.rows(inputs.rows) | init,
+                                             inputs.scalars | dict(restart=number, step_size=step_size))
+                candidate = driver.run(program, phase_inputs, steps + 1, config.driver)
+                init = {"init": candidate["x"]}
+            return candidate
+
+        return jax.lax.stop_gradient(driver.rounds(one, inputs, worst, len(runs), stops)["x"])
+
+    return attack
+
+
+def needed(name: str, about: About, aux: dict[str, Any]) -> list[Any]:
+    """The entries of a model's aux that the attack reads; a UserError names those that the model does not have."""
+    if missing := [entry for entry in about.needs if entry not in aux]:
+        raise UserError(f"{name} reads {', '.join(missing)}: expected a model that gives {', '.join(about.needs)}")
+    return [aux[entry] for entry in about.needs]
