@@ -68,7 +68,7 @@ def make(config: Config = Config()) -> build.Attack:
 class _CW:
     """The attack as a `driver.Program`; a step looks at an iterate and moves it.
 
-    Each image counts its own steps: it goes on to its next c as soon as it is through with one.
+    Each image counts its own steps, and starts with its next c as soon as the last one has ended.
     """
 
     num_steps: int

@@ -76,7 +76,7 @@ def gradient(objective: Objective, model_fn: jax.tree_util.Partial, x: jax.Array
 
 
 class _Closure(NamedTuple):
-    """A function as it was when it was last attacked: its program as text, what that closes over, the model."""
+    """A function as it was in its last attack: its program as text, the constants in that, the model made of it."""
 
     function: Callable
     program: str
@@ -91,9 +91,9 @@ _MOST_CLOSURES = 4  # whose weights are kept
 def partial(function: Callable, *examples: jax.Array) -> jax.tree_util.Partial:
     """A model as attacks take it.
 
-    The weights of a plain closure are constants of the programs that it is compiled into. They may be others by now,
-    since Python functions read what is there when they are called: a closure is looked at again in every attack, and
-    compiled programs are used again only if it is still the same model.
+    The weights of a plain closure become constants of compiled programs. The closure may have other weights in the next
+    attack, since Python reads them at each call. So every attack traces it again, and compiled programs are used again
+    only if the model is still the same.
 
     Args:
         function: a `jax.tree_util.Partial`, or a function of arrays like `examples`.

@@ -53,7 +53,7 @@ def make(config: Config = Config()) -> build.Attack:
 
 
 def _labels(logits_fn, x):
-    """All that the attack gets to see of a model, (B,); logits with a NaN are of no class."""
+    """All that the attack sees of a model: labels (B,). Logits with a NaN have no class."""
     logits = jax.lax.stop_gradient(logits_fn(x))
     return jnp.where(jnp.any(jnp.isnan(logits), -1), _NO_CLASS, jnp.argmax(logits, -1))
 
@@ -68,8 +68,8 @@ def block(level: jax.Array, number: jax.Array, dim: int) -> tuple[jax.Array, jax
 class _RayS:
     """The attack as a `driver.Program`; a step is one query.
 
-    Each image goes its own way: it tries the signs with one block flipped at its best radius; if that changes the class
-    it bisects the radius, one query a step, and then comes the next block, or the first of half the size.
+    Each image is searched alone. Its signs are tried at its best radius with one block flipped. If that changes the
+    class, the radius is bisected, one query a step. Then comes the next block, or the first one of half the size.
     """
 
     norm: str

@@ -19,7 +19,7 @@ from advmoe_jax.ops import balls, losses
 
 _MOST = 1  # strength: a standard deviation, or a share
 _HALVINGS = 30
-_PRECISION = 0.01  # of the strength: how well a search knows where a draw breaks the image, if above eps / num_steps
+_PRECISION = 0.01  # of the strength at which a draw breaks the image, relative; halving ends there
 
 
 def look(inputs: driver.Inputs, x: jax.Array) -> dict[str, jax.Array]:
@@ -101,8 +101,8 @@ class Tries:
 class _Search:
     """The smallest noise as a `driver.Program`: step 0 looks at the clean images, then each draw has its steps.
 
-    A draw ascends in `num_steps` equal steps to the budget, and from the first step that breaks the image on it halves
-    the last one. The loss of a broken candidate is its negative distance.
+    A draw grows in `num_steps` equal steps up to the budget. The first step that breaks the image is then halved again
+    and again. The loss of a broken candidate is its negative distance.
     """
 
     noise: Callable
