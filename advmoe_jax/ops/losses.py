@@ -102,21 +102,26 @@ def mart(clean: jax.Array, adv: jax.Array, y: jax.Array, beta: float) -> jax.Arr
     BCE is the boosted cross-entropy CE(adv, y) - log(1 - max of p_adv over the other classes), eq. 8. With soft labels
     BCE and p_clean(y) are expectations over y ~ soft labels.
     """
-    ce, log_q = cross_entropy(adv, y), jax.nn.log_softmax(adv)
-    if y.ndim == 2:
-        top, classes = jax.lax.top_k(log_q, 2)
-        log_other = jnp.where(jnp.arange(adv.shape[-1])[None] == classes[:, :1], top[:, 1:], top[:, :1])
-        wrong = 1 - jnp.sum(y * jax.nn.softmax(clean), -1)
-        boost = jnp.sum(y * _log_without(log_other), -1)
-    else:
-        wrong = 1 - jnp.exp(-cross_entropy(clean, y))
-        boost = _log_without(best_other(log_q, y))
-    return ce - boost + beta * kl(clean, adv) * wrong
+    # Gradients are added up in the reverse order of what follows: another order is another rounding.
+    log_other = _log_other(jax.nn.log_softmax(adv), y)
+    boosted = cross_entropy(adv, y) - _expected(jnp.log1p(-jnp.exp(jnp.minimum(log_other, -1e-6))), y)
+    return boosted + beta * kl(clean, adv) * (1 - _probability(clean, y))
 
 
-def _log_without(log_p: jax.Array) -> jax.Array:
-    """log(1 - p), in float32 finite at p = 1."""
-    return jnp.log1p(-jnp.exp(jnp.minimum(log_p, -1e-6)))
+def _log_other(log_p: jax.Array, y: jax.Array) -> jax.Array:
+    """The largest log p of another class: (B,) for labels; for soft labels (B, K), of each class."""
+    if y.ndim == 1:
+        return best_other(log_p, y)
+    top, classes = jax.lax.top_k(log_p, 2)
+    return jnp.where(jnp.arange(log_p.shape[-1])[None] == classes[:, :1], top[:, 1:], top[:, :1])
+
+
+def _probability(logits: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.exp(-cross_entropy(logits, y)) if y.ndim == 1 else _expected(jax.nn.softmax(logits), y)
+
+
+def _expected(values: jax.Array, y: jax.Array) -> jax.Array:
+    return values if y.ndim == 1 else jnp.sum(y * values, -1)
 
 
 def _check(logits: jax.Array, *labels: jax.Array) -> None:

@@ -99,6 +99,19 @@ def test_confident_logits_give_finite_losses_and_gradients(size):
         assert np.isfinite(value) and all(np.all(np.isfinite(g)) for g in gradients)
 
 
+def test_gradients_of_labels_keep_their_bits(case):
+    """Of eq. 9 in one expression: a gradient is a sum over the uses of the logits, and rounds as they are ordered."""
+    def plain(clean, adv, y, beta):
+        log_other = losses.best_other(jax.nn.log_softmax(adv), y)
+        boosted = losses.cross_entropy(adv, y) - jnp.log1p(-jnp.exp(jnp.minimum(log_other, -1e-6)))
+        return boosted + beta * losses.kl(clean, adv) * (1 - jnp.exp(-losses.cross_entropy(clean, y)))
+
+    clean, adv, y = case
+    ours, expected = (jax.jit(jax.value_and_grad(lambda a, b, loss=loss: jnp.sum(loss(a, b, y, 6.)), (0, 1)))(clean, adv)
+                      for loss in (losses.mart, plain))
+    chex.assert_trees_all_equal(ours, expected)
+
+
 @pytest.fixture(scope="module")
 def soft():
     """Soft labels (B, K)."""
