@@ -17,7 +17,8 @@ def room(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "heron.py").write_text("'''A bird.'''\n\n\ndef make():\n    return 'heron'\n")
     (folder / "stork.py").write_text("import no_such_library\n\n\nclass make:\n    pass\n")
-    (folder / "shared.py").write_text("import os\n\n\ndef helper():\n    def make():\n        pass\n\n\nmade = 'def make('\n")
+    (folder / "shared.py").write_text(
+        "import os\n\n\ndef helper():\n    def make():\n        pass\n\n\nmade = 'def make('\n")
     monkeypatch.setattr(advmoe_jax, "__path__", [*advmoe_jax.__path__, str(tmp_path)])
     yield
     for name in [name for name in sys.modules if name.startswith("advmoe_jax.animals")]:

@@ -107,8 +107,9 @@ def test_gradients_of_labels_keep_their_bits(case):
         return boosted + beta * losses.kl(clean, adv) * (1 - jnp.exp(-losses.cross_entropy(clean, y)))
 
     clean, adv, y = case
-    ours, expected = (jax.jit(jax.value_and_grad(lambda a, b, loss=loss: jnp.sum(loss(a, b, y, 6.)), (0, 1)))(clean, adv)
-                      for loss in (losses.mart, plain))
+    ours, expected = (
+        jax.jit(jax.value_and_grad(lambda a, b, loss=loss: jnp.sum(loss(a, b, y, 6.)), (0, 1)))(clean, adv)
+        for loss in (losses.mart, plain))
     chex.assert_trees_all_equal(ours, expected)
 
 
