@@ -1,51 +1,111 @@
 """Optimizers and schedules of one parameter group."""
 
-import math
+import re
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from advmoe_jax.core import units
-from advmoe_jax.core.errors import one_of
+from advmoe_jax.core.errors import UserError, one_of
 
-SCHEDULES = ("cosine", "cosine_epoch", "constant")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("cosine", "cosine_epoch", "constant", "multistep", "piecewise")
+
+_EXAMPLES = {"multistep": "multistep(50%:0.1,75%:0.1)", "piecewise": "piecewise(0:0,40%:1,100%:0)"}
 
 
 def schedule(cfg, steps_per_epoch: int, total_steps: int) -> Callable:
     """Learning rate as a function of the step.
 
     Args:
-        cfg: fields learning_rate, schedule, warmup. "cosine" goes from the learning rate to 0, step by step.
-            "cosine_epoch" is the released AdvMoE code's: lr / 2 * (1 + cos(pi * (e - 1) / E)) in epoch e = 0, 1, ...
-            of E. `warmup` is a length over which either starts linearly from 0.
+        cfg: fields learning_rate; schedule; and warmup, a length over which any schedule is multiplied by a ramp from
+            0 to 1. Schedules are
+
+            - "cosine": from the learning rate to 0, step by step.
+            - "cosine_epoch": the released AdvMoE code's, lr / 2 * (1 + cos(pi * (e - 1) / E)) in epoch e = 0, 1, ...
+              of E.
+            - "constant".
+            - "multistep(50%:0.1,75%:0.1)": multiplied by each factor from its length on.
+            - "piecewise(0:0,40%:1,100%:0)": linear between knots, which are factors of the learning rate, and level
+              before the first and after the last; of two knots at one step the second counts.
+
+            Lengths are as `core.units.steps` reads them, in steps, epochs or percent of the training.
+        steps_per_epoch, total_steps: of training.
+    Raises:
+        UserError: the schedule or the warm-up cannot be read.
     """
-    one_of("optim schedule", cfg.schedule, SCHEDULES)
-    epochs = max(1, round(total_steps / steps_per_epoch))
-
-    def base(step):
-        if cfg.schedule == "cosine":
-            return 0.5 * cfg.learning_rate * (1 + jnp.cos(jnp.pi * step / max(total_steps, 1)))
-        if cfg.schedule == "cosine_epoch":
-            return 0.5 * cfg.learning_rate * (1 + jnp.cos(math.pi * (step // steps_per_epoch - 1) / epochs))
-        return jnp.full((), cfg.learning_rate)
-
+    base = _base(cfg, steps_per_epoch, total_steps)
     warmup = units.steps(cfg.warmup, steps_per_epoch, total_steps, "optim warmup")
     return lambda step: base(step) * (jnp.minimum(1, (step + 1) / warmup) if warmup else 1)
 
 
+def _base(cfg, steps_per_epoch: int, total_steps: int) -> Callable:
+    name, knots = _read(cfg.schedule, steps_per_epoch, total_steps)
+    rate = cfg.learning_rate
+    if name == "cosine":
+        return optax.cosine_decay_schedule(rate, max(total_steps, 1))
+    if name == "cosine_epoch":
+        decay = optax.cosine_decay_schedule(rate, max(1, round(total_steps / steps_per_epoch)))
+        return lambda step: decay(step // steps_per_epoch - 1)
+    if name == "multistep":
+        scales = {}
+        for step, factor in knots:  # two lengths can be the same step of a short training
+            scales[step] = scales.get(step, 1) * factor
+        return optax.piecewise_constant_schedule(rate, scales)
+    if name == "piecewise":
+        # Optax interpolates between products of factors, of which none could follow a 0. The last knot is there twice
+        # since jnp.interp takes the first of two at the end, and else the second.
+        steps, factors = np.asarray([*knots, (knots[-1][0] + 1, knots[-1][1])], np.float32).T
+        return lambda step: rate * jnp.interp(step, steps, factors)
+    return optax.constant_schedule(rate)
+
+
+def _read(text: str, steps_per_epoch: int, total_steps: int) -> tuple[str, list[tuple[int, float]]]:
+    """A schedule's name, and its lengths in steps with their factors."""
+    name, rest = re.fullmatch(r"\s*(\w*)(.*)", text, re.DOTALL).groups()
+    one_of("optim schedule", name if name in SCHEDULES or rest.startswith("(") else text, SCHEDULES)
+    if name not in _EXAMPLES:
+        if rest.strip():
+            raise UserError(f"optim schedule is {text!r}: expected {name!r} alone")
+        return name, []
+    try:
+        pairs = [pair.split(":") for pair in re.fullmatch(r"\((.*)\)\s*", rest, re.DOTALL)[1].split(",")]
+        knots = [(units.steps(at, steps_per_epoch, total_steps), units.number(factor)) for at, factor in pairs]
+        if any(factor < 0 for _, factor in knots) or knots != sorted(knots, key=lambda knot: knot[0]):
+            raise ValueError
+    except (UserError, TypeError, ValueError):
+        raise UserError(f"optim schedule is {text!r}: expected rising lengths, each with a factor of the learning rate "
+                        f"that is 0 or more, such as {_EXAMPLES[name]!r}") from None
+    return name, knots
+
+
 def make(cfg, steps_per_epoch: int, total_steps: int, every: int = 1) -> optax.GradientTransformation:
-    """SGD with momentum and coupled weight decay on all parameters, as PyTorch's.
+    """The optimizer of a group. All decay all parameters.
 
     Args:
-        cfg: fields learning_rate, momentum, weight_decay, schedule, warmup, and clip_norm, the largest global
-            gradient norm (0 for no clipping).
+        cfg: fields of `schedule`, and
+
+            - optimizer: "sgd" with momentum and coupled weight decay, or "adam" with coupled weight decay, both as
+              PyTorch's; or "adamw" with decoupled weight decay (Loshchilov & Hutter, ICLR 2019). "sgd" if there is no
+              such field.
+            - momentum: 0 to 1; of Adam it is b1, less than 1 (b2 is 0.999, epsilon 1e-8).
+            - weight_decay.
+            - clip_norm: the largest global gradient norm, 0 for no clipping. Weight decay is not clipped.
         steps_per_epoch, total_steps: of training.
         every: in which of its steps parameters are updated: every one, every second, ...
+    Raises:
+        UserError: a field cannot be read.
     """
+    name = one_of("optim optimizer", getattr(cfg, "optimizer", "sgd"), OPTIMIZERS)
+    if name != "sgd" and not 0 <= cfg.momentum < 1:
+        raise UserError(f"optim momentum is {cfg.momentum}: expected 0 or more and less than 1 for {name}, such as 0.9")
     rate = schedule(cfg, steps_per_epoch, total_steps)
+    decay = optax.add_decayed_weights(cfg.weight_decay)
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm > 0 else optax.identity(),
-        optax.add_decayed_weights(cfg.weight_decay),
-        optax.trace(cfg.momentum),
+        *{"sgd": lambda: (decay, optax.trace(cfg.momentum)),
+          "adam": lambda: (decay, optax.scale_by_adam(cfg.momentum)),
+          "adamw": lambda: (optax.scale_by_adam(cfg.momentum), decay)}[name](),
         optax.scale_by_learning_rate(lambda count: rate(every * count)))

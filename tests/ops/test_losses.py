@@ -1,5 +1,6 @@
 """Losses against plain numpy, and where their gradients flow."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,3 +97,89 @@ def test_confident_logits_give_finite_losses_and_gradients(size):
     for loss in (losses.trades, losses.mart):
         value, gradients = jax.value_and_grad(lambda a, b: jnp.sum(loss(a, b, y, 6.)), argnums=(0, 1))(clean, adv)
         assert np.isfinite(value) and all(np.all(np.isfinite(g)) for g in gradients)
+
+
+def test_gradients_of_labels_keep_their_bits(case):
+    """Of eq. 9 in one expression: a gradient is a sum over the uses of the logits, and rounds as they are ordered."""
+    def plain(clean, adv, y, beta):
+        log_other = losses.best_other(jax.nn.log_softmax(adv), y)
+        boosted = losses.cross_entropy(adv, y) - jnp.log1p(-jnp.exp(jnp.minimum(log_other, -1e-6)))
+        return boosted + beta * losses.kl(clean, adv) * (1 - jnp.exp(-losses.cross_entropy(clean, y)))
+
+    clean, adv, y = case
+    ours, expected = (
+        jax.jit(jax.value_and_grad(lambda a, b, loss=loss: jnp.sum(loss(a, b, y, 6.)), (0, 1)))(clean, adv)
+        for loss in (losses.mart, plain))
+    chex.assert_trees_all_equal(ours, expected)
+
+
+@pytest.fixture(scope="module")
+def soft():
+    """Soft labels (B, K)."""
+    return np.random.default_rng(2).dirichlet(np.ones(5), 32).astype(np.float32)
+
+
+def test_one_hot_and_hard():
+    y = jnp.array([2, 0])
+    chex.assert_trees_all_equal(losses.one_hot(y, 3), jnp.array([[0., 0., 1.], [1., 0., 0.]]))
+    chex.assert_trees_all_close(losses.one_hot(y, 4, 0.2), jnp.array([[.05, .05, .85, .05], [.85, .05, .05, .05]]))
+    chex.assert_trees_all_equal(losses.hard(losses.one_hot(y, 4, 0.2)), y)
+    assert losses.hard(y) is y
+
+
+def test_soft_labels_by_hand():
+    """p_clean = (1/4, 1/4, 1/2), p_adv = (1/8, 1/8, 3/4), y = (1/2, 0, 1/2)."""
+    clean, adv = jnp.log(jnp.array([[1., 1., 2.]])), jnp.log(jnp.array([[1., 1., 6.]]))
+    y = jnp.array([[.5, 0., .5]])
+    ce_clean, ce_adv = 1.5 * np.log(2), .5 * np.log(8) + .5 * np.log(4 / 3)
+    kl = .5 * np.log(2) + .5 * np.log(2 / 3)
+    boosted = ce_adv - .5 * np.log(1 - .75) - .5 * np.log(1 - .125)
+    _close(losses.cross_entropy(clean, y), [ce_clean])
+    _close(losses.trades(clean, adv, y, 6.), [ce_clean + 6 * kl])
+    _close(losses.mart(clean, adv, y, 6.), [boosted + 6 * kl * (1 - 3 / 8)])
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "trades", "mart"])
+def test_soft_labels_are_an_expectation_of_labels(name, case, soft):
+    """Of the loss; of MART's the parts are linear in y too."""
+    clean, adv, y = case
+    rest = () if name == "cross_entropy" else (adv,)
+    weights = () if name == "cross_entropy" else (6.,)
+    loss = getattr(losses, name)
+    each = np.stack([loss(clean, *rest, np.full(32, k), *weights) for k in range(5)], 1)
+    _close(loss(clean, *rest, soft, *weights), (soft * each).sum(1))
+    _close(loss(clean, *rest, losses.one_hot(y, 5), *weights), loss(clean, *rest, y, *weights))
+
+
+def test_gradients_of_soft_labels_are_finite(soft):
+    y = jnp.asarray(soft[:3, :3] / soft[:3, :3].sum(1, keepdims=True))
+    for size in (0., 1., 1e3, 1e6):  # all logits equal, and ever surer ones
+        clean = size * jnp.eye(3)
+        for adv in (clean, clean[:, ::-1]):
+            for loss in (losses.trades, losses.mart):
+                chex.assert_tree_all_finite(
+                    jax.value_and_grad(lambda a, b: jnp.sum(loss(a, b, y, 6.)), argnums=(0, 1))(clean, adv))
+
+
+def test_label_smoothing_pulls_confident_logits_back():
+    logits = jnp.array([[9., 0., 0.]])
+    gradient = jax.grad(lambda z: losses.cross_entropy(z, losses.one_hot(jnp.array([0]), 3, .3))[0])(logits)
+    _close(gradient, _p(logits) - [[.8, .1, .1]])
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "margin", "dlr", "best_other"])
+@pytest.mark.parametrize("y", [np.zeros(31, int), np.zeros((32, 4)), np.zeros(32), np.zeros((32, 1), int)])
+def test_labels_of_another_shape_or_type_are_refused(name, y, case):
+    with pytest.raises(AssertionError):
+        getattr(losses, name)(case[0], y)
+
+
+def test_other_shapes_are_refused(case, soft):
+    clean, adv, y = case
+    for call in (lambda: losses.kl(clean, adv[:, :4]), lambda: losses.kl(clean, adv[:1]),
+                 lambda: losses.trades(clean, adv[:, :4], y, 6.), lambda: losses.mart(clean, adv, soft[:, :4], 6.),
+                 lambda: losses.margin(clean, soft), lambda: losses.margin_to(clean, y, y[:4]),
+                 lambda: losses.cross_entropy(clean[0], y[:1]), lambda: losses.label_mod(clean, adv, y, 1., 1.),
+                 lambda: losses.one_hot(soft, 5)):
+        with pytest.raises(AssertionError):
+            call()

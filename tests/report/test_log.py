@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from advmoe_jax.core import files
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.report import results
 
@@ -45,9 +44,3 @@ def test_a_finished_one_is_replaced(tmp_path):
     assert [path.name for path in (tmp_path / "log").iterdir()] == ["about.json"]
     assert results.is_about(tmp_path / "log", ABOUT) and not results.is_about(tmp_path / "log", OTHER)
     assert results.is_about(tmp_path / "none", ABOUT) is None
-
-
-def test_fingerprint():
-    arrays = {"image": np.arange(6).reshape(2, 3), "label": np.array([0, 1])}
-    assert files.fingerprint(arrays) == files.fingerprint(dict(reversed(arrays.items())))
-    assert files.fingerprint(arrays) != files.fingerprint(arrays | {"label": np.array([1, 0])})
