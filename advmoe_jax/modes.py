@@ -14,9 +14,10 @@ import advmoe_jax
 from advmoe_jax.attacks import parse, suites, verdicts
 from advmoe_jax.attacks.suites import Suite
 from advmoe_jax.core import config as configs
-from advmoe_jax.core import files, xla
 from advmoe_jax.core import mesh as meshes
+from advmoe_jax.core import xla
 from advmoe_jax.core.errors import UnreliableError, UserError, one_of
+from advmoe_jax.data import split as splits
 from advmoe_jax.models import macs
 from advmoe_jax.report import reports, results
 from advmoe_jax.systems.assemble import Experiment, assemble
@@ -146,7 +147,7 @@ def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], 
     """
     config, system = experiment.config, experiment.system
     _prepare()
-    indices = np.arange(len(experiment.test["label"]))[:config.eval.n or None]
+    indices = np.arange(len(experiment.test))[:config.eval.n or None]
     abstract = loop.abstract_state(system, experiment.mesh)
     done = {(e["id"], e["step"]): e["unreliable"] for e in results.read(workdir)}
     reliable = True
@@ -158,7 +159,7 @@ def _evaluate(experiment: Experiment, workdir: Path, suites: tuple[Suite, ...], 
         "precision": {"verdicts": "float32", "attacks": jax.config.jax_default_matmul_precision or "default"},
         "backend": jax.default_backend(), "n": len(indices),
         "versions": {"advmoe_jax": advmoe_jax.__version__, "jax": jax.__version__}}
-    images = {"images": files.fingerprint({k: v[indices] for k, v in experiment.test.items()})[:16],
+    images = {"images": splits.fingerprint(experiment.test, indices)[:16],
               "versions": everywhere["versions"], "backend": everywhere["backend"]}
     try:
         for name in which:

@@ -1,12 +1,18 @@
 """Four CPU devices, strict jax, and one compilation cache for all tests of a machine."""
 
 import gc
+import importlib.machinery
 import os
 import pathlib
+import sys
 import tempfile
+import types
 
+import fsspec
 import jax
 import pytest
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
 
 # Compiling is most of what small tests cost; the processes that tests start inherit this.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -45,3 +51,23 @@ def few_programs():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """gs:// is in memory, and gcsfs seems to be installed."""
+    class Bucket(MemoryFileSystem):
+        protocol = ("gcs", "gs")
+        cachable = False
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + os.fspath(path).removeprefix("gs://").strip("/")
+
+    in_memory = Bucket(global_store=False)
+    monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: {"gcs": in_memory}.get(name) or
+                        fsspec.filesystem(name))
+    gcsfs = types.ModuleType("gcsfs")
+    gcsfs.__spec__ = importlib.machinery.ModuleSpec("gcsfs", None)
+    monkeypatch.setitem(sys.modules, "gcsfs", gcsfs)
+    return in_memory

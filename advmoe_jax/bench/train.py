@@ -21,6 +21,7 @@ from advmoe_jax.core import config as configs
 from advmoe_jax.core import find
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.data import pipeline
+from advmoe_jax.data.split import Arrays
 from advmoe_jax.models import macs, network
 from advmoe_jax.train import loop
 
@@ -112,8 +113,8 @@ def program(method: str, fields: dict[str, Any]) -> Callable[[int], Any]:
     net = network.make(cfg.model, nets.IMAGE_SHAPE, nets.CLASSES, mesh)
     system = find.module("systems", cfg.system.name, defines="make").make(cfg, net, np.arange(_EXAMPLES), mesh)
     numbers = np.random.default_rng(0)
-    arrays = {"image": numbers.integers(0, 256, (_EXAMPLES, *nets.IMAGE_SHAPE), np.uint8),
-              "label": numbers.integers(0, nets.CLASSES, _EXAMPLES)}
+    images = Arrays(numbers.integers(0, 256, (_EXAMPLES, *nets.IMAGE_SHAPE), np.uint8),
+                    numbers.integers(0, nets.CLASSES, _EXAMPLES).astype(np.int32))
     [stage] = system.stages
     state = system.init(jax.random.key(0))
     if net.num_experts > 1:
@@ -122,8 +123,8 @@ def program(method: str, fields: dict[str, Any]) -> Callable[[int], Any]:
     def run(iterations):
         nonlocal state
         for step in range(iterations):
-            state, metrics = loop.iterate(stage, state, step, lambda stream, step=step: meshes.put_batch(
-                mesh, pipeline.batch_indices(stage.indices, _BATCH, 0, stream, step), arrays))
+            state, metrics = loop.iterate(stage, state, step, lambda stream, step=step: pipeline.device_batch(
+                mesh, images, pipeline.batch_indices(stage.indices, _BATCH, 0, stream, step)))
         return metrics
 
     return run

@@ -8,12 +8,12 @@ from advmoe_jax.core.errors import unknown_name
 
 
 def names(package: str, defines: str) -> tuple[str, ...]:
-    """Names of the modules of `advmoe_jax.<package>` that define `defines` (a function or class).
+    """Names of the modules of `advmoe_jax.<package>` that define `defines` (a function, class or constant).
 
     The source is searched, not imported, so that optional libraries are not needed to list names.
     """
     folder = pathlib.Path(importlib.import_module(f"advmoe_jax.{package}").__path__[0])
-    starts = (f"\ndef {defines}(", f"\nclass {defines}(", f"\nclass {defines}:")
+    starts = (f"\ndef {defines}(", f"\nclass {defines}(", f"\nclass {defines}:", f"\n{defines} = ")
     return tuple(sorted(
         file.stem for file in folder.glob("*.py") if any(start in file.read_text() for start in starts)))
 

@@ -90,23 +90,6 @@ def check_batch_size(mesh: Mesh, batch_size: int, what: str) -> None:
         raise UserError(f"{what} is {batch_size}: expected a positive multiple of the {mesh.size} devices")
 
 
-def put_batch(mesh: Mesh, rows: np.ndarray, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A global batch on the devices, of which this process reads only its own rows.
-
-    Args:
-        mesh: of all devices.
-        rows: (B,) indices of the global batch.
-        arrays: host arrays with one row an example; "index" is added.
-    Returns:
-        {name: (B, ...)} arrays cut over the devices.
-    """
-    sharding = by_example(mesh)
-    share = len(rows) // jax.process_count()
-    mine = np.asarray(rows[jax.process_index() * share:(jax.process_index() + 1) * share])
-    local = {"index": mine.astype(np.int32), **{name: array[mine] for name, array in arrays.items()}}
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in local.items()}
-
-
 def fetch(tree):
     """Arrays cut over the devices of the cluster as numpy, in every process."""
     if jax.process_count() == 1:

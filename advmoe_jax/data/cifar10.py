@@ -1,22 +1,19 @@
 """CIFAR-10: 50,000 training and 10,000 test images, 32x32 RGB, 10 classes (Krizhevsky, 2009)."""
 
-import functools
-
-from advmoe_jax.data import raw
-from advmoe_jax.data.cifar_files import decode_binary, decode_pickle
-from advmoe_jax.data.source import Dataset, read_prepared, refuse_variant
+from advmoe_jax.data import cifar_files, raw
+from advmoe_jax.data.source import Dataset, read_prepared
 
 OFFICIAL = raw.Official(
     name="cifar10",
     class_names=("airplane", "automobile", "bird", "cat", "deer",
                  "dog", "frog", "horse", "ship", "truck"),
-    urls=("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",),
+    urls=(cifar_files.SITE + "/cifar-10-binary.tar.gz",),
     archives={
         "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
         "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
     },
     layouts=(
-        raw.Layout(
+        cifar_files.binary(
             folder="cifar-10-batches-bin",
             train={
                 "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
@@ -26,9 +23,9 @@ OFFICIAL = raw.Official(
                 "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
             },
             test={"test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d"},
-            decode=functools.partial(decode_binary, label_bytes=1),
+            label_bytes=1,
         ),
-        raw.Layout(
+        cifar_files.pickled(
             folder="cifar-10-batches-py",
             train={
                 "data_batch_1": "c99cafc152244af753f735de768cd75f",
@@ -38,18 +35,12 @@ OFFICIAL = raw.Official(
                 "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
             },
             test={"test_batch": "40351d587109b95175f43aff81a1287e"},
-            decode=functools.partial(decode_pickle, label_key="labels"),
+            label_key="labels",
         ),
     ),
 )
 
 
-def load(root: str, variant: str = "") -> Dataset:
+def dataset(root: str, variant: str = "") -> Dataset:
     """Reads ROOT/cifar10/, which `python -m advmoe_jax.data.prepare cifar10` writes."""
-    refuse_variant("cifar10", variant)
-    return read_prepared("cifar10", root)
-
-
-def read_raw(path: str, allow_unknown_hash: bool = False) -> Dataset:
-    """Reads the official archive or its folder; see `raw.read`."""
-    return raw.read(OFFICIAL, path, allow_unknown_hash)
+    return read_prepared("cifar10", root, variant)

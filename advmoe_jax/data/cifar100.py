@@ -3,11 +3,8 @@
 Krizhevsky, 2009. The 20 coarse classes are not used.
 """
 
-import functools
-
-from advmoe_jax.data import raw
-from advmoe_jax.data.cifar_files import decode_binary, decode_pickle
-from advmoe_jax.data.source import Dataset, read_prepared, refuse_variant
+from advmoe_jax.data import cifar_files, raw
+from advmoe_jax.data.source import Dataset, read_prepared
 
 _CLASS_NAMES = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
@@ -23,34 +20,28 @@ wardrobe whale willow_tree wolf woman worm
 OFFICIAL = raw.Official(
     name="cifar100",
     class_names=tuple(_CLASS_NAMES.split()),
-    urls=("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",),
+    urls=(cifar_files.SITE + "/cifar-100-binary.tar.gz",),
     archives={
         "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8",
         "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",
     },
     layouts=(
-        raw.Layout(
+        cifar_files.binary(
             folder="cifar-100-binary",
             train={"train.bin": "6172c7755cfe09b2fe270c85cebc1b15"},
             test={"test.bin": "4499cfba6c016c1be1438163640a0898"},
-            decode=functools.partial(decode_binary, label_bytes=2),
+            label_bytes=2,
         ),
-        raw.Layout(
+        cifar_files.pickled(
             folder="cifar-100-python",
             train={"train": "16019d7e3df5f24257cddd939b257f8d"},
             test={"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
-            decode=functools.partial(decode_pickle, label_key="fine_labels"),
+            label_key="fine_labels",
         ),
     ),
 )
 
 
-def load(root: str, variant: str = "") -> Dataset:
+def dataset(root: str, variant: str = "") -> Dataset:
     """Reads ROOT/cifar100/, which `python -m advmoe_jax.data.prepare cifar100` writes."""
-    refuse_variant("cifar100", variant)
-    return read_prepared("cifar100", root)
-
-
-def read_raw(path: str, allow_unknown_hash: bool = False) -> Dataset:
-    """Reads the official archive or its folder; see `raw.read`."""
-    return raw.read(OFFICIAL, path, allow_unknown_hash)
+    return read_prepared("cifar100", root, variant)

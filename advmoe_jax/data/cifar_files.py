@@ -1,15 +1,20 @@
-"""The two file formats in which CIFAR-10 and CIFAR-100 are published (32x32 RGB).
+"""What CIFAR-10 and CIFAR-100 share: their site and the two forms in which they are published (32x32 RGB).
 
 Source: https://www.cs.toronto.edu/~kriz/cifar.html, "Dataset layout".
 """
 
 import codecs
+import functools
 import io
 import pickle
+from collections.abc import Mapping
 
 import numpy as np
 
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.data.raw import Layout
+
+SITE = "https://www.cs.toronto.edu/~kriz"
 
 _PIXELS = 3 * 32 * 32
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
@@ -21,6 +26,16 @@ _ALLOWED = {
     ("numpy", "dtype"): np.dtype,
     ("_codecs", "encode"): codecs.encode,
 }
+
+
+def binary(folder: str, train: Mapping[str, str], test: Mapping[str, str], label_bytes: int) -> Layout:
+    """The binary form; see `raw.Layout` and `decode_binary`."""
+    return Layout(folder, train, test, functools.partial(decode_binary, label_bytes=label_bytes))
+
+
+def pickled(folder: str, train: Mapping[str, str], test: Mapping[str, str], label_key: str) -> Layout:
+    """The Python form; see `raw.Layout` and `decode_pickle`."""
+    return Layout(folder, train, test, functools.partial(decode_pickle, label_key=label_key))
 
 
 def decode_binary(data: bytes, label_bytes: int) -> tuple[np.ndarray, np.ndarray]:

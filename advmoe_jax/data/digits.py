@@ -6,13 +6,13 @@ The UCI optical recognition of handwritten digits test set (Alpaydin and Kaynak,
 import numpy as np
 
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.data.source import Dataset, refuse_variant
+from advmoe_jax.data.source import Dataset, in_memory, refuse_variant
 from advmoe_jax.data.split import stratified
 
 _NUM_TEST = 500
 
 
-def load(root: str, variant: str = "") -> Dataset:
+def dataset(root: str, variant: str = "") -> Dataset:
     """Returns 1,297 training and 500 test images of shape (8, 8, 1), a fixed stratified split.
 
     Args:
@@ -33,8 +33,8 @@ def load(root: str, variant: str = "") -> Dataset:
     labels = bunch.target.astype(np.int32)
     test = stratified(labels, _NUM_TEST)
     train = np.setdiff1d(np.arange(len(labels)), test)
-    return Dataset("digits", images[train], labels[train], images[test], labels[test],
-                   class_names=tuple("0123456789"))
+    return in_memory("digits", {"train": (images[train], labels[train]), "test": (images[test], labels[test])},
+                     class_names=tuple("0123456789"))
 
 
 def how_to_prepare(root: str, variant: str = "") -> str:

@@ -1,22 +1,68 @@
-"""From a data set's name to the indices of a step's batch.
+"""From a data set's name to the batch of a step on the devices.
 
 Which images a step sees is a pure function of (seed, stream, step): a resumed run needs no iterator
-file. Legend: n examples in a set, B batch.
+file. Legend: n examples of a split, B batch; H height, W width, C channels.
 """
 
 import dataclasses
 import functools
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
+import jax
 import numpy as np
 
 from advmoe_jax.core import find
+from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data.source import Dataset
-from advmoe_jax.data.split import stratified
+from advmoe_jax.data.split import Rows, Split, stratified
 
 _SMALL = 20_000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Data:
+    """What a run draws from.
+
+    Attributes:
+        train: the training images.
+        rows: (n,) int64, those of `train` that are trained on.
+        select: what the best checkpoint is chosen on: `train` or `test`.
+        select_rows: (m,) int64, which of them; none is among `rows` if `select` is `train`.
+        test: the test images.
+        num_classes: K.
+        image_shape: (H, W, C).
+    """
+
+    train: Split
+    rows: np.ndarray
+    select: Split
+    select_rows: np.ndarray
+    test: Split
+    num_classes: int
+    image_shape: tuple[int, int, int]
+
+
+def load(cfg: Any, select_on: str, select_examples: int) -> Data:
+    """Loads a data set and sets aside what chooses the best checkpoint.
+
+    Args:
+        cfg: has the fields `name`, `dir` and `subset`, as `open_dataset` takes them.
+        select_on: "validation", held out of the training images (see `holdout`), or "test".
+        select_examples: at most so many of them choose.
+    Raises:
+        UserError: see `open_dataset` and `holdout`.
+    """
+    dataset = open_dataset(cfg.name, cfg.dir, cfg.subset)
+    train, test = dataset.train, dataset.test
+    if select_on == "test":
+        rows, select, select_rows = np.arange(len(train)), test, np.arange(len(test))
+    else:
+        select = train
+        rows, select_rows = holdout(len(train), train.labels)
+    return Data(train, rows, select, select_rows[:select_examples], test, dataset.num_classes, dataset.image_shape)
 
 
 def open_dataset(name: str, root: str, subset: int = 0) -> Dataset:
@@ -24,21 +70,20 @@ def open_dataset(name: str, root: str, subset: int = 0) -> Dataset:
 
     Args:
         name: a source's module name, with a variant after a colon if it has any ("tfds:cifar10").
-        root: where prepared data is (`config.data.dir`).
+        root: where prepared data is (`config.data.dir`), local or gs://.
         subset: keep only the first so many training images; 0 keeps all.
     Raises:
         UserError: unknown name, data missing or damaged, or a subset larger than the set.
     """
     source, _, variant = name.partition(":")
-    dataset = find.module("data", source, defines="load", kind="data.name").load(root, variant)
-    num_train = len(dataset.train_labels)
+    dataset = find.module("data", source, defines="dataset", kind="data.name").dataset(root, variant)
+    num_train = len(dataset.train)
     if not 0 <= subset <= num_train:
         raise UserError(f"data.subset is {subset}, but {name} has {num_train} training images: "
                         f"expected 0 (all) to {num_train}")
     if not subset:
         return dataset
-    return dataclasses.replace(dataset, train_images=dataset.train_images[:subset],
-                               train_labels=dataset.train_labels[:subset])
+    return dataclasses.replace(dataset, train=Rows(dataset.train, np.arange(subset)))
 
 
 def holdout(num_train: int, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,6 +152,23 @@ def padded_batches(indices: np.ndarray, batch_size: int) -> Iterator[tuple[np.nd
         part = np.asarray(indices[start:start + batch_size], np.int64)
         padding = batch_size - len(part)
         yield np.pad(part, (0, padding), constant_values=part[0]), np.arange(batch_size) < len(part)
+
+
+def device_batch(mesh: jax.sharding.Mesh, split: Split, rows: np.ndarray) -> dict[str, jax.Array]:
+    """A global batch on the devices, of which this process reads only its own rows.
+
+    Args:
+        mesh: of all devices.
+        split: what to read.
+        rows: (B,) integers in [0, n), the same in all processes; B is a multiple of the devices.
+    Returns:
+        {"image": (B, H, W, C) uint8, "label": (B,) int32, "index": (B,) int32, which is `rows`}, cut over the devices.
+    """
+    sharding = meshes.by_example(mesh)
+    share = len(rows) // jax.process_count()
+    mine = np.asarray(rows[jax.process_index() * share:(jax.process_index() + 1) * share], np.int64)
+    local = split.take(mine) | {"index": mine.astype(np.int32)}
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in local.items()}
 
 
 @functools.lru_cache(maxsize=8)

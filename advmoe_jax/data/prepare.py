@@ -1,21 +1,24 @@
 """Prepares a data set for training: `python -m advmoe_jax.data.prepare cifar10 --out DIR`."""
 
+import contextlib
 import logging
-import pathlib
+import tempfile
 
-from advmoe_jax.core import cli, find
+from etils import epath
+
+from advmoe_jax.core import cli, find, paths
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import raw
 from advmoe_jax.data.source import META, SPLITS, read_prepared, refuse_foreign, refuse_variant, write_prepared
 
 
 def prepare(name: str, out: str, raw_path: str | None = None, force: bool = False,
-            allow_unknown_hash: bool = False) -> pathlib.Path:
+            allow_unknown_hash: bool = False) -> epath.Path:
     """Writes OUT/NAME/ from the official files; an intact folder that is there is kept.
 
     Args:
         name: a data set with official files ("cifar10").
-        out: where prepared data is kept (`config.data.dir`).
+        out: where prepared data is kept (`config.data.dir`), local or gs://.
         raw_path: the official archive, its folder or that folder's parent; None downloads it.
         force: write even if OUT/NAME/ is there.
         allow_unknown_hash: accept other content than the official, with a warning.
@@ -25,20 +28,22 @@ def prepare(name: str, out: str, raw_path: str | None = None, force: bool = Fals
         UserError: unknown name, files missing, damaged or not the official ones, no network.
     """
     base, _, variant = name.partition(":")
-    source = find.module("data", base, defines="load", kind="data set")
-    if not hasattr(source, "read_raw"):
+    source = find.module("data", base, defines="dataset", kind="data set")
+    if not hasattr(source, "OFFICIAL"):
         raise UserError(source.how_to_prepare(out, variant))
     refuse_variant(base, variant)
-    folder = pathlib.Path(out) / base
+    folder = paths.path(out) / base
     if (folder / META).is_file() and not force:
         summary = _summary(read_prepared(base, out))
         print(f"{folder} is already prepared: {summary}; --force writes it anew")
         return folder
     refuse_foreign(folder)
-    if raw_path is None:
-        downloads = pathlib.Path(out) / "downloads"
-        raw_path = raw.download(source.OFFICIAL, downloads, allow_unknown_hash)
-    dataset = source.read_raw(raw_path, allow_unknown_hash)
+    with contextlib.ExitStack() as stack:
+        if raw_path is None:
+            downloads = (stack.enter_context(tempfile.TemporaryDirectory()) if paths.is_remote(folder)
+                         else folder.parent / "downloads")
+            raw_path = raw.download(source.OFFICIAL, downloads, allow_unknown_hash)
+        dataset = raw.read(source.OFFICIAL, raw_path, allow_unknown_hash)
     write_prepared(dataset, out)
     print(f"{folder}: {_summary(dataset)}")
     return folder
@@ -46,13 +51,13 @@ def prepare(name: str, out: str, raw_path: str | None = None, force: bool = Fals
 
 def _summary(dataset):
     height, width, channels = dataset.image_shape
-    counts = " and ".join(f"{len(dataset.split(split)[1]):,} {split}" for split in SPLITS)
+    counts = " and ".join(f"{len(dataset.split(split)):,} {split}" for split in SPLITS)
     return f"{counts} images of {height}x{width}x{channels}, {dataset.num_classes} classes"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, or 2 for bad input."""
-    official = ", ".join(find.names("data", "read_raw"))
+    official = ", ".join(find.names("data", "OFFICIAL"))
     parser = cli.Parser(prog="python -m advmoe_jax.data.prepare", description=(
         "Checks the official files of a data set and writes DIR/NAME/, which training reads."))
     parser.add_argument("name", help=f"the data set: {official}")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.data.source import Dataset, prepare_command
+from advmoe_jax.data.source import Dataset, in_memory
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 20
@@ -93,13 +93,12 @@ def read(official: Official, path: str | os.PathLike, allow_unknown_hash: bool =
         for name, data in files.items():
             found = hashlib.md5(data).hexdigest()
             _check_md5(f"{path}: {name}", found, layout.md5[name], allow_unknown_hash)
-    parts = {}
+    arrays = {}
     for split, names in (("train", layout.train), ("test", layout.test)):
         images, labels = zip(*(_decode(layout, f"{path}: {name}", files.pop(name))
                                for name in names if name in files))
-        parts[f"{split}_images"] = np.concatenate(images)
-        parts[f"{split}_labels"] = np.concatenate(labels).astype(np.int32)
-    return Dataset(name=official.name, class_names=official.class_names, **parts)
+        arrays[split] = np.concatenate(images), np.concatenate(labels).astype(np.int32)
+    return in_memory(official.name, arrays, official.class_names)
 
 
 def download(official: Official, folder: str | os.PathLike,
@@ -128,8 +127,8 @@ def download(official: Official, folder: str | os.PathLike,
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise UserError(
-                f"could not download {url} ({reason}); fetch it where there is a network, then run "
-                f"`{prepare_command(official.name, folder.parent)} --raw PATH`") from None
+                f"could not download {url} ({reason}); fetch it where there is a network, then add "
+                "`--raw PATH` to the command") from None
         finally:
             part.unlink(missing_ok=True)
     return targets[0] if len(targets) == 1 else folder

@@ -7,51 +7,47 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 import shutil
+import tempfile
 
 import numpy as np
+from etils import epath
 
-from advmoe_jax.core import files
+from advmoe_jax.core import paths
 from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.data import split as splits
+from advmoe_jax.data.split import Arrays, Split
 
 SCHEMA = 1
 SPLITS = ("train", "test")
-ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 META = "meta.json"
+_FILES = tuple(f"{split}_{array}.npy" for split in SPLITS for array in ("images", "labels"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """An image classification data set, all of it in host memory.
+    """An image classification data set.
 
     Attributes:
         name: what the config's `data.name` calls it.
-        train_images: (n, H, W, C) uint8.
-        train_labels: (n,) int32 in [0, num_classes).
-        test_images: as `train_images`, with another n.
-        test_labels: as `train_labels`.
+        train: training images, with labels in [0, num_classes).
+        test: as `train`, with another n.
         class_names: the name of each class, in label order.
     Raises:
-        UserError: an array has another type or shape, or a label has no class.
+        UserError: the splits have images of two sizes, or a label has no class.
     """
 
     name: str
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
+    train: Split
+    test: Split
     class_names: tuple[str, ...]
 
     def __post_init__(self):
+        if self.train.image_shape != self.test.image_shape:
+            raise UserError(f"{self.name}: train images are {self.train.image_shape} and test images "
+                            f"{self.test.image_shape}, expected (H, W, C) of one size in both splits")
         for split in SPLITS:
-            images, labels = self.split(split)
-            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != self.image_shape:
-                raise UserError(f"{self.name}: {split} images are {images.dtype} {images.shape}, "
-                                f"expected uint8 (n, H, W, C) of one size in both splits")
-            if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
-                raise UserError(f"{self.name}: {split} labels are {labels.dtype} {labels.shape}, "
-                                f"expected int32 {images.shape[:1]}")
+            labels = self.split(split).labels
             if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
                 raise UserError(f"{self.name}: {split} labels are {labels.min()}..{labels.max()}, "
                                 f"expected 0..{self.num_classes - 1}")
@@ -63,17 +59,20 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
-        return self.train_images.shape[1:]
+        return self.train.image_shape
 
-    def split(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Images and labels of "train" or "test"."""
-        one_of("split", split, SPLITS)
-        return getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
+    def split(self, split: str) -> Split:
+        """The split "train" or "test"."""
+        return getattr(self, one_of("split", split, SPLITS))
 
     def fingerprint(self, split: str) -> str:
         """sha256 in hex over a split's images, then its labels as little-endian int32."""
-        images, labels = self.split(split)
-        return files.fingerprint({"image": images, "label": labels.astype("<i4")})
+        return splits.fingerprint(self.split(split))
+
+
+def in_memory(name: str, arrays: dict[str, tuple[np.ndarray, np.ndarray]], class_names: tuple[str, ...]) -> Dataset:
+    """A data set of {split: (images, labels)}; see `split.Arrays`."""
+    return Dataset(name, *(Arrays(*arrays[split], f"{name} {split}") for split in SPLITS), class_names)
 
 
 def refuse_variant(name: str, variant: str):
@@ -87,13 +86,18 @@ def prepare_command(name: str, root: str | os.PathLike) -> str:
     return f"python -m advmoe_jax.data.prepare {name} --out {root or 'DIR'}"
 
 
-def read_prepared(name: str, root: str | os.PathLike) -> Dataset:
-    """Reads ROOT/NAME/ and checks every file against the hash written beside it.
+def read_prepared(name: str, root: str | os.PathLike, variant: str = "") -> Dataset:
+    """Reads ROOT/NAME/ into memory and checks every file against the hash written beside it.
 
+    Args:
+        name: the data set.
+        root: where prepared data is kept, local or gs://.
+        variant: must be empty.
     Raises:
         UserError: the folder is missing (with the command that makes it), or a file is damaged.
     """
-    folder = pathlib.Path(root) / name
+    refuse_variant(name, variant)
+    folder = paths.path(root) / name
     again = f"run `{prepare_command(name, root)}"
     if not root or not (folder / META).is_file():
         where = f"in {folder}" if root else "anywhere: data.dir is empty"
@@ -101,43 +105,51 @@ def read_prepared(name: str, root: str | os.PathLike) -> Dataset:
     try:
         meta = json.loads((folder / META).read_text())
         schema, class_names = meta["schema"], tuple(meta["class_names"])
-        hashes = {array: meta["sha256"][f"{array}.npy"] for array in ARRAYS}
+        hashes = {file: meta["sha256"][file] for file in _FILES}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder / META} is damaged; {again} --force`") from None
     if schema != SCHEMA:
         raise UserError(f"{folder} has layout {schema!r}, expected {SCHEMA}; {again} --force`")
-    arrays = {}
-    for array, expected in hashes.items():
-        path = folder / f"{array}.npy"
+    arrays = []
+    for file, expected in hashes.items():
+        path = folder / file
         if not path.is_file():
             raise UserError(f"{path} is missing; {again} --force`")
         found = _sha256(path)
         if found != expected:
             raise UserError(
                 f"{path} is damaged: sha256 {found}, expected {expected}; {again} --force`")
-        arrays[array] = np.load(path, mmap_mode=None, allow_pickle=False)
-    return Dataset(name=name, class_names=class_names, **arrays)
+        with path.open("rb") as opened:
+            arrays.append(np.load(opened, allow_pickle=False))
+    return in_memory(name, {"train": arrays[:2], "test": arrays[2:]}, class_names)
 
 
-def write_prepared(dataset: Dataset, root: str | os.PathLike) -> pathlib.Path:
-    """Writes ROOT/NAME/ in place of a prepared folder that is there; never leaves half of it.
+def write_prepared(dataset: Dataset, root: str | os.PathLike) -> epath.Path:
+    """Writes ROOT/NAME/ in place of a prepared folder that is there.
+
+    A local folder is replaced at once. In a bucket meta.json goes first and comes last: half a folder has none.
 
     Returns:
         The folder.
     Raises:
         UserError: the folder holds files that are not of a prepared data set.
     """
-    folder = pathlib.Path(root) / dataset.name
+    folder = paths.path(root) / dataset.name
     refuse_foreign(folder)
+    if paths.is_remote(folder):
+        with tempfile.TemporaryDirectory() as new:
+            _fill(epath.Path(new), dataset)
+            (folder / META).unlink(missing_ok=True)
+            for file in (*_FILES, META):
+                (epath.Path(new) / file).copy(folder / file, overwrite=True)
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = (folder.with_name(f".{dataset.name}.{os.getpid()}.{age}") for age in ("new", "old"))
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         new.mkdir()
-        for array in ARRAYS:
-            np.save(new / f"{array}.npy", np.ascontiguousarray(getattr(dataset, array)))
-        (new / META).write_text(json.dumps(_describe(dataset, new), indent=1) + "\n")
+        _fill(new, dataset)
         if folder.exists():
             os.replace(folder, old)
         os.replace(new, folder)
@@ -149,28 +161,34 @@ def write_prepared(dataset: Dataset, root: str | os.PathLike) -> pathlib.Path:
     return folder
 
 
-def refuse_foreign(folder: pathlib.Path):
+def refuse_foreign(folder: epath.Path):
     """Raises a UserError if `folder` holds anything that `write_prepared` does not write."""
-    ours = {META, *(f"{array}.npy" for array in ARRAYS)}
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise UserError(f"{folder} is a file, expected a folder or nothing; choose another --out")
-    foreign = sorted(path.name for path in folder.glob("*") if path.name not in ours)
-    if foreign:
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if foreign := sorted(there - {META, *_FILES}):
         raise UserError(f"{folder} holds {foreign[0]}, which is not of a prepared data set; "
                         "choose another --out")
 
 
-def _describe(dataset, folder):
-    return {
+def _fill(folder, dataset):
+    """Writes all files of a prepared folder."""
+    for split in SPLITS:
+        batch = dataset.split(split).take(np.arange(len(dataset.split(split))))
+        for array in ("image", "label"):
+            with (folder / f"{split}_{array}s.npy").open("wb") as file:
+                np.save(file, np.ascontiguousarray(batch[array]))
+    meta = {
         "schema": SCHEMA,
         "name": dataset.name,
         "class_names": dataset.class_names,
         "shape": dataset.image_shape,
-        "counts": {split: len(dataset.split(split)[1]) for split in SPLITS},
-        "sha256": {f"{array}.npy": _sha256(folder / f"{array}.npy") for array in ARRAYS},
+        "counts": {split: len(dataset.split(split)) for split in SPLITS},
+        "sha256": {file: _sha256(folder / file) for file in _FILES},
     }
+    (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
 
 
 def _sha256(path):
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,7 @@ import numpy as np
 
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import raw
-from advmoe_jax.data.source import Dataset, read_prepared, refuse_variant
+from advmoe_jax.data.source import Dataset, read_prepared
 
 _SITE = "http://ufldl.stanford.edu/housenumbers"
 
@@ -45,12 +45,6 @@ OFFICIAL = raw.Official(
 )
 
 
-def load(root: str, variant: str = "") -> Dataset:
+def dataset(root: str, variant: str = "") -> Dataset:
     """Reads ROOT/svhn/, which `python -m advmoe_jax.data.prepare svhn` writes."""
-    refuse_variant("svhn", variant)
-    return read_prepared("svhn", root)
-
-
-def read_raw(path: str, allow_unknown_hash: bool = False) -> Dataset:
-    """Reads a folder with the two official .mat files; see `raw.read`."""
-    return raw.read(OFFICIAL, path, allow_unknown_hash)
+    return read_prepared("svhn", root, variant)

@@ -9,13 +9,14 @@ import logging
 
 import numpy as np
 
+from advmoe_jax.core import paths
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.data.source import Dataset
+from advmoe_jax.data.source import Dataset, in_memory
 
 _TEST_SPLITS = ("test", "validation")
 
 
-def load(root: str, variant: str = "") -> Dataset:
+def dataset(root: str, variant: str = "") -> Dataset:
     """Reads the splits `train` and `test` (or `validation`) in the order of their records.
 
     Args:
@@ -37,10 +38,8 @@ def load(root: str, variant: str = "") -> Dataset:
         if not class_names:
             raise UserError(f"tfds:{variant} has no feature 'label' with named classes")
         test = next((split for split in _TEST_SPLITS if split in builder.info.splits), "test")
-        train_images, train_labels = _read(builder, "train", variant, root)
-        test_images, test_labels = _read(builder, test, variant, root)
-        return Dataset(f"tfds:{variant}", train_images, train_labels, test_images, test_labels,
-                       class_names=tuple(class_names))
+        arrays = {"train": _read(builder, "train", variant, root), "test": _read(builder, test, variant, root)}
+        return in_memory(f"tfds:{variant}", arrays, tuple(class_names))
 
 
 def how_to_prepare(root: str, variant: str = "") -> str:
@@ -58,7 +57,7 @@ def _builder(variant, root):
         raise UserError(f"data.name 'tfds:{variant}' needs tensorflow-datasets: "
                         "run `pip install advmoe_jax[tfds]`") from None
     try:
-        return tensorflow_datasets.builder(variant, data_dir=root or None)
+        return tensorflow_datasets.builder(variant, data_dir=paths.path(root) if root else None)
     except tensorflow_datasets.core.DatasetNotFoundError:
         known = tensorflow_datasets.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(variant, known, n=1)

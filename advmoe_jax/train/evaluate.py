@@ -16,8 +16,9 @@ from advmoe_jax.attacks import flags, objectives, verdicts
 from advmoe_jax.attacks.flags import Flag
 from advmoe_jax.attacks.suites import Suite
 from advmoe_jax.attacks.verdicts import Found
-from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, units
+from advmoe_jax.data import pipeline
+from advmoe_jax.data.split import Split
 from advmoe_jax.ops import augment, routing
 from advmoe_jax.ops.statistics import wilson
 from advmoe_jax.train.state import State
@@ -26,32 +27,32 @@ from advmoe_jax.train.system import System
 _to_float = jax.jit(augment.to_float)
 
 
-def _source(arrays, mesh):
+def _source(split, mesh):
     def rows(index):
-        batch = meshes.put_batch(mesh, index, arrays)
+        batch = pipeline.device_batch(mesh, split, index)
         return batch | {"image": _to_float(batch["image"])}
 
     return rows
 
 
-def suspicions(system: System, state: State, arrays: dict[str, np.ndarray], indices: np.ndarray, *, mesh, seed: int
+def suspicions(system: System, state: State, split: Split, indices: np.ndarray, *, mesh, seed: int
                ) -> tuple[Flag, ...]:
     """Signs that attacks on this model cannot be trusted, on the first of the images. Arguments as `run`."""
     count = max(min(len(indices), flags.MOST_IMAGES) // mesh.size, 1) * mesh.size
-    batch = _source(arrays, mesh)(np.resize(indices, count))
+    batch = _source(split, mesh)(np.resize(indices, count))
     logits_fn = objectives.logits_fn(system.outputs_fn(state, system.views[0]))
     return flags.of_model(logits_fn, batch["image"], batch["label"], rng.key(seed, "flags"))
 
 
-def run(system: System, state: State, arrays: dict[str, np.ndarray], indices: np.ndarray, suite: Suite, *, mesh,
+def run(system: System, state: State, split: Split, indices: np.ndarray, suite: Suite, *, mesh,
         batch_size: int, seed: int, log: verdicts.Log | None = None) -> Found:
     """Attacks a model with a suite, through every view of the system.
 
     Args:
         system: gives the model.
         state: its weights.
-        arrays: {"image": (n, H, W, C) uint8, "label": (n,)}.
-        indices: (m,) images to evaluate.
+        split: what to evaluate on.
+        indices: (m,) rows of it.
         suite: the attacks.
         mesh: of all devices.
         batch_size: at most; rounded up to a multiple of the devices.
@@ -60,7 +61,7 @@ def run(system: System, state: State, arrays: dict[str, np.ndarray], indices: np
     """
     views = {view: system.outputs_fn(state, view) for view in system.views}
     return verdicts.run(
-        views, _source(arrays, mesh), indices, arrays["label"][indices],
+        views, _source(split, mesh), indices, split.labels[indices],
         suite.specs, key=jax.random.key(seed), batch_size=-(-min(batch_size, len(indices)) // mesh.size) * mesh.size,
         survivors_only=suite.survivors_only, log=log,
         routed=system.routed_fn(state) if system.routed_fn else None)

@@ -15,6 +15,7 @@ from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, units
 from advmoe_jax.core.errors import NonFiniteError, Preempted
 from advmoe_jax.data import pipeline
+from advmoe_jax.data.split import Split
 from advmoe_jax.train import checkpoint, evaluate, log, preemption
 from advmoe_jax.train.state import State
 from advmoe_jax.train.system import Batch, Stage, System
@@ -30,8 +31,8 @@ def abstract_state(system: System, mesh: jax.sharding.Mesh) -> State:
         jax.eval_shape(system.init, rng.key(0, "init")))
 
 
-def run(config: ConfigDict, workdir: Path, system: System, train: dict[str, np.ndarray],
-        select: tuple[dict[str, np.ndarray], np.ndarray], mesh: jax.sharding.Mesh) -> None:
+def run(config: ConfigDict, workdir: Path, system: System, train: Split,
+        select: tuple[Split, np.ndarray], mesh: jax.sharding.Mesh) -> None:
     """Trains to the end of the last stage, from the newest checkpoint if there is one.
 
     When to evaluate, save and log follows from the step alone, so that a run that was killed and started again
@@ -41,8 +42,8 @@ def run(config: ConfigDict, workdir: Path, system: System, train: dict[str, np.n
         config: the whole config.
         workdir: gets metrics.jsonl and checkpoints/.
         system: what to train.
-        train: {"image": ..., "label": ...} in host memory.
-        select: arrays and indices of the images that choose the best checkpoint.
+        train: the training images.
+        select: a split and the rows of it that choose the best checkpoint.
         mesh: of all devices.
     Raises:
         NonFiniteError: a loss, gradient or parameter is NaN or infinite.
@@ -104,7 +105,7 @@ def run(config: ConfigDict, workdir: Path, system: System, train: dict[str, np.n
 
                 def batch_of(stream, stage=stage, step=step):
                     rows = pipeline.batch_indices(stage.indices, batch_size, config.seed, stream, step)
-                    return meshes.put_batch(mesh, rows, train)
+                    return pipeline.device_batch(mesh, train, rows)
 
                 state, fresh = iterate(stage, state, step, batch_of)
                 settle()
@@ -164,9 +165,9 @@ def _due(config: ConfigDict, step: int, per_epoch: int, total: int) -> tuple[str
 
 def _select_best(config, system, state, step, select, mesh, metrics, saved, best) -> tuple[float, float]:
     """Measures the images that select, keeps the state if its (RA, SA) beats `best`, and returns the better one."""
-    arrays, indices = select
+    split, indices = select
     specs = parse.attacks(config.train.attack, norm=config.attack.norm, eps=config.attack.eps)
-    found = evaluate.run(system, state, arrays, indices, Suite("selection", specs, survivors_only=True), mesh=mesh,
+    found = evaluate.run(system, state, split, indices, Suite("selection", specs, survivors_only=True), mesh=mesh,
                          batch_size=config.eval.batch_size, seed=config.seed)
     sa, ra = float(found.correct.mean()), float(found.survivors().mean())
     metrics.write(step, config.train.select_on, {"sa": sa, "ra": ra})

@@ -1,11 +1,15 @@
 """Names, held-out images, and which images a step sees."""
 
+import types
+
+import jax
 import numpy as np
 import pytest
 
+from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
-from advmoe_jax.data.split import stratified
+from advmoe_jax.data.split import Arrays, stratified
 
 
 def test_unknown_name_gives_the_nearest():
@@ -13,7 +17,7 @@ def test_unknown_name_gives_the_nearest():
         pipeline.open_dataset("digit", "")
 
 
-@pytest.mark.parametrize("name", ["pipeline", "prepare", "raw", "source"])
+@pytest.mark.parametrize("name", ["pipeline", "prepare", "raw", "source", "split", "cifar_files"])
 def test_the_other_modules_are_no_sources(name):
     with pytest.raises(UserError, match="unknown data.name"):
         pipeline.open_dataset(name, "")
@@ -21,9 +25,9 @@ def test_the_other_modules_are_no_sources(name):
 
 def test_subset_keeps_the_first_training_images():
     whole, part = pipeline.open_dataset("digits", ""), pipeline.open_dataset("digits", "", 10)
-    np.testing.assert_array_equal(part.train_images, whole.train_images[:10])
-    np.testing.assert_array_equal(part.train_labels, whole.train_labels[:10])
-    assert part.fingerprint("test") == whole.fingerprint("test")
+    np.testing.assert_array_equal(part.train.take(np.arange(10))["image"], whole.train.images[:10])
+    np.testing.assert_array_equal(part.train.labels, whole.train.labels[:10])
+    assert len(part.train) == 10 and part.fingerprint("test") == whole.fingerprint("test")
     for subset in (-1, 1298):
         with pytest.raises(UserError, match="expected 0 .all. to 1297"):
             pipeline.open_dataset("digits", "", subset)
@@ -130,3 +134,66 @@ def test_padding_edges():
     assert not list(pipeline.padded_batches(np.arange(0), 4))
     with pytest.raises(UserError, match="batch size is 0"):
         next(pipeline.padded_batches(np.arange(3), 0))
+
+
+def _config(**fields):
+    return types.SimpleNamespace(**({"name": "digits", "dir": "", "subset": 0} | fields))
+
+
+def test_data_that_selects_on_held_out_images():
+    pytest.importorskip("sklearn")
+    data = pipeline.load(_config(), "validation", 100)
+    labels = pipeline.open_dataset("digits", "").train.labels
+    rows, held_out = pipeline.holdout(1_297, labels)
+    np.testing.assert_array_equal(data.rows, rows)
+    np.testing.assert_array_equal(data.select_rows, held_out[:100])
+    assert data.select is data.train and len(data.test) == 500
+    assert (data.num_classes, data.image_shape) == (10, (8, 8, 1))
+    assert len(pipeline.load(_config(), "validation", 1_000).select_rows) == 130
+    part = pipeline.load(_config(subset=200), "validation", 1_000)
+    assert len(part.train) == 200 and len(part.select_rows) == 20
+    np.testing.assert_array_equal(np.sort(np.concatenate([part.rows, part.select_rows])), np.arange(200))
+
+
+def test_data_that_selects_on_test_images():
+    pytest.importorskip("sklearn")
+    data = pipeline.load(_config(subset=200), "test", 30)
+    np.testing.assert_array_equal(data.rows, np.arange(200))
+    np.testing.assert_array_equal(data.select_rows, np.arange(30))
+    assert data.select is data.test and len(data.test) == 500 and data.rows.dtype == data.select_rows.dtype == np.int64
+
+
+def _numbered(count=20):
+    return Arrays(np.arange(count, dtype=np.uint8).repeat(12).reshape(count, 2, 2, 3), np.arange(count, dtype=np.int32))
+
+
+def test_a_batch_is_cut_over_the_devices():
+    mesh, rows = meshes.make(), np.array([7, 3, 3, 19, 0, 12, 1, 2])
+    batch = pipeline.device_batch(mesh, _numbered(), rows)
+    assert batch.keys() == {"image", "label", "index"}
+    for name, dtype in (("image", np.uint8), ("label", np.int32), ("index", np.int32)):
+        assert batch[name].dtype == dtype and batch[name].sharding == meshes.by_example(mesh)
+        np.testing.assert_array_equal(np.asarray(batch[name]).reshape(8, -1)[:, 0], rows)
+    assert batch["image"].shape == (8, 2, 2, 3)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_reads_its_own_rows_only(process, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda sharding, value: value)
+    taken = []
+
+    class Recorded(Arrays):
+
+        def take(self, rows):
+            taken.append(rows)
+            return super().take(rows)
+
+    rows = np.array([7, 3, 3, 19], np.int32)
+    whole = _numbered()
+    batch = pipeline.device_batch(meshes.make(), Recorded(whole.images, whole.labels), rows)
+    mine = rows[2 * process:2 * process + 2]
+    assert len(taken) == 1 and taken[0].dtype == np.int64
+    for values in (taken[0], batch["index"], batch["label"]):
+        np.testing.assert_array_equal(values, mine)

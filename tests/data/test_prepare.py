@@ -1,7 +1,7 @@
 """From official files, here tiny imitations of them, to the prepared folder."""
 
 import hashlib
-import importlib
+import importlib.util
 import io
 import os
 import pathlib
@@ -79,7 +79,7 @@ def _run(*arguments):
 
 def _check(name, out, parts):
     dataset = read_prepared(name, out)
-    got = (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels)
+    got = (dataset.train.images, dataset.train.labels, dataset.test.images, dataset.test.labels)
     for left, right in zip(got, parts):
         np.testing.assert_array_equal(left, right)
 
@@ -128,7 +128,7 @@ def test_a_known_archive_is_accepted_under_any_name(tmp_path):
     official = importlib.import_module("advmoe_jax.data.cifar10").OFFICIAL
     known = raw.Official(official.name, official.class_names, official.urls,
                          {"official.tar.gz": digest}, official.layouts)
-    np.testing.assert_array_equal(raw.read(known, archive).train_images, parts[0])
+    np.testing.assert_array_equal(raw.read(known, archive).train.images, parts[0])
 
 
 @pytest.mark.parametrize("content", [b"", b"not an archive at all", "cut"])
@@ -224,7 +224,7 @@ def test_missing_batches_are_named_and_a_subset_must_be_allowed(tmp_path, capsys
     assert "lacks data_batch_5.bin" in capsys.readouterr().err
     assert _run("cifar10", "--raw", files, "--out", tmp_path / "out", "--allow-unknown-hash") == 0
     assert "lacks data_batch_5.bin: read without" in caplog.text
-    assert len(read_prepared("cifar10", tmp_path / "out").train_labels) == 4 * N
+    assert len(read_prepared("cifar10", tmp_path / "out").train) == 4 * N
     (files / "test_batch.bin").unlink()
     assert _run("cifar10", "--raw", files, "--out", tmp_path / "out2", "--allow-unknown-hash") == 2
 
@@ -268,10 +268,10 @@ def test_names_without_official_files(name, message, tmp_path, capsys):
 
 
 def test_every_source_can_be_prepared_or_says_how():
-    for name in find.names("data", "load"):
-        module = find.module("data", name, "load")
-        assert hasattr(module, "read_raw") != hasattr(module, "how_to_prepare")
-        if hasattr(module, "read_raw"):
+    for name in find.names("data", "dataset"):
+        module = find.module("data", name, "dataset")
+        assert hasattr(module, "OFFICIAL") != hasattr(module, "how_to_prepare")
+        if hasattr(module, "OFFICIAL"):
             official = module.OFFICIAL
             hashes = [*official.archives.values()]
             for layout in official.layouts:
@@ -315,6 +315,21 @@ def test_download_goes_on_like_raw(name, folder, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "out" / "downloads")) == sorted(served)
 
 
+def test_download_into_a_bucket(bucket, tmp_path, monkeypatch):
+    files, parts = _write_folder(tmp_path / "site", "svhn", "")
+    _serve(monkeypatch, {path.name: path.read_bytes() for path in files.iterdir()})
+    assert _run("svhn", "--out", "gs://b/data", "--allow-unknown-hash") == 0
+    _check("svhn", "gs://b/data", parts)
+    assert bucket.ls("b/data", detail=False) == ["/b/data/svhn"]
+
+
+def test_a_bucket_without_its_library(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert _run("svhn", "--raw", tmp_path, "--out", "gs://b/data") == 2
+    message = capsys.readouterr().err
+    assert "pip install 'advmoe_jax[gcs]'" in message and message.count("\n") == 1
+
+
 def test_a_download_with_another_hash_is_not_kept(tmp_path, monkeypatch, capsys):
     _serve(monkeypatch, {"cifar-10-binary.tar.gz": b"a captive portal"})
     assert _run("cifar10", "--out", tmp_path) == 2
@@ -351,12 +366,12 @@ def test_real_cifar10(tmp_path):
     subprocess.run([sys.executable, UNPACK, tmp_path / "raw"], check=True, capture_output=True)
     assert _run("cifar10", "--raw", tmp_path / "raw", "--out", tmp_path / "out") == 0
     dataset = read_prepared("cifar10", tmp_path / "out")
-    assert np.bincount(dataset.train_labels).tolist() == [5000] * 10
-    assert np.bincount(dataset.test_labels).tolist() == [1000] * 10
+    assert np.bincount(dataset.train.labels).tolist() == [5000] * 10
+    assert np.bincount(dataset.test.labels).tolist() == [1000] * 10
     # The channel means and deviations that are published everywhere: red 0.4914, 0.2470 and so on.
     values = np.arange(256) / 255
     for channel, mean, deviation in ((0, 0.4914, 0.2470), (1, 0.4822, 0.2435), (2, 0.4465, 0.2616)):
-        counts = np.bincount(dataset.train_images[..., channel].ravel(), minlength=256)
+        counts = np.bincount(dataset.train.images[..., channel].ravel(), minlength=256)
         share = counts / counts.sum()
         assert share @ values == pytest.approx(mean, abs=5e-5)
         assert np.sqrt(share @ values**2 - (share @ values)**2) == pytest.approx(deviation, abs=5e-5)

@@ -8,17 +8,14 @@ import pytest
 
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline, source
+from advmoe_jax.data.split import Arrays
 
 
 def _dataset(name="cifar10", num_train=6, num_test=4, seed=0):
     rng = np.random.default_rng(seed)
-    return source.Dataset(
-        name=name,
-        train_images=rng.integers(0, 256, (num_train, 4, 4, 3), np.uint8),
-        train_labels=rng.integers(0, 3, num_train, np.int32),
-        test_images=rng.integers(0, 256, (num_test, 4, 4, 3), np.uint8),
-        test_labels=rng.integers(0, 3, num_test, np.int32),
-        class_names=("a", "b", "c"))
+    train, test = (Arrays(rng.integers(0, 256, (num, 4, 4, 3), np.uint8), rng.integers(0, 3, num, np.int32))
+                   for num in (num_train, num_test))
+    return source.Dataset(name, train, test, class_names=("a", "b", "c"))
 
 
 def _same(left, right):
@@ -31,7 +28,7 @@ def test_round_trip_keeps_everything(tmp_path):
     folder = source.write_prepared(dataset, tmp_path)
     back = source.read_prepared("cifar10", tmp_path)
     assert _same(dataset, back) and back.name == "cifar10"
-    assert back.train_images.dtype == np.uint8 and back.train_labels.dtype == np.int32
+    assert back.train.images.dtype == np.uint8 and back.train.labels.dtype == np.int32
     assert (back.image_shape, back.num_classes) == ((4, 4, 3), 3)
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["counts"] == {"train": 6, "test": 4} and meta["shape"] == [4, 4, 3]
@@ -40,17 +37,17 @@ def test_round_trip_keeps_everything(tmp_path):
 
 def test_non_contiguous_arrays_have_the_same_fingerprint(tmp_path):
     dataset = _dataset()
-    turned = source.Dataset(
-        "cifar10", np.asfortranarray(dataset.train_images), dataset.train_labels,
-        dataset.test_images, dataset.test_labels, dataset.class_names)
+    turned = Arrays(np.asfortranarray(dataset.train.images), dataset.train.labels)
+    turned = source.Dataset("cifar10", turned, dataset.test, dataset.class_names)
     source.write_prepared(turned, tmp_path)
     assert _same(dataset, turned) and _same(dataset, source.read_prepared("cifar10", tmp_path))
 
 
-@pytest.mark.parametrize("change", ["train_images", "train_labels", "test_images", "test_labels"])
-def test_fingerprint_sees_every_array(change):
+@pytest.mark.parametrize("split", source.SPLITS)
+@pytest.mark.parametrize("change", ["images", "labels"])
+def test_fingerprint_sees_every_array(split, change):
     dataset, other = _dataset(), _dataset()
-    array = getattr(other, change)
+    array = getattr(other.split(split), change)
     array[0] = (array[0] + 1) % 3
     assert not _same(dataset, other)
 
@@ -120,19 +117,57 @@ def test_foreign_files_are_never_replaced(tmp_path):
     assert (tmp_path / "cifar10" / "thesis.tex").exists()
 
 
-@pytest.mark.parametrize("field, value, message", [
-    ("train_images", np.zeros((6, 4, 4, 3), np.float32), "float32"),
-    ("test_images", np.zeros((4, 5, 5, 3), np.uint8), "one size"),
-    ("train_labels", np.zeros(5, np.int32), "expected int32"),
-    ("train_labels", np.zeros(6, np.int64), "int64"),
-    ("test_labels", np.array([0, 1, 2, 3], np.int32), "expected 0..2"),
+@pytest.mark.parametrize("split, field, value, message", [
+    ("train", "images", np.zeros((6, 4, 4, 3), np.float32), "x train: images are float32"),
+    ("train", "images", np.zeros((6, 4, 4), np.uint8), "expected uint8 .n, H, W, C."),
+    ("test", "images", np.zeros((4, 5, 5, 3), np.uint8), "one size"),
+    ("train", "labels", np.zeros(5, np.int32), "expected int32"),
+    ("train", "labels", np.zeros(6, np.int64), "int64"),
+    ("test", "labels", np.array([0, 1, 2, 3], np.int32), "expected 0..2"),
+    ("test", "labels", np.array([0, 1, -1, 2], np.int32), "x: test labels are -1..2"),
 ])
-def test_bad_arrays_are_refused(field, value, message):
-    good = {name: getattr(_dataset(), name) for name in source.ARRAYS}
+def test_bad_arrays_are_refused(split, field, value, message):
+    arrays = {name: {"images": of.images, "labels": of.labels}
+              for name, of in (("train", _dataset().train), ("test", _dataset().test))}
+    arrays[split][field] = value
     with pytest.raises(UserError, match=message):
-        source.Dataset(name="x", class_names=("a", "b", "c"), **(good | {field: value}))
+        source.in_memory("x", {name: tuple(of.values()) for name, of in arrays.items()}, ("a", "b", "c"))
 
 
 def test_unknown_split():
     with pytest.raises(UserError, match="did you mean 'train'"):
         _dataset().fingerprint("trian")
+
+
+def test_prepared_data_in_a_bucket(bucket):
+    folder = source.write_prepared(_dataset(), "gs://b/data")
+    assert str(folder) == "gs://b/data/cifar10"
+    assert bucket.ls("b/data/cifar10", detail=False)[0] == "/b/data/cifar10/meta.json"
+    assert _same(_dataset(), pipeline.open_dataset("cifar10", "gs://b/data"))
+    source.write_prepared(_dataset(seed=1), "gs://b/data")
+    assert _same(_dataset(seed=1), source.read_prepared("cifar10", "gs://b/data"))
+    bucket.pipe("b/data/cifar10/test_labels.npy", b"x")
+    with pytest.raises(UserError, match="gs://b/data/cifar10/test_labels.npy is damaged: sha256 2d711642"):
+        source.read_prepared("cifar10", "gs://b/data")
+    with pytest.raises(UserError, match="no prepared cifar10 in gs://b/other/cifar10"):
+        source.read_prepared("cifar10", "gs://b/other")
+    bucket.pipe("b/data/cifar10/thesis.tex", b"x")
+    with pytest.raises(UserError, match="gs://b/data/cifar10 holds thesis.tex"):
+        source.write_prepared(_dataset(), "gs://b/data")
+
+
+def test_half_a_folder_in_a_bucket_is_none(bucket, monkeypatch):
+    source.write_prepared(_dataset(), "gs://b/data")
+    opened, written = bucket.open, []
+
+    def failing(path, mode):
+        written.append(path)
+        if len(written) == 3:
+            raise OSError("connection lost")
+        return opened(path, mode)
+
+    monkeypatch.setattr(bucket, "open", failing)
+    with pytest.raises(OSError, match="connection lost"):
+        source.write_prepared(_dataset(seed=1), "gs://b/data")
+    with pytest.raises(UserError, match="no prepared cifar10 in gs://b/data/cifar10"):
+        source.read_prepared("cifar10", "gs://b/data")

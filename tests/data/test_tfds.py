@@ -12,7 +12,7 @@ library = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("array_record")
 
 
-def _prepare(folder, name, splits=("train", "test"), shape=(4, 4, 3), sizes=(4,), dtype=np.uint8,
+def prepare(folder, name, splits=("train", "test"), shape=(4, 4, 3), sizes=(4,), dtype=np.uint8,
              feature="image", num_images=5):
     """Prepares `folder`/NAME with images that hold their own number."""
     features = library.features
@@ -40,23 +40,23 @@ def _prepare(folder, name, splits=("train", "test"), shape=(4, 4, 3), sizes=(4,)
 
 
 def test_reads_a_prepared_set_in_record_order(tmp_path, capfd):
-    root = _prepare(tmp_path, "tiny_set")
+    root = prepare(tmp_path, "tiny_set")
     capfd.readouterr()
     for name in ("tfds:tiny_set", "tfds:tiny_set:1.0.0"):
         dataset = pipeline.open_dataset(name, root)
         assert dataset.name == name and dataset.class_names == ("even", "odd")
-        assert dataset.train_images.shape == (5, 4, 4, 3) and dataset.train_images.dtype == np.uint8
-        assert sorted(dataset.train_images[:, 0, 0, 0]) == [0, 1, 2, 3, 4]
-        np.testing.assert_array_equal(dataset.train_images[:, 0, 0, 0] % 2, dataset.train_labels)
+        assert dataset.train.images.shape == (5, 4, 4, 3) and dataset.train.images.dtype == np.uint8
+        assert sorted(dataset.train.images[:, 0, 0, 0]) == [0, 1, 2, 3, 4]
+        np.testing.assert_array_equal(dataset.train.images[:, 0, 0, 0] % 2, dataset.train.labels)
     records = library.builder("tiny_set", data_dir=root).as_data_source(split="train")
-    np.testing.assert_array_equal([record["label"] for record in records], dataset.train_labels)
+    np.testing.assert_array_equal([record["label"] for record in records], dataset.train.labels)
     assert "tensorflow" not in sys.modules
     assert capfd.readouterr().err == ""
 
 
 def test_validation_stands_in_for_test(tmp_path):
-    root = _prepare(tmp_path, "with_validation", splits=("train", "validation"))
-    assert len(pipeline.open_dataset("tfds:with_validation", root).test_labels) == 5
+    root = prepare(tmp_path, "with_validation", splits=("train", "validation"))
+    assert len(pipeline.open_dataset("tfds:with_validation", root).test) == 5
 
 
 @pytest.mark.parametrize("options, message", [
@@ -67,7 +67,7 @@ def test_validation_stands_in_for_test(tmp_path):
     ({"dtype": np.float32}, "expected uint8"),
 ])
 def test_unsuitable_sets(options, message, tmp_path):
-    root = _prepare(tmp_path, "unsuitable", **options)
+    root = prepare(tmp_path, "unsuitable", **options)
     with pytest.raises(UserError, match=message):
         pipeline.open_dataset("tfds:unsuitable", root)
 

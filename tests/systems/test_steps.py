@@ -19,6 +19,7 @@ from advmoe_jax.core import find, rng, tree
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
+from advmoe_jax.data.split import Arrays
 from advmoe_jax.models import network
 from advmoe_jax.models.router import ROUTINGS
 from advmoe_jax.ops import losses, routing
@@ -63,13 +64,13 @@ def _fresh(case):
 
 
 @functools.cache
-def _arrays():
+def _split():
     """Four classes of images: flat, striped down or across, checked; with noise."""
     label = np.arange(COUNT, dtype=np.int32) % CLASSES
     rows, cols = np.mgrid[:8, :8][..., None] % 2
     patterns = np.stack([0 * rows, rows, cols, (rows + cols) % 2])
     noise = np.random.default_rng(0).integers(0, 80, (COUNT, *SHAPE))
-    return {"image": (170 * patterns[label] + noise).astype(np.uint8), "label": label}
+    return Arrays((170 * patterns[label] + noise).astype(np.uint8), label)
 
 
 def _put(state, mesh):
@@ -79,7 +80,7 @@ def _put(state, mesh):
 def _run(case, step, state, devices=4, rows=None):
     """One step of a system from a state in numpy, back to numpy."""
     mesh = _system(case, devices)[1]
-    batch = meshes.put_batch(mesh, np.arange(BATCH) if rows is None else rows, _arrays())
+    batch = pipeline.device_batch(mesh, _split(), np.arange(BATCH) if rows is None else rows)
     state, _, metrics = step.run(_put(state, mesh), batch)
     return jax.device_get((state, metrics))
 
@@ -156,7 +157,7 @@ def test_state_is_donated(case):
     system, mesh = _system(case)
     for step in system.stages[0].steps:
         state = _put(_fresh(case), mesh)
-        step.run(state, meshes.put_batch(mesh, np.arange(BATCH), _arrays()))
+        step.run(state, pipeline.device_batch(mesh, _split(), np.arange(BATCH)))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
@@ -190,7 +191,7 @@ def test_loss_decreases(case):
     for i in range(30):
         for step in stage.steps:
             rows = pipeline.batch_indices(stage.indices, BATCH, 0, step.stream, i)
-            state, _, metrics = step.run(state, meshes.put_batch(mesh, rows, _arrays()))
+            state, _, metrics = step.run(state, pipeline.device_batch(mesh, _split(), rows))
             seen[step.name].append((float(metrics["loss"]), float(metrics["sa"])))
     assert int(state.step) == 30
     values = np.array(seen[stage.steps[-1].name])
@@ -208,7 +209,7 @@ def _objective(*overrides, router_loss=False):
     net = network.make(config.model, SHAPE, CLASSES)
     variables = jax.jit(net.init)(jax.random.key(0))
     run = adversarial.objective(net, config, router_loss=router_loss)
-    x = jnp.asarray(_arrays()["image"][:BATCH], jnp.float32) / 255
+    x = jnp.asarray(_split().images[:BATCH], jnp.float32) / 255
 
     @jax.jit
     def of(labels, params=variables["params"], **more):
@@ -295,7 +296,7 @@ def test_levels_share_the_program_that_attacks(monkeypatch):
 
     monkeypatch.setattr(adversarial, "training_attack", lambda *_: attack)
     system, mesh = _system.__wrapped__(("advmoe", "system.loss=madry"), devices=1)
-    state, batch = _put(_fresh(ADVMOE), mesh), meshes.put_batch(mesh, np.arange(BATCH), _arrays())
+    state, batch = _put(_fresh(ADVMOE), mesh), pipeline.device_batch(mesh, _split(), np.arange(BATCH))
     for step in system.stages[0].steps:
         state, same, _ = step.run(state, batch)
         assert same is batch
@@ -307,7 +308,7 @@ def test_a_shared_attack_is_made_once():
     """Who makes it leaves its images, who finds some takes them."""
     system, mesh = _system((*ADVMOE, "system.loss=madry", "system.share_batch=true", "system.share_attack=true"), 1)
     lower, upper = system.stages[0].steps
-    raw = meshes.put_batch(mesh, np.arange(BATCH), _arrays())
+    raw = pipeline.device_batch(mesh, _split(), np.arange(BATCH))
     state, made, _ = lower.run(_put(_fresh(ADVMOE), mesh), raw)
     change = np.abs(made["adversarial"] - made["image"])
     assert 0.9 * 8 / 255 < change.max() <= 8 / 255 + 1e-6
@@ -393,7 +394,7 @@ def _toy(loss):
     step = train_step.make(
         "toy", objective, prepare, owns=("backbone",), optimizers={"backbone": optimizer}, state=state, mesh=mesh,
         stream="data", crops="toy", ends_iteration=True)
-    return step, state, meshes.put_batch(mesh, np.arange(4), _arrays())
+    return step, state, pipeline.device_batch(mesh, _split(), np.arange(4))
 
 
 @pytest.mark.parametrize("loss, name", [

@@ -10,6 +10,7 @@ import pytest
 from advmoe_jax.attacks import parse, suites, verdicts
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.data.split import Arrays
 from advmoe_jax.ops.statistics import wilson
 from advmoe_jax.train import evaluate
 from advmoe_jax.train.system import System
@@ -46,13 +47,13 @@ def _case():
     images = numbers.integers(0, 256, (COUNT, *SHAPE)).astype(np.uint8)
     logits = images.reshape(COUNT, -1) / 255 @ np.asarray(weights)
     label = np.where(np.arange(COUNT) % 7 == 0, logits.argmin(-1), logits.argmax(-1)).astype(np.int32)
-    return weights, {"image": images, "label": label}
+    return weights, Arrays(images, label)
 
 
 def _run(suite, *, batch_size=16, views=("none",), apply=_linear, indices=None, seed=0, log=None):
-    weights, arrays = _case()
+    weights, split = _case()
     indices = np.arange(COUNT) if indices is None else indices
-    return evaluate.run(_system(apply, views), weights, arrays, indices, suite, mesh=meshes.make(),
+    return evaluate.run(_system(apply, views), weights, split, indices, suite, mesh=meshes.make(),
                         batch_size=batch_size, seed=seed, log=log)
 
 
@@ -77,10 +78,10 @@ def test_every_image_is_counted_once(three_views):
     assert COUNT % 16 and record["n"] == COUNT
     assert found.clean["label"].shape == found.label.shape == (COUNT,) and found.clean["ids"].shape == (COUNT, 2)
     assert [attempt.view for attempt in found.attempts] == list(VIEWS)
-    weights, arrays = _case()
+    weights, split = _case()
     np.testing.assert_array_equal(found.clean["label"],
-                                  (arrays["image"].reshape(COUNT, -1) / 255 @ weights).argmax(-1))
-    np.testing.assert_array_equal(found.label, arrays["label"])
+                                  (split.images.reshape(COUNT, -1) / 255 @ weights).argmax(-1))
+    np.testing.assert_array_equal(found.label, split.labels)
     assert record["sa"] == pytest.approx(1 - np.mean(np.arange(COUNT) % 7 == 0))
     for attempt in found.attempts:
         np.testing.assert_array_equal(attempt.attacked, found.correct)
@@ -170,10 +171,10 @@ def test_adversarial_images_are_those_of_the_first_attempt_that_broke_them():
     kept = verdicts.adversarial(found, log)
     broken = found.correct & ~found.survivors()
     np.testing.assert_array_equal(kept["index"], np.flatnonzero(broken))
-    weights, arrays = _case()
+    weights, split = _case()
     predicted = (kept["x_adv"].reshape(len(kept["index"]), -1) @ weights).argmax(-1)
-    assert np.all(predicted != arrays["label"][broken])
-    x = arrays["image"][broken] / np.float32(255)
+    assert np.all(predicted != split.labels[broken])
+    x = split.images[broken] / np.float32(255)
     assert np.all(np.abs(kept["x_adv"] - x) <= 0.05 + 1e-6) and len(kept["index"]) > 3
 
 
@@ -244,7 +245,7 @@ def test_expert_load(three_views):
     found, record = three_views
     load = np.array(record["load"])
     assert load.shape == (2, 2) and np.allclose(load.sum(-1), 1)
-    high = np.mean(_case()[1]["image"].reshape(COUNT, -1) / 255, 1) > 0.5
+    high = np.mean(_case()[1].images.reshape(COUNT, -1) / 255, 1) > 0.5
     np.testing.assert_allclose(load, [[1 - high.mean(), high.mean()], [1, 0]], atol=1e-6)
     assert 0 < record["load_entropy"][0] <= 1 and record["load_entropy"][1] == pytest.approx(0, abs=1e-6)
     worst = min(found.attempts, key=lambda attempt: found.survivors([attempt]).mean())
@@ -276,7 +277,7 @@ def _nan(weights, view_gain, x):
 
 def test_nan_logits_are_wrong():
     found, record = _found("fgsm(eps=0)", apply=_nan)
-    high = np.mean(_case()[1]["image"].reshape(COUNT, -1) / 255, 1) > 0.5
+    high = np.mean(_case()[1].images.reshape(COUNT, -1) / 255, 1) > 0.5
     assert 0.2 < high.mean() < 0.8
     np.testing.assert_array_equal(found.clean["label"] == -1, high)
     assert record["sa"] == pytest.approx(np.mean((np.arange(COUNT) % 7 != 0) & ~high))

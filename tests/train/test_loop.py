@@ -21,6 +21,7 @@ from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, tree
 from advmoe_jax.core.errors import NonFiniteError, Preempted, UserError
+from advmoe_jax.data.split import Arrays
 from advmoe_jax.ops import routing
 from advmoe_jax.systems.assemble import assemble
 from advmoe_jax.train import checkpoint, log, loop
@@ -378,7 +379,7 @@ def staged():
     mesh = meshes.make()
     optimizer = optax.sgd(0.1)
     images = np.random.default_rng(0).integers(0, 256, (32, 2, 2, 1)).astype(np.uint8)
-    train = {"image": images, "label": (images.mean((1, 2, 3)) > 127).astype(np.int32)}
+    train = Arrays(images, (images.mean((1, 2, 3)) > 127).astype(np.int32))
 
     def init(key):
         return states.fresh({"params": {"backbone": {"w": jnp.zeros((4, 2))}}}, {"backbone": optimizer})
