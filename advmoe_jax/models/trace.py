@@ -134,9 +134,7 @@ def _follow(program, given: list[_Sources], inputs: dict[str, _Sources], norms: 
 
 
 def _inner_programs(equation) -> list:
-    """The jaxprs that an equation runs on whole arrays, such as those of jit, custom gradients, scan and cond."""
-    if equation.primitive.name.startswith("reduce"):  # theirs joins two numbers
-        return []
+    """The jaxprs that an equation runs, such as those of jit, custom gradients, scan and cond."""
     names = ("jaxpr", "call_jaxpr", "branches", "body_jaxpr")
     found = next((equation.params[name] for name in names if name in equation.params), ())
     return [getattr(part, "jaxpr", part) for part in (found if isinstance(found, tuple) else (found,))]

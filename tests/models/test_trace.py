@@ -104,7 +104,23 @@ def test_statistics_of_the_batch_are_no_paths_of_data(train):
     assert (a.norm, a.inputs, b.norm, b.inputs) == ("bn1", (), None, ("a",))
 
 
-# Modules of nobody.
+# Modules that the package does not know.
+
+
+def test_a_norm_of_any_kind_keeps_channels():
+    class Whitening(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            whiten = self.variable("batch_stats", "whiten", jnp.eye, x.shape[-1])
+            return x @ whiten.value * self.param("scale", nn.initializers.ones, (1, 1, 1, x.shape[-1]))
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return _conv("b", nn.max_pool(Whitening(name="norm")(_conv("a", x)), (2, 2)))
+
+    a, b = _by_path(Net()).values()
+    assert (a.norm, b.inputs, b.norm) == ("norm", ("a",), None)
 
 
 class Stranger(nn.Module):
@@ -128,7 +144,7 @@ class Stranger(nn.Module):
 
 
 @pytest.mark.parametrize("norm", [None, "batch", "layer", "group"])
-def test_a_module_that_the_package_does_not_know(norm):
+def test_a_module_of_plain_flax(norm):
     def named(path):
         return f"{path}_norm" if norm else None
 
@@ -201,7 +217,7 @@ def test_gates_join_channels_only_channel_by_channel():
             of_channels = nn.sigmoid(nn.Dense(4, name="of_channels")(jnp.mean(a, (1, 2))))
             b = _conv("b", a * of_channels[:, None, None, :])
             of_pixels = nn.sigmoid(_conv("of_pixels", b, 1))
-            c = _conv("c", b * of_pixels)
+            c = _conv("c", b * of_pixels + of_pixels + jnp.broadcast_to(of_pixels, b.shape))
             experts = nn.softmax(nn.Dense(2, name="experts")(jnp.mean(c, (1, 2))))
             d = c * experts[:, 0, None, None, None] + _conv("d", c) * experts[:, 1, None, None, None]
             return _conv("e", jnp.where(_conv("predicate", d) > 0, d, 0.0))
