@@ -1,6 +1,7 @@
-"""PyTorch checkpoints as variables of our networks, by the names that each network's layers carry.
+"""PyTorch checkpoints as variables of our networks, by the names of their layers.
 
-Nothing here knows a model: `Network.layers` says which tensor goes where. The names are those of the released AdvMoE
+Nothing here knows a model: `Network.layers` says what there is, and `interop.names` has the PyTorch names of a backbone
+in the module that is called like it. The names are those of the released AdvMoE
 code (OPTML-Group/Robust-MoE-CNN) and of the CIFAR and torchvision ResNets that it follows: kernels are (O, I, k, k)
 and linear weights (O, I); a BatchNorm has weight, bias, running_mean, running_var and num_batches_tracked. The
 released code registers its one router in the model and in every routed convolution, so that a checkpoint holds the
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.core import tree
+from advmoe_jax.core import find, tree
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.models.network import Network
 
@@ -95,15 +96,30 @@ def norm_name(layer: str) -> str:
     return f"{head}.{last}" if head else last
 
 
+def layer_names(network: Network) -> dict[str, str]:
+    """The PyTorch name of every layer that has one, {"backbone/layer1_0/conv1": "layer1.0.conv1"}; of the router's
+    layers without the prefix "router."."""
+    names = {}
+    for group, module in (("backbone", network.backbone), ("router", "global_router")):
+        layers = tuple(spec for spec in network.layers if spec.path.startswith(f"{group}/"))
+        if layers and module in find.names("interop.names", defines="rules"):
+            rules = find.module("interop.names", module, defines="rules").rules(layers)
+            found = ((spec.path, re.fullmatch(f"{group}/(?:{pattern})", spec.path), name)
+                     for spec in layers for pattern, name in rules.items())
+            names |= {path: match.expand(name) for path, match, name in found if match}
+    return names
+
+
 def _torch_names(network: Network, paths: Iterable[str]) -> dict[str, str]:
     """The PyTorch name of every leaf, {"params/backbone/conv1/kernel": "conv1.weight"}."""
-    names = {}
+    names, of_layers = {}, layer_names(network)
     for spec in network.layers:
-        prefix = _ROUTER if spec.path.startswith("router/") else ""
-        layer, norm = prefix + spec.torch_name, prefix + norm_name(spec.torch_name)
-        if spec.torch_name:
-            names |= {f"params/{spec.path}/kernel": f"{layer}.weight", f"params/{spec.path}/bias": f"{layer}.bias"}
-        if spec.torch_name and spec.norm:
+        if spec.path not in of_layers:
+            continue
+        prefix, name = _ROUTER if spec.path.startswith("router/") else "", of_layers[spec.path]
+        layer, norm = prefix + name, prefix + norm_name(name)
+        names |= {f"params/{spec.path}/kernel": f"{layer}.weight", f"params/{spec.path}/bias": f"{layer}.bias"}
+        if spec.norm:
             names |= {f"params/{spec.norm}/scale": f"{norm}.weight", f"params/{spec.norm}/bias": f"{norm}.bias",
                       f"batch_stats/{spec.norm}/mean": f"{norm}.running_mean",
                       f"batch_stats/{spec.norm}/var": f"{norm}.running_var"}

@@ -113,13 +113,9 @@ class RoutedConv(nn.Module):
     def __call__(self, x: jax.Array, choice: Choice) -> jax.Array:
         """(B, H, W, I) -> (B, H / stride, W / stride, w)."""
         starts = routing.offsets(self.num_experts, self.width, self.channels, self.experts)
-        shape = (self.size, self.size, x.shape[-1], stored_channels(self))
+        stored = self.num_experts * self.width if self.experts == "disjoint" else self.channels
+        shape = (self.size, self.size, x.shape[-1], stored)
         return dispatch.conv(x, self.param("kernel", self._init, shape), choice, starts, self.width, self.stride)
-
-
-def stored_channels(layer) -> int:
-    """C_store of a layer with fields channels, width, num_experts and experts."""
-    return layer.num_experts * layer.width if layer.experts == "disjoint" else layer.channels
 
 
 def scaled_width(channels: int, model_scale: float) -> int:

@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 from advmoe_jax.core import find
 from advmoe_jax.core import tree as trees
 from advmoe_jax.core.errors import UserError, one_of
-from advmoe_jax.core.layers import LayerSpec
+from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.models import router as routers
+from advmoe_jax.models import trace
 from advmoe_jax.ops import dispatch, routing
-from advmoe_jax.ops.dispatch import Dispatch
+from advmoe_jax.ops.dispatch import Choice, Dispatch
 
 GROUPS = ("backbone", "router")
 
@@ -74,7 +75,7 @@ class Network:
 
     Attributes:
         module: the linen module.
-        layers: every layer of backbone and router.
+        backbone: name of the backbone's module in advmoe_jax.models.
         image_shape: (H, W, C).
         num_classes: K.
         num_experts: E, 1 for a dense network.
@@ -82,11 +83,19 @@ class Network:
     """
 
     module: nn.Module
-    layers: tuple[LayerSpec, ...]
+    backbone: str
     image_shape: tuple[int, int, int]
     num_classes: int
     num_experts: int
     one_choice: bool = False
+
+    @functools.cached_property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """Every layer: those of the backbone, of which the routed ones ask for choices in this order, then those of the
+        router."""
+        module, x = self.module.clone(dispatch=Dispatch("all")), _image(self.image_shape)
+        specs = trace.layers(module, x, routing.hard(), 0)
+        return tuple(sorted(specs, key=lambda spec: not spec.path.startswith("backbone/")))
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -206,17 +215,26 @@ def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | 
     module = find.module("models", cfg.name, defines="backbone", kind="model.name")
     check(cfg)
     net = module.backbone(cfg, num_classes)
-    specs = module.layers(net, image_shape)
     router = None
     if cfg.num_experts > 1:
-        routed_inputs = tuple(spec.kernel[-2] for spec in specs if spec.routed)
-        router = routers.make(cfg, routed_inputs)
-        specs += routers.layers(cfg, routed_inputs, image_shape)
+        router = routers.make(cfg, lambda: _num_routed(net, image_shape, cfg.num_experts))
     every = cfg.num_experts if cfg.experts == "disjoint" else min(cfg.num_experts, 1 / cfg.model_scale)
     one_choice = cfg.routing == "global"
     kind = dispatch.pick(cfg.dispatch, every, one_choice, cfg.width, jax.default_backend())
-    return Network(_Module(net, router, Dispatch(kind, mesh)), specs, tuple(image_shape), num_classes,
+    return Network(_Module(net, router, Dispatch(kind, mesh)), cfg.name, tuple(image_shape), num_classes,
                    cfg.num_experts, one_choice)
+
+
+def _num_routed(net: nn.Module, image_shape: tuple[int, int, int], num_experts: int) -> int:
+    """How many layers of a backbone are routed."""
+    def choose(x):
+        return Choice(jnp.ones((len(x), num_experts)))
+
+    return sum(spec.routed for spec in trace.layers(net, _image(image_shape), choose, 0))
+
+
+def _image(shape):
+    return jax.ShapeDtypeStruct((1, *shape), jnp.float32)
 
 
 def check(cfg) -> None:

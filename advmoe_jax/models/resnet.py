@@ -15,7 +15,6 @@ import jax
 from flax import linen as nn
 
 from advmoe_jax.core.errors import one_of
-from advmoe_jax.core.layers import LayerSpec
 from advmoe_jax.models.layers import (
     BatchNorm,
     Choose,
@@ -23,7 +22,6 @@ from advmoe_jax.models.layers import (
     RoutedConv,
     global_average_pool,
     scaled_width,
-    stored_channels,
 )
 
 DEPTHS = {"10": (1, 1, 1, 1), "18": (2, 2, 2, 2), "34": (3, 4, 6, 3)}
@@ -35,7 +33,6 @@ class _Block:
     """Shape of one basic block: channels of the dense network, width and stride of this one."""
 
     name: str
-    torch_name: str
     channels: int
     width: int
     stride: int
@@ -67,7 +64,7 @@ class ResNet(nn.Module):
             width = scaled_width(channels, self.model_scale)
             for i in range(size):
                 stride = 2 if stage > 0 and i == 0 else 1
-                yield _Block(f"layer{stage + 1}_{i}", f"layer{stage + 1}.{i}", channels, width, stride,
+                yield _Block(f"layer{stage + 1}_{i}", channels, width, stride,
                              has_shortcut=stride > 1 or incoming != width)
                 incoming = width
 
@@ -131,53 +128,3 @@ def backbone(cfg, num_classes: int) -> ResNet:
     sizes = DEPTHS[one_of("model.depth of a resnet", str(cfg.depth), DEPTHS)]
     return ResNet(num_classes, cfg.width, sizes, one_of("model.stem", cfg.stem, STEMS), cfg.num_experts,
                   cfg.model_scale, cfg.experts, cfg.expert_init)
-
-
-def layers(net: ResNet, image_shape: tuple[int, int, int]) -> tuple[LayerSpec, ...]:
-    """Every convolution and linear layer of `net`, in the order in which routed ones ask for a choice.
-
-    Args:
-        net: made by `backbone`.
-        image_shape: (H, W, C).
-    """
-    imagenet = net.stem == "imagenet"
-    size, torch_linear, torch_shortcut = image_shape[:2], "linear", "shortcut.0"
-    if imagenet:
-        torch_linear, torch_shortcut = "fc", "downsample.0"
-    specs = []
-
-    def add(path, torch_name, kernel, width, stride, norm, inputs, routed=False):
-        specs.append(LayerSpec(f"backbone/{path}", kernel, width, stride, size,
-                               norm and f"backbone/{norm}", inputs, torch_name, routed))
-        return (specs[-1].path,)
-
-    if imagenet:
-        size = _halve(size)
-    k = 7 if imagenet else 3
-    stream = add("conv1", "conv1", (k, k, image_shape[2], net.stem_width), net.stem_width, 2 if imagenet else 1,
-                 "bn1", ())
-    if imagenet:
-        size = _halve(size)
-    incoming = net.stem_width
-    for block in net.blocks():
-        routed = net.num_experts > 1
-        stored = stored_channels(RoutedConv(block.channels, block.width, net.num_experts, net.experts, parent=None)
-                                 ) if routed else block.width
-        if block.stride == 2:
-            size = _halve(size)
-        first = add(f"{block.name}/conv1", f"{block.torch_name}.conv1", (3, 3, incoming, stored), block.width,
-                    block.stride, f"{block.name}/bn1", stream, routed)
-        second = add(f"{block.name}/conv2", f"{block.torch_name}.conv2", (3, 3, block.width, stored), block.width,
-                     1, f"{block.name}/bn2", first, routed)
-        if block.has_shortcut:
-            columns = stored if net.routes_shortcuts else block.width
-            stream = add(f"{block.name}/shortcut", f"{block.torch_name}.{torch_shortcut}", (1, 1, incoming, columns),
-                         block.width, block.stride, f"{block.name}/shortcut_bn", stream, net.routes_shortcuts)
-        stream, incoming = stream + second, block.width
-    size = (1, 1)
-    add("linear", torch_linear, (incoming, net.num_classes), net.num_classes, 1, None, stream)
-    return tuple(specs)
-
-
-def _halve(size: tuple[int, int]) -> tuple[int, int]:
-    return tuple((s + 1) // 2 for s in size)

@@ -1,5 +1,6 @@
 """State dicts of the released AdvMoE code as variables: names, copies of the router, files, messages."""
 
+import dataclasses
 import functools
 import re
 
@@ -9,7 +10,7 @@ import pytest
 
 from advmoe_jax.core import config, tree
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.interop.torch_import import norm_name, read_state_dict, to_variables
+from advmoe_jax.interop.torch_import import layer_names, norm_name, read_state_dict, to_variables
 from advmoe_jax.models import network
 
 ROUTER = "router."
@@ -29,24 +30,25 @@ def dense():
 
 def parts(net):
     """Random state dicts of the backbone and of the router, as PyTorch would save each."""
-    rng, backbone, router = np.random.default_rng(0), {}, {}
+    rng, backbone, router, names = np.random.default_rng(0), {}, {}, layer_names(net)
     for spec in net.layers:
-        part = router if spec.path.startswith("router/") else backbone
+        layer, part = names[spec.path], router if spec.path.startswith("router/") else backbone
         shape = (*spec.kernel[:1:-1], *spec.kernel[:2]) if len(spec.kernel) == 4 else spec.kernel[::-1]
-        part[f"{spec.torch_name}.weight"] = rng.standard_normal(shape).astype(np.float32)
+        part[f"{layer}.weight"] = rng.standard_normal(shape).astype(np.float32)
         if len(shape) == 2:
-            part[f"{spec.torch_name}.bias"] = rng.standard_normal(shape[0]).astype(np.float32)
+            part[f"{layer}.bias"] = rng.standard_normal(shape[0]).astype(np.float32)
         if spec.norm:
             for name in ("weight", "bias", "running_mean", "running_var"):
-                part[f"{norm_name(spec.torch_name)}.{name}"] = rng.uniform(.5, 1, spec.width).astype(np.float32)
-            part[f"{norm_name(spec.torch_name)}.num_batches_tracked"] = np.array(7)
+                part[f"{norm_name(layer)}.{name}"] = rng.uniform(.5, 1, spec.width).astype(np.float32)
+            part[f"{norm_name(layer)}.num_batches_tracked"] = np.array(7)
     return backbone, router
 
 
 def released(net):
     """The whole state dict, the router in the model and in every routed convolution."""
     state, router = parts(net)
-    for prefix in ("", *(f"{spec.torch_name}." for spec in net.layers if spec.routed)):
+    names = layer_names(net)
+    for prefix in ("", *(f"{names[spec.path]}." for spec in net.layers if spec.routed)):
         state |= {f"{prefix}{ROUTER}{name}": value for name, value in router.items()}
     return state
 
@@ -62,6 +64,24 @@ def assert_equal(a, b):
     ("layer2.0.downsample.0", "layer2.0.downsample.1"), ("features.10", "features.11")])
 def test_norm_name(layer, norm):
     assert norm_name(layer) == norm
+
+
+def test_layer_names():
+    cifar, imagenet = (layer_names(moe(stem=stem)) for stem in ("cifar", "imagenet"))
+    assert list(cifar) == [spec.path for spec in moe().layers]
+    for path, name in {
+            "backbone/conv1": "conv1", "backbone/layer1_1/conv2": "layer1.1.conv2",
+            "router/conv1": "conv1", "router/layer3_2_conv1": "layer3.2.conv1", "router/fc": "fc"}.items():
+        assert cifar[path] == imagenet[path] == name
+    shortcut = "backbone/layer4_0/shortcut"
+    assert (cifar[shortcut], cifar["backbone/linear"]) == ("layer4.0.shortcut.0", "linear")
+    assert (imagenet[shortcut], imagenet["backbone/linear"]) == ("layer4.0.downsample.0", "fc")
+
+
+def test_a_backbone_without_pytorch_names():
+    net = dataclasses.replace(dense(), backbone="strange")
+    assert layer_names(net) == {}
+    assert "/backbone/bn1/mean has no PyTorch name: expected a network" in refused(net, {})
 
 
 @pytest.mark.parametrize("changes", [{}, dict(num_experts=1), dict(stem="imagenet")])
@@ -130,8 +150,9 @@ def test_a_router_where_none_is_wanted():
     assert "unknown tensor router." in refused(dense(), state)
 
 
-def test_routers_that_have_no_pytorch_form():
-    assert re.match(r"\S*router/layer0/\S+ has no PyTorch name: expected", refused(moe(routing="layer"), {}))
+@pytest.mark.parametrize("routing, where", [("layer", "layer0"), ("embedding", "bn1")])
+def test_routers_that_have_no_pytorch_form(routing, where):
+    assert re.match(rf"\S*router/{where}/\S+ has no PyTorch name: expected", refused(moe(routing=routing), {}))
 
 
 def test_missing():

@@ -2,12 +2,15 @@
 its file is there.
 """
 
+import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from advmoe_jax.core import config, find
 from advmoe_jax.core import tree as trees
@@ -43,6 +46,44 @@ def test_layers_are_those_of_the_parameters(name, routed):
     params = trees.named_leaves(jax.eval_shape(net.init, jax.random.key(0))["params"])
     kernels = {path.removesuffix("/kernel"): leaf.shape for path, leaf in params.items() if path.endswith("/kernel")}
     assert {spec.path: spec.kernel for spec in net.layers} == kernels
+
+
+@each
+def test_inputs_have_the_channels_that_a_layer_reads(name):
+    net, _ = _net(name)
+    written = {}
+    for spec in net.layers:
+        channels = [written[source] for source in spec.inputs]  # of earlier layers
+        found = sum(channels) if spec.join == "concat" else max(channels, default=SHAPE[-1])
+        assert found == spec.kernel[-2] * spec.groups, spec
+        assert spec.join == "concat" or len(set(channels)) < 2, spec
+        written[spec.path] = spec.width
+
+
+@each
+def test_every_router_reads_what_its_layer_reads(name):
+    net, _ = _net(name)
+    routed = [spec for spec in net.layers if spec.routed]
+    hidden = [spec for spec in net.layers if spec.path.endswith("/hidden")]
+    assert routed and [(spec.inputs, spec.join) for spec in hidden] == [(spec.inputs, spec.join) for spec in routed]
+
+
+class _NoNorm(nn.Module):
+    """In the place of BatchNorm."""
+
+    def __call__(self, x, train):
+        return x
+
+
+@each
+def test_a_backbone_may_have_no_batch_norm(name, monkeypatch):
+    usual = _net(name)[0].layers
+    monkeypatch.setattr(importlib.import_module(f"advmoe_jax.models.{name}"), "BatchNorm", _NoNorm)
+    net = _design(name, routed=True)
+    assert net.layers == tuple(dataclasses.replace(spec, norm=None) for spec in usual)
+    variables = jax.jit(net.init)(jax.random.key(0))
+    assert "backbone" not in variables["batch_stats"]
+    assert np.all(np.isfinite(jax.jit(net.apply)(variables, _images(BATCH))[0]))
 
 
 @each

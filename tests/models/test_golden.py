@@ -83,7 +83,8 @@ def test_layers_describe_the_parameters():
     ("layer3.0.conv1", (256, 64, 3, 3), 2), ("layer4.0.conv1", (512, 128, 3, 3), 2),
     ("layer4.1.conv2", (512, 256, 3, 3), 1), ("layer1.0.shortcut.0", (32, 64, 1, 1), 1), ("linear", (10, 256), 1)])
 def test_kernels_of_the_moe(layer, kernel, stride):
-    spec = next(spec for spec in net().layers if spec.torch_name == layer and spec.path.startswith("backbone/"))
+    names = torch_import.layer_names(net())
+    spec = next(spec for spec in net().layers if names[spec.path] == layer and spec.path.startswith("backbone/"))
     assert (to_torch(spec.kernel), spec.stride) == (kernel, stride)
 
 
@@ -141,19 +142,18 @@ def hashed(name, shape):
 
 def hashed_state_dict(net):
     """The released code's state dict of `net`, with the router in the model and in every routed convolution."""
-    state, router = {}, {}
+    state, router, names = {}, {}, torch_import.layer_names(net)
     for spec in net.layers:
         part = router if spec.path.startswith("router/") else state
-        shape = to_torch(spec.kernel)
-        part[f"{spec.torch_name}.weight"] = math.sqrt(24 / math.prod(shape[1:])) * hashed(
-            f"{spec.torch_name}.weight", shape)
+        shape, layer = to_torch(spec.kernel), names[spec.path]
+        part[f"{layer}.weight"] = math.sqrt(24 / math.prod(shape[1:])) * hashed(f"{layer}.weight", shape)
         if len(shape) == 2:
-            part[f"{spec.torch_name}.bias"] = np.zeros(shape[0])
+            part[f"{layer}.bias"] = np.zeros(shape[0])
         if spec.norm:
-            norm, ones = torch_import.norm_name(spec.torch_name), np.ones(spec.width)
+            norm, ones = torch_import.norm_name(layer), np.ones(spec.width)
             part |= {f"{norm}.weight": ones, f"{norm}.bias": 0 * ones, f"{norm}.running_mean": 0 * ones,
                      f"{norm}.running_var": ones, f"{norm}.num_batches_tracked": np.zeros((), np.int64)}
-    for prefix in ("", *(f"{spec.torch_name}." for spec in net.layers if spec.routed)):
+    for prefix in ("", *(f"{names[spec.path]}." for spec in net.layers if spec.routed)):
         state |= {f"{prefix}router.{name}": value for name, value in router.items()}
     return state
 

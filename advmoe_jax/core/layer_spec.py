@@ -10,29 +10,33 @@ class LayerSpec:
 
     Attributes:
         path: where its parameters are, "backbone/layer1_0/conv1".
-        kernel: stored kernel shape, (k, k, C_in, C_store) or (C_in, C_out).
-        width: output channels that one image computes; less than C_store in a routed layer.
+        kernel: stored kernel shape: (k, k, C_in / groups, C_store) or (C_in, C_out); of an attention layer
+            (C_in, heads, C_head) or (heads, C_head, C_out).
+        width: how much of the kernel's last axis one image computes; less than C_store in a routed layer.
         stride: of the convolution; 1 for a linear layer.
-        out_size: (H, W) of the output; (1, 1) for a linear layer.
-        norm: path of the BatchNorm that follows, None if there is none.
-        inputs: paths of the layers whose outputs, after addition, it reads; empty for the image.
-        torch_name: name in the PyTorch models of the field, "layer1.0.conv1".
+        out_size: (H, W) of the output; (T, 1) for T tokens; (1, 1) for one vector.
+        norm: path of the norm that reads the output as it is, None if there is none.
+        inputs: paths of the layers whose outputs it reads, in the order in which they are joined; empty for the image.
+        join: how several inputs become one: "add", channel by channel, or "concat", one after the other; where both
+            happen, what happened last. "" for a single one. The image counts as one, though `inputs` leaves it out.
         routed: whether each image takes one expert's channels.
+        groups: of a grouped convolution.
     """
 
     path: str
     kernel: tuple[int, ...]
     width: int
     stride: int
-    out_size: tuple[int, int]
+    out_size: tuple[int, ...]
     norm: str | None
     inputs: tuple[str, ...]
-    torch_name: str
+    join: str = ""
     routed: bool = False
+    groups: int = 1
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates that one image needs (one expert if routed; bias and BatchNorm not counted)."""
+        """Multiply-accumulates that one image needs (one expert if routed; bias and norm not counted)."""
         return math.prod(self.kernel[:-1]) * self.width * math.prod(self.out_size)
 
     @property
