@@ -5,6 +5,8 @@
                                                                        at_sdense, at_moe, natural
   python -m advmoe_jax.main --mode evaluate --workdir runs/digits_r18 --config.eval.suite=standard      AutoAttack
   python -m advmoe_jax.main --mode report --workdir "runs/digits_*"    one table of several runs
+  python -m advmoe_jax.main --config configs/digits_table.py           the runs of a recipe, by one such command or
+                                                                       several at once; --list shows how far they are
 
 Any field of the config can be set: --config.model.width=32 --config.attack.eps=8/255. The same command continues a
 run that was stopped. Exit codes: 0; 2 bad input; 3 unreliable evaluation, with --strict; 4 non-finite training; 75
@@ -29,8 +31,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         usage="%(prog)s --config FILE[:ARGUMENT] [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE ...]")
     parser.add_argument("--config", default="", help="config file, with an argument behind a colon")
     parser.add_argument("--mode", default="train", choices=MODES, help="train unless given")
-    parser.add_argument("--workdir", default="", help="where the run lives; runs/<config name> unless given")
+    parser.add_argument("--workdir", default="", help="of the run or recipe; runs/<config name> unless given")
     parser.add_argument("--checkpoint", default="", help="best, last or a step, for evaluate; both unless given")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="runs of a recipe: 'at_*,advmoe-s0'")
+    parser.add_argument("--list", action="store_true", help="show the runs of a recipe: state, needs, time")
+    parser.add_argument("--list-fields", action="store_true", help="show the fields of the config")
     parser.add_argument("--strict", action="store_true", help="exit code 3 if an evaluation cannot be trusted")
     parser.add_argument("--coordinator", default="", metavar="HOST:PORT",
                         help="process 0 of a run of several; auto on a TPU pod")

@@ -10,9 +10,10 @@ Expected: not run yet. The paper reports, for 100 epochs, SA 80.15 and RA(PGD-50
 """
 
 from advmoe_jax.core import config as configs
+from advmoe_jax.systems import methods
 
 
 def get_config(method="advmoe"):
     config = configs.default()
-    configs.set_method(config, method)
+    methods.choose(config, method)
     return config

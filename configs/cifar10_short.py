@@ -12,17 +12,18 @@ Expected: one seed, best checkpoint, RA(PGD-50) on 2,000 test images: at_sdense 
 """
 
 from advmoe_jax.core import config as configs
+from advmoe_jax.systems import methods
 
 EPOCHS = {"advmoe": 11, "at_moe": 17, "at_sdense": 28, "at_dense": 12, "natural": 12}
 
 
 def get_config(method="advmoe"):
     config = configs.default()
-    configs.set_method(config, method)
+    methods.choose(config, method)
     config.data.subset = 10_000
     config.model.width = 16
     config.train.length = f"{EPOCHS[method]} epochs"
     config.train.eval_every = "20%"
-    config.train.num_examples = 500
+    config.train.select_examples = 500
     config.eval.n = 2000
     return config

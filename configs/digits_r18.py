@@ -9,12 +9,12 @@ Expected: RA(PGD-50) on 500 test images, mean of seeds 0 to 2: advmoe SA 95.9 RA
 """
 
 from advmoe_jax.core import config as configs
+from advmoe_jax.systems import methods
 
 
 def get_config(method="advmoe"):
-    config = configs.default()
-    configs.set_method(config, method)
-    config.data.name = "digits"
+    config = configs.default(data="digits")
+    methods.choose(config, method)
     config.data.batch_size = 64
     config.data.pad = 1
     config.data.flip = False

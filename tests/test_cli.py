@@ -11,11 +11,11 @@ import pytest
 from tiny import DIGITS, REPO, flags, listing
 
 from advmoe_jax import main
-from advmoe_jax.attacks import flags as suspicions
 from advmoe_jax.bench import __main__ as bench
 from advmoe_jax.core import cli, mesh
 from advmoe_jax.core.errors import NonFiniteError, Preempted
 from advmoe_jax.data import prepare
+from advmoe_jax.evaluation import flags as suspicions
 from advmoe_jax.train import loop
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
@@ -36,15 +36,15 @@ BAD_FIELDS = {
     "eps_8_for_linf": ("attack.eps=8", "attack.eps", "linf", "[0, 1]", "'8/255'"),
     "eps_is_negative": ("attack.eps=-0.1", "attack.eps", "'-0.1'", "0 or more"),
     "eps_is_text": ("attack.eps=abc", "attack.eps", "'abc'", "'8/255'"),
-    "step_size_2_for_linf": ("attack.step_size=2", "step_size is '2' for linf", "'2/255'"),
+    "step_size_2_for_linf": ("train.attack=pgd(step_size=2)", "step_size is 2 for linf", "'2/255'"),
     "norm_without_eps": ("eval.norm=l2", "eval.norm is l2", "eval.eps"),
     "attack_norm_without_eps": ("eval.attacks=pgd(norm=l2)", "pgd has norm=l2 and no eps"),
     "eval_eps_8_for_linf": ("eval.eps=8", "eval.eps", "'8/255'"),
     "norm": ("attack.norm=linff", "'linff'", "did you mean 'linf'"),
-    "attack_start": ("attack.start=gauss", "'gauss'", "gaussian"),
-    "attack_step_size": ("attack.step_size=big", "step_size", "'big'"),
+    "attack_start": ("train.attack=pgd(start=gauss)", "'gauss'", "gaussian"),
+    "attack_step_size": ("train.attack=pgd(step_size=big)", "step_size", "'big'"),
     "attack_router_grad": ("attack.router_grad=ste", "'ste'", "ste_full"),
-    "attack_num_steps": ("attack.num_steps=0", "attack.num_steps is 0", "1 or more"),
+    "attack_num_steps": ("train.attack=pgd(num_steps=0)", "num_steps is 0", "1 or more"),
     "data_name": ("data.name=cifar11", "data.name 'cifar11'", "did you mean 'cifar10'"),
     "data_variant": ("data.name=digits:x", "digits has no variant 'x'"),
     "data_missing": ("data.name=cifar10", "python -m advmoe_jax.data.prepare cifar10 --out data"),
@@ -56,6 +56,7 @@ BAD_FIELDS = {
     "router_loss": ("system.router_loss=label", "system.router_loss 'label'", "label_mod"),
     "model_name": ("model.name=resnt", "model.name 'resnt'", "did you mean 'resnet'"),
     "model_depth": ("model.depth=19", "model.depth", "'19'", "18"),
+    "width_of_a_million": ("model.width=99999999999", "model.width is 99999999999", "65536"),
     "model_stem": ("model.stem=cifer", "model.stem 'cifer'", "did you mean 'cifar'"),
     "model_scale": ("model.model_scale=2", "model.model_scale is 2"),
     "routing": ("model.routing=layr", "model.routing 'layr'", "did you mean 'layer'"),
@@ -79,6 +80,20 @@ BAD_FIELDS = {
     "select_on": ("train.select_on=tset", "train.select_on 'tset'", "did you mean 'test'"),
     "train_attack": ("train.attack=pdg", "attack 'pdg'", "did you mean"),
     "train_attack_eps": ("train.attack=pgd(eps=8)", "eps", "'8/255'"),
+    "train_attacks": ("train.several=best", "train.several", "'best'", "worst"),
+    "train_attack_of_another_model": ("train.attack=exits", "exits", "member_logits"),
+    "old_attack_field": ("attack.num_steps=3", "unknown config field attack.num_steps", "attack.norm"),
+    "select_attack": ("train.select_attack=pdg", "attack 'pdg'", "did you mean"),
+    "select_attack_eps": ("train.select_attack=pgd(eps=8)", "eps", "'8/255'"),
+    "select_attack_of_another_model": ("train.select_attack=exits", "exits", "member_logits", "MoE"),
+    "eval_attack_of_another_model": ("eval.attacks=exits", "exits", "member_logits", "MoE"),
+    "members_of_a_network": ("model.num_members=2", "model.num_members is a field of model.name=ensemble"),
+    "trains_of_advmoe": ("system.trains=router", "system.trains is a field of system.name=standard"),
+    "init_from_nothing": ("init_from=nowhere", "init_from names nowhere", "config.json"),
+    "init_from_what": ("init_from=nowhere@first", "'first'", "best"),
+    "optimizer": ("optim.router.optimizer=sdg", "optim.router.optimizer", "did you mean 'sgd'"),
+    "momentum": ("optim.backbone.momentum=2", "optim.backbone.momentum is 2", "0 to 1"),
+    "batch_of_the_evaluation": ("eval.batch_size=0", "eval.batch_size is 0"),
     "eval_attack": ("eval.attacks=fgsm pdg", "attack 'pdg'", "did you mean"),
     "eval_attack_none": ("eval.attacks=", "no attack"),
     "eval_attack_setting": ("eval.attacks=pgd(num_step=3)", "'num_step'", "did you mean 'num_steps'"),
@@ -103,7 +118,24 @@ BAD_FLAGS = {
     "coordinator_without_port": (["--coordinator", "localhost", "--num_processes", "2"], "--coordinator", "host:port"),
     "norm_with_default_eps": (["--config.attack.norm=l2", "--config.attack.eps=8/255"], "attack.norm is l2", "8/255"),
     "router_loss_of_standard": (["--config.system.name=standard", "--config.system.router_loss=label_mod"],
-                                "router_loss=label_mod", "system.name=advmoe"),
+                                "system.router_loss is a field of system.name=advmoe", "system.name is standard"),
+    "order_of_standard": (["--config.system.name=standard", "--config.system.order=backbone_first"],
+                          "system.order is a field of system.name=advmoe"),
+    "routing_of_a_dense_model": (["--config.system.name=standard", "--config.model.num_experts=1",
+                                  "--config.model.router_width=16", "--config.model.routing=global"],
+                                 "model.routing is 'global'", "no effect", "model.num_experts of 2 or more"),
+    "router_of_a_dense_model": (["--config.system.name=standard", "--config.model.num_experts=1",
+                                 "--config.model.router_width=16", "--config.optim.router.momentum=0.5"],
+                                "optim.router.momentum is 0.5", "no effect"),
+    "attack_of_natural": (["--config.system.name=standard", "--config.system.loss=natural"],
+                          "train.attack", "no effect", "system.loss other than natural"),
+    "adaptive_on_a_dense_model": (["--config.system.name=standard", "--config.model.num_experts=1",
+                                   "--config.model.router_width=16", "--config.eval.suite=adaptive"],
+                                  "adaptive", "S-Dense"),
+    "bucket_without_its_extra": (["--workdir", "gs://bucket/run"], "gs://bucket/run needs gcsfs", "advmoe_jax[gcs]"),
+    "another_scheme": (["--workdir", "s3://bucket/run"], "s3://bucket/run", "gs://BUCKET/FOLDER"),
+    "only_without_recipe": (["--only", "x"], "--only is for a recipe"),
+    "list_without_recipe": (["--list"], "--list is for a recipe"),
     "coordinator_auto_with_number": (["--coordinator", "auto", "--num_processes", "2"], "--num_processes"),
     "checkpoint_of_training": (["--checkpoint", "best"], "--checkpoint is for --mode evaluate"),
     "checkpoint": (["--mode", "evaluate", "--checkpoint", "bset"], "checkpoint", "'bset'", "did you mean 'best'"),
@@ -261,7 +293,9 @@ def test_training_refuses_a_checkpoint_of_another_architecture(trained, tmp_path
     assert main.main(flags(tmp_path / "w", "natural", **NATURAL)) == 2
     error = capfd.readouterr().err
     assert re.fullmatch(r"error: [^\n]+another architecture[^\n]+\n", error), error
-    assert listing(tmp_path) == before
+    after = listing(tmp_path)
+    assert {**after, "w/status.json": None} == {**before, "w/status.json": None}
+    assert json.loads((tmp_path / "w" / "status.json").read_text())["state"] == "failed"
 
 
 def test_damaged_checkpoint(refused, trained, tmp_path):

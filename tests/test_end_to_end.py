@@ -11,18 +11,21 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from tiny import REPO, entries, flags, listing, metrics, saved_steps
 
 from advmoe_jax import main
 from advmoe_jax.attacks import parse
 from advmoe_jax.core import config as configs
-from advmoe_jax.core import find
+from advmoe_jax.core import find, recipe
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
-from advmoe_jax.models import network
-from advmoe_jax.report import results
-from advmoe_jax.train import evaluate, loop
+from advmoe_jax.data.split import Arrays
+from advmoe_jax.evaluation import measure, results
+from advmoe_jax.models import model, network
+from advmoe_jax.systems import methods
+from advmoe_jax.train import loop
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 ROUTED = ("advmoe", "at_moe")
@@ -49,10 +52,12 @@ def test_files(method, run):
     workdir = run(method)
     files = listing(workdir)
     assert {"config.json", "metrics.jsonl", "results.json", "report.md", "training.png"} <= files.keys()
-    assert ("routing.png" in files) == (method in ROUTED)
+    assert ("layers.png" in files) == (method in ROUTED)
     assert saved_steps(workdir, "last") == [2, 4] and saved_steps(workdir, "best") in ([2], [4])
     stored = configs.read(workdir / "config.json")
     assert stored.name == f"digits_r18_{method}" and stored.model.width == 4 and stored.train.length == "4 steps"
+    assert stored.file.endswith("configs/digits_r18.py") and stored.argument == method
+    assert json.loads((workdir / "status.json").read_text())["state"] == "finished"
     assert not [name for name in files if "tmp" in name or name.startswith(".")]
     for entry in json.loads((workdir / "results.json").read_text())["entries"]:
         folder = workdir / "eval" / entry["id"]
@@ -97,13 +102,18 @@ def test_results(method, run):
             assert 0 <= low <= entry[rate] <= high <= 1 and high - low > 0.1
         assert entry["ra"] <= min(entry["ra_by_view"].values()) <= entry["sa"]
         assert entry["largest_norm"] <= 0.1 + 1e-5
+        assert entry["macs"]["params"] > 100
         pathway, router, total = (entry["macs"][part] for part in ("pathway", "router", "total"))
         assert pathway + router == total and (router > 0) == (method in ROUTED)
         assert len(entry["ra_by_view"]) == (3 if method in ROUTED else 1)
         if method in ROUTED:
-            assert np.shape(entry["load"]) == (2, 2) and np.allclose(np.sum(entry["load"], -1), 1)
-            assert np.shape(entry["load_entropy"]) == np.shape(entry["flip_rate"]) == (2,)
-            assert np.all((0 <= np.array(entry["flip_rate"])) & (np.array(entry["flip_rate"]) <= 1))
+            facts = entry["facts"]
+            assert np.shape(facts["load"]) == (2, 2) and np.allclose(np.sum(facts["load"], -1), 1)
+            assert np.shape(facts["load_entropy"]) == np.shape(facts["flip_rate"]) == (2,)
+            assert np.all((0 <= np.array(facts["flip_rate"])) & (np.array(facts["flip_rate"]) <= 1))
+            assert [table["title"] for table in entry["fact_tables"]] == ["Routing"]
+        else:
+            assert entry["facts"] == {} and entry["fact_tables"] == []
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -126,12 +136,12 @@ def test_the_same_command_again_changes_nothing(method, run, monkeypatch):
     workdir = run(method)
     before = listing(workdir)
     monkeypatch.setattr(pipeline, "batch_indices", never)
-    monkeypatch.setattr(evaluate, "run", never)
+    monkeypatch.setattr(measure, "run", never)
     assert main.main(flags(workdir, method)) == 0
     after = listing(workdir)
     assert after.keys() == before.keys()
     for name in before:
-        if name == "results.json" or name.startswith(("eval/", "checkpoints/")):
+        if name in ("results.json", "status.json") or name.startswith(("eval/", "checkpoints/")):
             assert after[name] == before[name], name
         elif before[name] and not name.endswith(".png"):
             assert after[name][2] == before[name][2], name
@@ -271,52 +281,79 @@ def test_report_of_one_run(run):
     assert "fgsm, linf eps 0.1" in (workdir / "report.md").read_text()
 
 
+def _runs(path, arguments=("",)):
+    """{name: config} of every config that a file gives, whatever it is."""
+    found = {}
+    for argument in arguments:
+        loaded = recipe.load(f"{path}:{argument}" if argument else path)
+        for config in [loaded] if isinstance(loaded, ConfigDict) else loaded.runs.values():
+            found[config.name] = config
+    return found
+
+
+def _arguments(path):
+    content = runpy.run_path(path)
+    takes = "get_config" in content and inspect.signature(content["get_config"]).parameters
+    return ("", *methods.METHODS) if takes else ("",)
+
+
 @pytest.mark.parametrize("path", CONFIG_FILES)
 def test_config_file(path, monkeypatch):
     monkeypatch.chdir(REPO)
-    get_config = runpy.run_path(path)["get_config"]
-    arguments = ("", *configs.METHODS) if inspect.signature(get_config).parameters else ("",)
-    names = set()
-    for argument in arguments:
-        config = configs.load(f"{path}:{argument}" if argument else path)
+    monkeypatch.syspath_prepend(str((REPO / path).parent))
+    arguments = _arguments(path)
+    runs = _runs(path, arguments)
+    for config in runs.values():
         configs.check(config)
-        assert configs.flatten(config).keys() == configs.flatten(configs.default()).keys()
+        assert configs.flatten(config).keys() == configs.flatten(configs.complete(config)).keys()
+        assert config.file == path
         configs.override(config, "seed=3")
         assert config.seed == 3
-        names.add(config.name)
-    assert len(names) == len(arguments)
+    assert len(runs) >= len(arguments)
     if len(arguments) > 1:
         with pytest.raises(UserError, match="did you mean 'advmoe'"):
             configs.load(f"{path}:advmo")
 
 
-@pytest.mark.parametrize("method", ("advmoe", "at_moe", "at_dense", "natural"))
 @pytest.mark.parametrize("path", CONFIG_FILES)
-def test_a_step_of_a_config_can_be_traced(path, method, monkeypatch):
-    """At a small size, and without running it."""
+def test_a_step_of_a_config_can_be_traced(path, monkeypatch):
+    """At a small size, and without running it; of a recipe one run of each system."""
     monkeypatch.chdir(REPO)
-    config = configs.load(f"{path}:{method}")
-    for text in ("model.depth=4", "model.width=4", "model.router_width=4", "data.batch_size=8"):
-        configs.override(config, text)
-    mesh = meshes.make()
-    net = network.make(config.model, (32, 32, 3), 10)
-    system = find.module("systems", config.system.name, defines="make").make(config, net, np.arange(64), mesh)
-    batch = {"image": jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8), "label": jax.ShapeDtypeStruct((8,), np.int32),
-             "index": jax.ShapeDtypeStruct((8,), np.int32)}
-    for update in system.stages[0].steps:
-        *_, metrics = jax.eval_shape(update.run, loop.abstract_state(system, mesh), batch)
-        assert metrics["loss"].shape == ()
+    monkeypatch.syspath_prepend(str((REPO / path).parent))
+    mesh, seen = meshes.make(), set()
+    for config in _runs(path, _arguments(path)).values():
+        for text in ("model.depth=4", "model.width=4", "data.batch_size=8"):
+            configs.override(config, text)
+        if config.model.num_experts > 1:
+            configs.override(config, "model.router_width=4")
+        kind = str([value for name, value in configs.flatten(config).items()
+                    if name.startswith(("model.", "system.", "train.attack"))])
+        if kind in seen:
+            continue
+        seen.add(kind)
+        images = Arrays(np.zeros((64, 32, 32, 3), np.uint8), np.zeros(64, np.int32))
+        data = pipeline.Data(images, np.arange(64), images, np.arange(4), images, 10, (32, 32, 3))
+        net = model.make(config.model, data.image_shape, data.num_classes, mesh)
+        system = find.module("systems", config.system.name, defines="make").make(config, net, data, mesh, {})
+        batch = {"image": jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8), "label": jax.ShapeDtypeStruct((8,), np.int32),
+                 "index": jax.ShapeDtypeStruct((8,), np.int32)}
+        state = loop.abstract_state(system, mesh)
+        for update in system.steps:
+            ready = jax.eval_shape(lambda state, batch, u=update: u.prepare(state, batch, u.inputs), state, batch)
+            _, metrics = jax.eval_shape(update.update, state, ready)
+            assert metrics["loss"].shape == ()
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES)
 def test_config_file_says_what_it_is(path, monkeypatch):
     monkeypatch.chdir(REPO)
+    monkeypatch.syspath_prepend(str((REPO / path).parent))
     text = runpy.run_path(path)["__doc__"]
     for word in ("Command:", "Hardware:", "Time:", "Expected:"):
         assert re.search(rf"^{word} +\S", text, re.MULTILINE), word
     assert "TODO" not in text
     commands = re.findall(r"--config (\S+)", text)
-    assert commands and all(configs.load(command) for command in commands)
+    assert commands and all(recipe.load(command) for command in commands)
 
 
 def test_a_lost_best_checkpoint_is_chosen_again(run, tmp_path):

@@ -1,7 +1,6 @@
 """Launch scripts: they parse, and do what their first lines say."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,22 +14,6 @@ def test_parses_and_explains_itself(script):
     subprocess.run(["bash", "-n", script], check=True)
     bare = subprocess.run(["bash", script], capture_output=True, text=True)
     assert bare.returncode == 2 and f"launch/{script.name}" in bare.stderr
-
-
-def test_table_runs_every_combination(tmp_path):
-    program = tmp_path / "python"
-    program.write_text(f"#!{sys.executable}\nimport sys\nprint(*sys.argv[1:])\n")
-    program.chmod(0o755)
-    (tmp_path / "runs").mkdir()
-    result = subprocess.run(
-        ["bash", ROOT / "launch/table.sh", "configs/digits_r18.py", "advmoe natural", "8/255", "0 1",
-         "--config.model.width=8"],
-        capture_output=True, text=True, check=True,
-        env={"PATH": "/usr/bin:/bin", "PYTHON": str(program), "RUNS": str(tmp_path / "runs")})
-    lines = result.stdout.splitlines()
-    assert len(lines) == 5 and lines[-1].startswith("-m advmoe_jax.main --mode report")
-    assert f"--workdir {tmp_path}/runs/digits_r18_natural_eps8-255_s1" in result.stdout
-    assert all("--config.attack.eps=8/255" in line and "--config.model.width=8" in line for line in lines[:4])
 
 
 @pytest.mark.parametrize("codes, calls", [([75, 75, 0], 3), ([3], 1)])

@@ -58,7 +58,7 @@ def test_two_processes_train_save_stop_restore_and_evaluate(method, tmp_path):
     assert codes == (0, 0), errors
     printed = output(workdir, "finished", "out")
     assert f"continuing from the checkpoint of step {step}" in printed[0] and printed[1] == ""
-    assert "2 process(es), 4 cpu device(s), batch 32 (8 a device)" in printed[0]
+    assert "2 process(es), 4 cpu device(s) | batch 32 (8 a device)" in printed[0]
     assert saved_steps(workdir)[-1] == STEPS
     assert not any("Traceback" in error for error in errors)
     compare(workdir, alone, ("lower", "upper") if method == "advmoe" else ("train",))

@@ -1,8 +1,10 @@
-"""Every command of the README runs, in a folder like a fresh clone, made small."""
+"""Every command of the READMEs runs, in a folder like a fresh clone, made small; and what they say of files holds."""
 
+import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,38 +13,69 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import FIELDS
+from test_floors import FLOORS
+from tiny import FIELDS, fields_of
 
 from advmoe_jax import main
-from advmoe_jax.attacks import autoattack, flags, suites
 from advmoe_jax.bench import __main__ as bench
-from advmoe_jax.bench import conv as conv_bench
+from advmoe_jax.bench import attacks as attacks_bench
+from advmoe_jax.bench import conv, growth, layers, nets, reference, routing
+from advmoe_jax.bench import train as train_bench
+from advmoe_jax.core import recipe, status
+from advmoe_jax.core.recipe import Recipe
 from advmoe_jax.data import prepare
+from advmoe_jax.evaluation import autoattack, flags, suites
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-SMALL = tuple(f"--config.{name}={value}" for name, value in FIELDS.items())
+README, CONFIGS, BENCH, ATTACKS = NAMES = (
+    "README.md", "configs/README.md", "advmoe_jax/bench/README.md", "advmoe_jax/attacks/README.md")
 SMALL_EVAL = ("--config.eval.n=8", "--config.eval.batch_size=16")
-DENSE = ("--config.system.name=standard", "--config.model.num_experts=1")
+# Another AdvMoE would be another minute of compiling.
+DENSE = ("--config.system.name=standard", "--config.system.loss=natural", "--config.model.num_experts=1")
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def text(name):
+    return (ROOT / name).read_text()
 
 
-def commands():
+def blocks(name, language):
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text(name), re.DOTALL | re.MULTILINE)
+    return [block for of, block in found if of == language]
+
+
+def commands(name):
     """The lines of all bash blocks as lists of words, without comments."""
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    lines = [line for block in blocks(name, "bash") for line in block.splitlines()]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
+def small(words):
+    """What makes a command of advmoe_jax.main small."""
+    if {"report", "--list", "--list-fields"} & {*words}:
+        return ()
+    evaluation = SMALL_EVAL if "evaluate" in words else ("--config.eval.attacks=fgsm",)
+    if "--config" not in words:
+        return evaluation
+    file, _, method = words[words.index("--config") + 1].partition(":")
+    loaded, more = recipe.load(file), ()
+    if isinstance(loaded, Recipe):  # fields that all its runs have, and one of them
+        fields, more = FIELDS, () if "--only" in words else ("--only", next(iter(loaded.runs)))
+    elif "cifar10" in file:
+        fields, more = FIELDS, DENSE
+    else:
+        fields = fields_of(method or "advmoe")
+    return (*(f"--config.{name}={value}" for name, value in fields.items()), *evaluation, *more)
+
+
 def run_main(words):
-    evaluates = "evaluate" in words
-    small = () if "report" in words else SMALL_EVAL if evaluates else (*SMALL, "--config.eval.attacks=fgsm")
-    if "configs/cifar10_r18.py" in words:
-        small += DENSE  # another AdvMoE would be another minute of compiling
-    assert main.main([*words, *small]) in ((0, 3) if "--strict" in words else (0,)), words
+    assert main.main([*words, *small(words)]) in ((0, 3) if "--strict" in words else (0,)), words
+
+
+def run_bench(words):
+    """One that needs a library which is not there says so."""
+    missing = "reference" in words and importlib.util.find_spec("torch") is None
+    assert bench.main([*words, "--rounds", "1"]) == (2 if missing else 0), words
 
 
 def prepare_tiny(words):
@@ -58,46 +91,100 @@ def prepare_tiny(words):
     assert prepare.main([*words, "--allow-unknown-hash"]) == 0
 
 
+def run_script(words):
+    words = [*words, "-n"] if words[0] == "make" else words
+    result = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    if words[0] == "launch/tpu_pod.sh":
+        assert result.stdout.splitlines()[-1].startswith("gcloud compute tpus tpu-vm"), result.stdout
+
+
+RUN = {"advmoe_jax.main": run_main, "advmoe_jax.data.prepare": prepare_tiny, "advmoe_jax.bench": run_bench}
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A folder with the files that commands name."""
+    """A folder with the files that commands name, the sweep of configs/README.md among them."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("configs", "launch", "Makefile", "setup.cfg", "pyproject.toml"):
+    for name in ("launch", "Makefile", "setup.cfg", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    [sweep] = blocks(CONFIGS, "python")
+    (folder / "configs/sweep.py").write_text(sweep)
     before = os.getcwd()
     os.chdir(folder)
     yield folder
     os.chdir(before)
 
 
-def test_commands(clone, monkeypatch, capsys):
-    monkeypatch.setattr(conv_bench, "_CASES", ((2, 8, 3, 4),))
-    monkeypatch.setattr(suites, "_WORST_CASES", {"standard": "fgsm square(num_queries=3)"})
+@pytest.fixture
+def short_benchmarks(monkeypatch):
+    """A case of each, on tiny networks; tests/test_bench.py looks at what they measure."""
+    monkeypatch.setattr(nets, "MODEL", {"model.width": 4, "model.depth": 4, "model.router_width": 4})
+    monkeypatch.setattr(nets, "IMAGE_SHAPE", (8, 8, 3))
+    monkeypatch.setattr(conv, "_CASES", ((2, 8, 3, 4),))
+    monkeypatch.setattr(layers, "_SHAPES", ((4, 8),))
+    monkeypatch.setattr(layers, "_CASES", layers._CASES[:1])
+    monkeypatch.setattr(routing, "_CASES", [(what, model, 8) for what, model, _ in routing._CASES[-2:-1]])
+    monkeypatch.setattr(growth, "_BATCHES", (8,))
+    monkeypatch.setattr(growth, "_EXPERTS", (2,))
+    monkeypatch.setattr(growth, "_BATCH", 8)
+    monkeypatch.setattr(train_bench, "_BATCH", 8)
+    monkeypatch.setattr(train_bench, "_CONTENDERS", {"AT(Dense)": train_bench._CONTENDERS["AT(Dense)"]})
+    monkeypatch.setattr(reference, "_TRAINING", 8)
+    monkeypatch.setattr(reference, "_FORWARD", 8)
+    for name, value in dict(_BATCH=4, _STEPS=2, _EXAMPLES=4, _BATCHES=(32,)).items():
+        monkeypatch.setattr(attacks_bench, name, value)
+
+
+@pytest.fixture
+def short_suites(monkeypatch):
+    monkeypatch.setattr(suites, "_WORST_CASES", dict.fromkeys(("standard", "fast", "quick"),
+                                                              "fgsm square(num_queries=3)"))
     monkeypatch.setattr(suites, "_COLUMNS", {"adaptive": "fgsm adaptive(mode=joint,num_steps=5)"})
     monkeypatch.setattr(flags, "of_model", lambda *_: ())  # test_flags.py; here it would compile for every command
+
+
+def test_commands(clone, short_benchmarks, short_suites, monkeypatch, capsys):
+    """A command that a README shows and the program refuses fails here."""
     monkeypatch.setenv("DRY_RUN", "1")
     seen = set()
-    for words in commands():
-        program = words[0]
-        if program == "python":
-            module, *rest = words[2:]
-            {"advmoe_jax.main": run_main, "advmoe_jax.data.prepare": prepare_tiny,
-             "advmoe_jax.bench": lambda rest: bench.main([*rest, "--rounds", "1"])}[module](rest)
-            program = module
-        elif program == "export":
-            assert all("=" in word for word in words[1:])
-        else:
-            assert program in ("make", "launch/tpu_pod.sh", "launch/table.sh"), words
-            if program == "launch/table.sh":
-                continue  # test_table
-            words = [*words, "-n"] if program == "make" else words
-            result = subprocess.run(words, capture_output=True, text=True, timeout=60)
-            assert result.returncode == 0, result.stderr
-            if program == "launch/tpu_pod.sh":
-                assert result.stdout.splitlines()[-1].startswith("gcloud compute tpus tpu-vm"), result.stdout
-        seen.add(program)
-    assert seen >= {"make", "advmoe_jax.main", "advmoe_jax.data.prepare", "advmoe_jax.bench", "launch/tpu_pod.sh"}
-    assert (clone / "runs/digits_r18/report.md").exists()
+    for name in NAMES:
+        for program, *rest in commands(name):
+            if program == "python":
+                program, rest = rest[1], rest[2:]
+                import time; t0=time.process_time(), time.time()
+                RUN[program](rest)
+                open("/tmp/times.txt","a").write(f"{time.process_time()-t0[0]:.1f} {time.time()-t0[1]:.1f} {rest}\n")
+            elif program == "export":
+                assert all("=" in word for word in rest)
+            else:
+                assert program in ("make", "launch/tpu_pod.sh"), (name, program)
+                run_script([program, *rest])
+            seen.add((name, program))
+    assert seen >= {(README, "make"), (README, "advmoe_jax.main"), (README, "advmoe_jax.data.prepare"),
+                    (README, "launch/tpu_pod.sh"), (CONFIGS, "advmoe_jax.main"), (BENCH, "advmoe_jax.bench"),
+                    (ATTACKS, "advmoe_jax.main"), (ATTACKS, "advmoe_jax.bench")}
+    for path in ("digits_r18/report.md", "dense/report.md", "longer/report.md", "digits_table/report.md",
+                 "digits_table/natural-eps0.1-s0/report.md", "sweep/report.md"):
+        assert (clone / "runs" / path).exists(), path
+    for path in ("longer", "digits_table/natural-eps0.2-s0", "sweep/every1-s0"):
+        assert status.read(clone / "runs" / path).state == "finished", path
+    assert (clone / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_benchmark_has_its_command():
+    shown = {words[3] for name in (BENCH, ATTACKS) for words in commands(name) if words[2] == "advmoe_jax.bench"}
+    assert shown == {path.stem for path in (ROOT / "advmoe_jax/bench").glob("*.py")
+                     if "\ndef measure(" in path.read_text()}
+
+
+def test_the_sweep_has_the_rows_that_it_promises(clone):
+    loaded = recipe.load("configs/sweep.py")
+    assert loaded.rows == {f"router_every={every}": tuple(f"every{every}-s{seed}" for seed in (0, 1, 2))
+                           for every in (1, 2)}
+    assert {(run.system.router_every, run.seed) for run in loaded.runs.values()} == {
+        (every, seed) for every in (1, 2) for seed in (0, 1, 2)}
 
 
 def test_make_runs_what_the_readme_says(clone):
@@ -107,7 +194,7 @@ def test_make_runs_what_the_readme_says(clone):
 
 
 def test_attacks_on_arrays(clone):
-    block = blocks("python")[0]
+    [block] = blocks(README, "python")
     kernel = jax.random.normal(jax.random.key(1), (192, 10))
     x = jax.random.uniform(jax.random.key(2), (4, 8, 8, 3))
     names = {"my_apply": lambda w, u: u.reshape(len(u), -1) @ w, "my_variables": kernel, "x": x, "y": jnp.zeros(4, int)}
@@ -128,8 +215,8 @@ def test_a_module_of_nnx(clone):
         def __call__(self, x):
             return self.linear(x.reshape(len(x), -1))
 
-    names = {"my_module": Flat(), "jax": jax}
-    exec(blocks("python")[1], names)
+    names = {"my_module": Flat()}
+    exec(next(block for block in blocks(ATTACKS, "python") if "nnx" in block), names)
     logits_fn, x = names["logits_fn"], jax.random.uniform(jax.random.key(2), (6, 8, 8, 3))
     y = jnp.argmax(logits_fn(x), -1)
     assert len(jax.tree.leaves(logits_fn)) == 2, "weights are arguments"
@@ -137,10 +224,51 @@ def test_a_module_of_nnx(clone):
     assert report.standard_accuracy == 1 and report.robust_accuracy == 0
 
 
-def test_named_files_exist():
-    for path in re.findall(r"`((?:advmoe_jax|configs|launch|tests)/[\w/.]*\w\.(?:py|sh|md))`", README):
+def test_the_readme_is_short():
+    """It is to be read in five minutes; long tables stand beside what they measure."""
+    assert len(text(README).splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_named_files_exist(name):
+    """In code, from the root of the repository; in links, from the file, and with the heading behind the #."""
+    named = re.findall(r"`((?:advmoe_jax|configs|launch|tests)/[\w/.]*\w\.(?:py|sh|md))(?::\w+)?`", text(name))
+    for path in {*named} - {"advmoe_jax/attacks/NAME.py", "advmoe_jax/models/NAME.py", "advmoe_jax/data/NAME.py",
+                            "advmoe_jax/systems/NAME.py", "configs/NAME.py", "configs/sweep.py"}:
         assert (ROOT / path).exists(), path
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text(name)) if "://" not in link]
+    assert named or links
+    for link in links:
+        path, _, heading = link.partition("#")
+        file = ((ROOT / name).parent / path).resolve()
+        assert file.is_file(), link
+        headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE) if heading else ()
+        assert not heading or heading in [re.sub(r"[^\w -]", "", of).lower().replace(" ", "-") for of in headings], link
 
 
-def test_no_placeholders():
-    assert not re.search(r"TODO|[A-Z]+_(TABLE|MINUTES)", README)
+def test_fields_that_are_named_exist(clone):
+    """A README that calls a field by its old name sends people to an error."""
+    known = {field for file in ("digits_r18.py", "digits_r18.py:at_moe")
+             for field in _fields(recipe.load(f"configs/{file}"))} | {"data.name", "init_from"}
+    groups = {field.partition(".")[0] for field in known if "." in field}
+    for name in NAMES:
+        said = set(re.findall(rf"(?:`|--config\.)((?:{'|'.join(groups)})\.[a-z_]+(?:\.[a-z_]+)?)(?=[`=])", text(name)))
+        assert said <= known, said - known
+
+
+def _fields(config):
+    from advmoe_jax.core import config as configs
+    return configs.flatten(config)
+
+
+def test_the_floors_are_those_of_the_code():
+    [block] = [block for block in blocks(README, "") if block.startswith("floor")]
+    said = {room: int(floor) for floor, rooms in re.findall(r"^floor (\d)  ([\w, ]+?)  ", block, re.MULTILINE)
+            for room in rooms.split(", ")}
+    there = {path.stem for path in (ROOT / "advmoe_jax").iterdir() if path.suffix in ("", ".py")} & FLOORS.keys()
+    assert said == {room: FLOORS[room] for room in there if not room.startswith("_")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_left_to_fill_in(name):
+    assert not re.search(r"TODO|[A-Z]+_(TABLE|MINUTES)|table\.sh", text(name))

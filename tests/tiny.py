@@ -19,23 +19,30 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 DIGITS = str(REPO / "configs" / "digits_r18.py")
 TIMEOUT = 600  # seconds; a cold compilation cache on a busy machine
 FIELDS = {
-    "model.width": 4, "model.depth": 4, "model.router_width": 4, "data.batch_size": 32,
-    "attack.num_steps": 1, "train.attack": "fgsm", "train.num_examples": 20,
+    "model.width": 4, "model.depth": 4, "data.batch_size": 32, "train.select_attack": "fgsm",
+    "train.select_examples": 20,
     "train.length": "4 steps", "train.eval_every": "2 steps", "train.save_every": "2 steps",
     "train.log_every": "1 steps", "eval.attacks": "fgsm pgd(num_steps=2)", "eval.n": 20, "eval.batch_size": 16}
+ATTACKED = {"train.attack": "pgd(num_steps=1,step_size=0.625 eps,start=gaussian,keep=last)"}
+ROUTED = {"model.router_width": 4}
+
+
+def fields_of(method):
+    """The fields of a tiny run of a method."""
+    return FIELDS | (ATTACKED if method != "natural" else {}) | (ROUTED if method in ("advmoe", "at_moe") else {})
 
 
 def flags(workdir, method="advmoe", **fields):
     """The command line of a tiny run; a field is written with __ for its dots: model__width=8."""
-    fields = FIELDS | {name.replace("__", "."): value for name, value in fields.items()}
+    fields = fields_of(method) | {name.replace("__", "."): value for name, value in fields.items()}
     return ["--config", f"{DIGITS}:{method}", "--workdir", str(workdir),
             *(f"--config.{name}={value}" for name, value in fields.items())]
 
 
 def listing(folder):
-    """{path: (size, modification time, hash)} of every file below a folder, and {path: None} of every folder."""
+    """{path: (size, modification time, hash)} of every file below a folder but locks, and {path: None} of folders."""
     return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns, zlib.crc32(path.read_bytes()))
-            if path.is_file() else None for path in pathlib.Path(folder).rglob("*")}
+            if path.is_file() else None for path in pathlib.Path(folder).rglob("*") if path.name != ".lock"}
 
 
 def metrics(workdir):

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import autoattack, pgd
+from advmoe_jax.attacks import pgd
 from advmoe_jax.bench import cnn
 from advmoe_jax.bench.timing import interleaved
+from advmoe_jax.evaluation import autoattack
 
 _BATCH, _STEPS, _EXAMPLES = 64, 50, 128
 _EPS, _STEP_SIZE = 8 / 255, 2 / 255

@@ -24,7 +24,8 @@ _DENSE = [(name, name + layout) for name in ("Dense", "S-Dense") for layout in (
 _RELEASED = dict(
     model__routing="global", model__experts="disjoint", model__router_grad="ste_selected",
     system__router_loss="label_mod", system__order="backbone_first", system__share_batch=True,
-    attack__router_weight=1.0, attack__router_grad="ste_selected", attack__step_size="5/255")
+    attack__router_weight=1.0, attack__router_grad="ste_selected",
+    train__attack="pgd(num_steps=2,step_size=5/255,start=gaussian,keep=last)")
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:

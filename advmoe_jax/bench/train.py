@@ -23,8 +23,10 @@ from advmoe_jax.core import mesh as meshes
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.split import Arrays
 from advmoe_jax.models import macs, network
+from advmoe_jax.systems import methods
 from advmoe_jax.train import loop
 
+_STEPS = 2  # of the attack of training
 _BATCH, _EXAMPLES, _ITERATIONS = 32, 320, 2  # timed together, so that a router's turn comes round
 _CHEAP = dict(model__router_grad="ste_selected")
 _SHARED = dict(system__share_batch=True, system__share_attack=True)
@@ -63,7 +65,7 @@ def count(method: str, fields: dict[str, Any]) -> float:
     of = macs.count(net)
     router, backbone = of["router"], of["pathway"]
     routed = sum(spec.macs for spec in net.layers if spec.routed)
-    attack = backbone + router + cfg.attack.num_steps * (2 * backbone + router)  # the clean pass, and the steps
+    attack = backbone + router + _STEPS * (2 * backbone + router)  # the clean pass, and the steps
     others = (cfg.model.num_experts - 1) * routed if cfg.model.router_grad == "ste_full" else 0
     of_router, of_backbone = 2 * (2 * backbone + 3 * router + others), 2 * (3 * backbone + router)  # clean and attacked
     if cfg.system.name == "standard":
@@ -98,7 +100,7 @@ def _prepared(method: str, fields: dict[str, Any]) -> tuple[Callable[[], Any], t
 
 def _config(method, fields):
     cfg = configs.default()
-    configs.set_method(cfg, method)
+    methods.choose(cfg, method)
     fields = nets.MODEL | {name.replace("__", "."): value for name, value in fields.items()}
     cfg.update_from_flattened_dict({"data.batch_size": _BATCH, "optim.backbone.learning_rate": 0.0,
                                     "optim.router.learning_rate": 0.0, **fields})
@@ -111,11 +113,11 @@ def program(method: str, fields: dict[str, Any]) -> Callable[[int], Any]:
     cfg = _config(method, fields)
     mesh = meshes.make()
     net = network.make(cfg.model, nets.IMAGE_SHAPE, nets.CLASSES, mesh)
-    system = find.module("systems", cfg.system.name, defines="make").make(cfg, net, np.arange(_EXAMPLES), mesh)
     numbers = np.random.default_rng(0)
     images = Arrays(numbers.integers(0, 256, (_EXAMPLES, *nets.IMAGE_SHAPE), np.uint8),
                     numbers.integers(0, nets.CLASSES, _EXAMPLES).astype(np.int32))
-    [stage] = system.stages
+    data = pipeline.Data(images, np.arange(_EXAMPLES), images, np.arange(0), images, nets.CLASSES, nets.IMAGE_SHAPE)
+    system = find.module("systems", cfg.system.name, defines="make").make(cfg, net, data, mesh, {})
     state = system.init(jax.random.key(0))
     if net.num_experts > 1:
         state = state.replace(**nets.settled(net, state.variables))
@@ -123,8 +125,8 @@ def program(method: str, fields: dict[str, Any]) -> Callable[[int], Any]:
     def run(iterations):
         nonlocal state
         for step in range(iterations):
-            state, metrics = loop.iterate(stage, state, step, lambda stream, step=step: pipeline.device_batch(
-                mesh, images, pipeline.batch_indices(stage.indices, _BATCH, 0, stream, step)))
+            state, metrics = loop.iterate(system, state, step, 1, lambda stream, step=step: pipeline.device_batch(
+                mesh, images, pipeline.batch_indices(system.rows, _BATCH, 0, stream, step)))
         return metrics
 
     return run

@@ -1,108 +1,108 @@
-"""The config: every field with its default, how a file becomes one, and what may differ between two starts.
+"""The config: how a file becomes one, who owns its fields, and what may differ between two starts.
 
-A config file defines `get_config(arg="") -> ConfigDict`, starting from `default()`.
+A config file defines `get_config(arg="") -> ConfigDict`, starting from `default()`. Each group of fields belongs to the
+modules that read it: a frozen dataclass of `core.fields.setting`s beside each `make`, and a function `check(config)`
+where values of several fields must fit. A group that has a name ("model.name") has the fields of the module that is
+named, so that a new module brings its own.
 """
 
+import dataclasses
 import difflib
+import importlib
 import json
 import math
 import runpy
+import sys
 import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
-from advmoe_jax.core import units
-from advmoe_jax.core.errors import UserError, one_of, unknown_name
+from advmoe_jax.core import fields, find
+from advmoe_jax.core.errors import UserError, unknown_name
+from advmoe_jax.core.fields import Setting, setting
 from advmoe_jax.core.files import write_text
 
+_OWNERS = {
+    "data": ("data.pipeline:Config",), "model": ("models.model:Config",), "attack": ("systems.adversary:Config",),
+    "system": ("systems.assemble:Config",), "train": ("train.loop:Config", "systems.adversary:Training"),
+    "optim": ("train.optim:Groups",), "eval": ("evaluation.plan:Config",)}
+"""Modules below advmoe_jax and their dataclasses, by group; those of named modules are added."""
+
 # These say where things are, how they are computed and what is measured afterwards, not what is trained.
-_FREE = ("eval.", "data.dir", "name", "model.dispatch")
-
-_ANY, _POSITIVE, _COUNT = (0, math.inf, "0 or more"), (1, math.inf, "1 or more"), (0, math.inf, "0 (all) or more")
-_RANGES = {
-    "seed": (0, 2**32 - 1, "0 to 4294967295"), "eval.seed": (0, 2**32 - 1, "0 to 4294967295"),
-    "data.subset": _COUNT, "data.batch_size": _POSITIVE, "data.pad": _ANY,
-    "system.beta": _ANY, "system.balance_loss": _ANY, "attack.num_steps": _POSITIVE, "attack.router_weight": _ANY,
-    "system.router_every": _POSITIVE, "train.num_examples": _POSITIVE, "eval.n": _COUNT, "eval.batch_size": _POSITIVE,
-    **{f"optim.{group}.{name}": _ANY for group in ("backbone", "router")
-       for name in ("learning_rate", "weight_decay", "clip_norm")},
-    **{f"optim.{group}.momentum": (0, 1, "0 to 1") for group in ("backbone", "router")},
-}
-
-METHODS = {
-    "advmoe": dict(system="advmoe", loss="trades", num_experts=2, model_scale=0.5),
-    "at_moe": dict(system="standard", loss="trades", num_experts=2, model_scale=0.5),
-    "at_sdense": dict(system="standard", loss="trades", num_experts=1, model_scale=0.5),
-    "at_dense": dict(system="standard", loss="trades", num_experts=1, model_scale=1.0),
-    "natural": dict(system="standard", loss="natural", num_experts=1, model_scale=1.0),
-}
-"""AdvMoE and the trainings that it is compared to, by the name that a config file's argument takes."""
+_FREE = ("eval.", "data.dir", "name", "file", "argument", "run", "model.dispatch")
+_VERSION = 2  # of config.json
 
 
-def default() -> ConfigDict:
-    """All fields with AdvMoE's default recipe on CIFAR-10."""
-    group = dict(learning_rate=0.1, momentum=0.9, weight_decay=5e-4, schedule="cosine", warmup="0%", clip_norm=0.0)
-    return ConfigDict(dict(
-        name="",
-        seed=0,
-        data=dict(
-            name="cifar10",  # a module of advmoe_jax.data, or "tfds:<name>"
-            dir="data",  # where `python -m advmoe_jax.data.prepare` put it
-            subset=0,  # keep the first n training images; 0 for all
-            batch_size=128,  # global
-            pad=4, flip=True),  # augmentation
-        model=dict(
-            name="resnet",  # a module of advmoe_jax.models
-            depth=18, stem="cifar",
-            width=64,  # channels of the first stage of the dense network
-            num_experts=2,  # N
-            model_scale=0.5,  # r, the share of the channels that an expert has
-            experts="shared",  # shared | disjoint channels
-            expert_init="equal",  # equal | independent
-            routing="layer",  # layer | embedding | global
-            router_width=16,
-            router_grad="ste_full",  # ste_full | ste_selected | scaled
-            dispatch="auto"),  # how experts are computed: auto | all | blocks | grouped | host, see ops/dispatch.py
-        system=dict(
-            name="advmoe",  # a module of advmoe_jax.systems
-            loss="trades",  # natural | madry | trades | mart
-            beta=6.0,  # 1 / lambda
-            router_loss="trades",  # trades | label_mod
-            balance_loss=0.0,
-            order="router_first",  # router_first | backbone_first
-            share_batch=False,  # one batch for both levels
-            share_attack=False,  # and one adversary
-            router_every=1),  # update the router in every so many iterations
-        attack=dict(  # of training
-            norm="linf", eps="8/255", step_size="0.625 eps", num_steps=2, start="gaussian",
-            router_grad="none",  # none | ste_selected | ste_full | scaled
-            router_weight=0.0),
-        optim=dict(
-            backbone=dict(group),
-            router=dict(group, learning_rate=0.01, warmup="5%", clip_norm=1.0)),
-        train=dict(
-            length="100 epochs",
-            eval_every="1 epochs", save_every="1 epochs", log_every="20 steps",
-            select_on="validation",  # validation | test (as papers do; optimistic)
-            attack="pgd(num_steps=10)", num_examples=1000),  # what selects the best checkpoint
-        eval=dict(
-            attacks="pgd",  # each alone, with options: "fgsm pgd(num_steps=20,norm=l2,eps=0.5)"
-            suite="",  # in their place: a name in attacks/suites.py, or attacks that count as one worst case
-            norm="", eps="",  # empty: those of training; several eps: "2/255,4/255,8/255"
-            n=0,  # test images; 0 for all
-            batch_size=250, seed=0),
-    )).lock()
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Fields of a config that belong to no group."""
+
+    name: str = setting("", "of the run; its workdir is runs/NAME unless --workdir says otherwise")
+    file: str = setting("", "config file that the run came from")
+    argument: str = setting("", "what stood behind the colon of --config")
+    run: str = setting("", "name of the run in a recipe")
+    seed: int = setting(0, "of everything random in training", least=0, most=2**32 - 1)
+    init_from: str = setting("", "finished runs that it starts from: workdirs, or names of runs of the same recipe, "
+                                 "with commas; NAME@last in place of the best checkpoint")
 
 
-def load(text: str) -> ConfigDict:
+def default(**names: str) -> ConfigDict:
+    """All fields with their defaults.
+
+    Args:
+        names: of modules, by group: data="digits", model="resnet", system="standard".
+    """
+    return _nested({name: of.default for name, of in table({f"{group}.name": name for group, name in names.items()}
+                                                           ).items()})
+
+
+def table(values: Mapping[str, Any]) -> dict[str, Setting]:
+    """Every field of a config by its name, given the names of modules among its values.
+
+    Args:
+        values: {"model.name": "resnet", ...}; what is missing has its default.
+    """
+    found = fields.settings(Run)
+    for group, owners in _OWNERS.items():
+        waiting = [getattr(importlib.import_module(f"advmoe_jax.{module}"), name)
+                   for module, _, name in (owner.partition(":") for owner in owners)]
+        while waiting:
+            for name, of in fields.settings(waiting.pop(0), f"{group}.").items():
+                value = values.get(name, of.default)
+                found[name] = dataclasses.replace(of, default=value) if of.room else of
+                if of.room:
+                    own = getattr(_module(of, name, value), "Config", None)
+                    waiting += [own] if own is not None else []
+    return found
+
+
+def _module(of: Setting, name: str, value: Any) -> ModuleType:
+    of.check(name, value)
+    return find.module(of.room[0], value.partition(":")[0], defines=of.room[1:], kind=name)
+
+
+def owners(config: ConfigDict) -> Iterator[ModuleType]:
+    """Every module that owns fields of a config, once."""
+    values = flatten(config)
+    modules = [importlib.import_module(f"advmoe_jax.{owner.partition(':')[0]}")
+               for of_group in _OWNERS.values() for owner in of_group]
+    modules += [_module(of, name, values[name]) for name, of in table(values).items() if of.room]
+    yield from dict.fromkeys(modules)
+
+
+def load(text: str) -> Any:
     """Runs a config file.
 
     Args:
         text: "configs/digits_r18.py", or with an argument "configs/digits_r18.py:at_dense".
     Returns:
-        Its config; `name` is the file's name, and the argument behind an underscore.
+        What its `get_config` gives, a ConfigDict with all fields, whose `name` is the file's name, with the argument
+        behind an underscore; or what its `get_recipe` gives.
     Raises:
         UserError: there is no such file, it fails, or it sets a field that does not exist.
     """
@@ -111,16 +111,29 @@ def load(text: str) -> ConfigDict:
         near = sorted(str(p) for p in Path(path).parent.glob("*.py")) if Path(path).parent.is_dir() else ()
         raise unknown_name("config file", path, near) if near else UserError(
             f"no config file {path}: expected a path such as configs/digits_r18.py")
+    arguments = [argument] if argument else []
     try:
-        config = runpy.run_path(path)["get_config"](*([argument] if argument else []))
+        sys.path.insert(0, str(Path(path).parent))  # a recipe may import the config beside it
+        content = runpy.run_path(path)
+        if "get_recipe" in content:
+            return content["get_recipe"](*arguments)
+        config = content["get_config"](*arguments)
     except UserError:
         raise
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f"{path}, line {lines[-1]}," if lines else path
         raise UserError(f"config file {where} fails: {type(error).__name__}: {_last_line(error)}") from None
+    finally:
+        sys.path.remove(str(Path(path).parent))
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config of {path} returns {type(config).__name__}: expected a ConfigDict, from default()")
+    return named(complete(config), path, argument)
+
+
+def named(config: ConfigDict, path: str, argument: str) -> ConfigDict:
+    """The config with the file and the argument that it came from, and the name that they give it."""
+    config.file, config.argument = path, argument
     config.name = "_".join(filter(None, (Path(path).stem, argument)))
     return config
 
@@ -129,6 +142,55 @@ def _last_line(error: Exception) -> str:
     """What an exception says; ml_collections explains at length and ends with the point, and KeyError quotes."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return (text.splitlines() or [""])[-1]
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+    """A config with exactly the fields that its names ask for.
+
+    Fields of a module that is not named are dropped where they have that module's default.
+
+    Raises:
+        UserError: a field is unknown, or belongs to a module that is not named and is not at its default.
+    """
+    values = flatten(config)
+    wanted = table(values)
+    for name in values.keys() - wanted.keys():
+        _drop(name, values[name], wanted)
+    return _nested({name: values.get(name, of.default) for name, of in wanted.items()})
+
+
+def _drop(name: str, value: Any, wanted: Mapping[str, Setting]) -> None:
+    """Raises UserError unless a field that is not wanted is another module's, at its default."""
+    elsewhere = list(_elsewhere(name, wanted))
+    if not any(of.default == value for *_, of in elsewhere):
+        raise _unknown_field(name, wanted)
+
+
+def _elsewhere(name: str, wanted: Mapping[str, Setting]) -> Iterator[tuple[str, str, Setting]]:
+    """(field that names a module, module, setting) of the modules that are not named and have a field of this name."""
+    group = name.partition(".")[0]
+    for chooser, of in wanted.items():
+        if of.room and chooser.startswith(f"{group}."):
+            for module in find.names(*of.room):
+                own = getattr(find.module(of.room[0], module, defines=of.room[1:]), "Config", None)
+                other = fields.settings(own, f"{group}.").get(name) if own else None
+                if other is not None:
+                    yield chooser, module, other
+
+
+def choose(config: ConfigDict, **names: str) -> None:
+    """Names modules in place, {group: name}; the fields of the groups become theirs. Errors as `complete`."""
+    for group, name in names.items():
+        config[group].name = name
+    _replace(config, complete(config))
+
+
+def _replace(config: ConfigDict, by: ConfigDict) -> None:
+    with config.unlocked():
+        for group in list(config):
+            del config[group]
+        config.update(by)
+    config.lock()
 
 
 def override(config: ConfigDict, text: str) -> None:
@@ -141,21 +203,32 @@ def override(config: ConfigDict, text: str) -> None:
         UserError: no such field, or a value of another type.
     """
     name, equals, value = text.partition("=")
-    fields = flatten(config)
-    if name not in fields:
-        raise _unknown_field(name, fields)
+    wanted = table(flatten(config))
+    if name not in wanted:
+        raise _unknown_field(name, wanted)
     if not equals:
-        raise UserError(f"--config.{name} has no value: expected --config.{name}={fields[name]}")
-    kind = type(fields[name])
-    config.update_from_flattened_dict({name: _parse(name, value, kind)})
+        raise UserError(f"--config.{name} has no value: expected --config.{name}={flatten(config)[name]}")
+    config.update_from_flattened_dict({name: _parse(name, value, type(wanted[name].default))})
+    if wanted[name].room:
+        _replace(config, complete(config))
 
 
-def _unknown_field(name: str, fields) -> UserError:
-    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+def override_all(config: ConfigDict, texts: list[str]) -> None:
+    """`override` by each of several texts, those that name modules first."""
+    wanted = table(flatten(config))
+    for text in sorted(texts, key=lambda text: not getattr(wanted.get(text.partition("=")[0]), "room", None)):
+        override(config, text)
+
+
+def _unknown_field(name: str, known: Mapping[str, Setting]) -> UserError:
+    for chooser, module, _ in _elsewhere(name, known):
+        return UserError(f"{name} is a field of {chooser}={module}, and {chooser} is {known[chooser].default}: "
+                         f"expected no such field, or {chooser}={module}")
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     group = name.rpartition(".")[0]
-    siblings = [field for field in fields if field.rpartition(".")[0] == group]
+    siblings = [field for field in known if field.rpartition(".")[0] == group]
     hint = f"; did you mean {near[0]}?" if near else ""
-    groups = dict.fromkeys(field.partition(".")[0] for field in fields)
+    groups = dict.fromkeys(field.partition(".")[0] for field in known)
     expected = f"one of {', '.join(siblings)}" if group and siblings else f"a field of {', '.join(groups)}"
     return UserError(f"unknown config field {name}: expected {expected}{hint}")
 
@@ -177,37 +250,26 @@ def _parse(name: str, value: str, kind: type) -> Any:
         raise UserError(f"config field {name} is {value!r}: expected {words.get(kind, kind.__name__)}") from None
 
 
-def set_method(config: ConfigDict, method: str) -> None:
-    """Sets system, loss, N and r to those of a name in METHODS."""
-    if method not in METHODS:
-        raise unknown_name("method in the config's argument", method, METHODS)
-    values = METHODS[method]
-    config.system.name, config.system.loss = values["system"], values["loss"]
-    config.model.num_experts, config.model.model_scale = values["num_experts"], values["model_scale"]
-
-
 def check(config: ConfigDict) -> None:
-    """Raises UserError for a field whose value can be refused without building anything."""
-    fields = flatten(config)
-    for name, (low, high, words) in _RANGES.items():
-        if not low <= fields[name] <= high:
-            raise UserError(f"{name} is {fields[name]}: expected {words}")
-    units.eps(config.attack.eps, config.attack.norm, "attack.eps")
-    standard = default().attack
-    if config.attack.norm != standard.norm and config.attack.eps == standard.eps:
-        raise UserError(f"attack.norm is {config.attack.norm} and attack.eps still {standard.eps}, which is for "
-                        f"{standard.norm}: expected an eps in that norm, such as 0.5 for l2 or 12 for l1")
-    if config.eval.norm not in ("", config.attack.norm) and not config.eval.eps:
-        raise UserError(f"eval.norm is {config.eval.norm} and eval.eps is not set: expected an eps in that norm, since "
-                        f"attack.eps is for {config.attack.norm}")
-    if config.eval.eps:
-        for eps in config.eval.eps.split(","):
-            units.eps(eps, config.eval.norm or config.attack.norm, "eval.eps")
-    one_of("train.select_on", config.train.select_on, ("validation", "test"))
-    for name in ("length", "eval_every", "save_every", "log_every"):
-        amount, unit = units.length(config.train[name], f"train.{name}")
-        if name == "length" and (amount < 1 or unit == "%"):
-            raise UserError(f"train.length is {config.train.length!r}: expected for example '12 epochs' or '300 steps'")
+    """Raises UserError for everything that can be refused without building anything: a value out of its range, a field
+    that would have no effect, values that do not fit together."""
+    values = flatten(config)
+    wanted = table(values)
+    for name, of in wanted.items():
+        if not of.room:
+            of.check(name, values[name])
+    for module in owners(config):
+        if hasattr(module, "check"):
+            module.check(config)
+    fields.check_effects(wanted, values, config)
+
+
+def describe(config: ConfigDict) -> Iterator[tuple[str, Any, str, str]]:
+    """(field, value, what it takes, one line on it) of every field."""
+    values = flatten(config)
+    for name, of in table(values).items():
+        expected = ", ".join(find.names(*of.room)) if of.room else of.expected
+        yield name, values[name], expected, of.what + (f"; for {of.only.when}" if of.only else "")
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -221,6 +283,17 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
+def _nested(values: Mapping[str, Any]) -> ConfigDict:
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *groups, last = name.split(".")
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = value
+    return ConfigDict(tree).lock()
+
+
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
     """Fields that make two configs two experiments, as "model.width 64 (was 16)"."""
     a, b = flatten(ours), flatten(theirs)
@@ -228,17 +301,22 @@ def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
             if not name.startswith(_FREE) and a.get(name) != b.get(name)]
 
 
-def write(config: ConfigDict, path: Path) -> None:
+def write(config: ConfigDict, path: epath.Path) -> None:
     """Writes it as JSON."""
-    write_text(path, json.dumps(config.to_dict(), indent=2) + "\n")
+    write_text(path, json.dumps({"version": _VERSION} | config.to_dict(), indent=2) + "\n")
 
 
-def read(path: Path) -> ConfigDict:
+def read(path: epath.Path) -> ConfigDict:
     """Reads what `write` wrote; fields that have come since have their defaults."""
     try:
         stored = json.loads(path.read_text())
-        config = default()
-        config.update(stored)
+        version = stored.pop("version", 1)
+        if version != _VERSION:
+            raise UserError(f"{path} is of version {version}, expected {_VERSION}: runs of older versions of "
+                            "advmoe_jax are evaluated with those")
+        return complete(ConfigDict(stored))
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path} is no config of this version: {error}"
+                        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no config of this version: {_last_line(error)}") from None
-    return config

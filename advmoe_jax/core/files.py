@@ -13,16 +13,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-
-def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is in an object store, which has no folders, no locks, and replaces files as wholes."""
-    return "://" in str(epath.Path(path))
+from advmoe_jax.core import paths
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
     """Writes through a temporary file in the same folder, which is made; in an object store at once."""
     path = epath.Path(path)
-    if is_remote(path):
+    if paths.is_remote(path):
         path.write_bytes(content)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,13 +60,20 @@ def write_figure(path: epath.PathLike, figure: Any) -> None:
     write_bytes(path, content.getvalue())
 
 
+def remove_folder(path: epath.PathLike) -> None:
+    """Removes a folder with all that it holds, if it is there."""
+    path = epath.Path(path)
+    if path.exists():
+        path.rmtree(missing_ok=True)
+
+
 def append_json_line(path: epath.PathLike, record: dict[str, Any]) -> None:
     """Adds a line to a JSON Lines file; a last line that was cut off is replaced.
 
     In an object store the file is read and written anew.
     """
     path, line = epath.Path(path), json.dumps(record).encode() + b"\n"
-    if is_remote(path):
+    if paths.is_remote(path):
         content = path.read_bytes() if path.exists() else b""
         path.write_bytes(content[:content.rfind(b"\n") + 1] + line)
         return

@@ -7,29 +7,30 @@ from types import ModuleType
 from advmoe_jax.core.errors import unknown_name
 
 
-def names(package: str, defines: str) -> tuple[str, ...]:
-    """Names of the modules of `advmoe_jax.<package>` that define `defines` (a function, class or constant).
+def names(package: str, *defines: str) -> tuple[str, ...]:
+    """Names of the modules of `advmoe_jax.<package>` that define one of `defines` (a function, class or constant).
 
     The source is searched, not imported, so that optional libraries are not needed to list names.
     """
     folder = pathlib.Path(importlib.import_module(f"advmoe_jax.{package}").__path__[0])
-    starts = (f"\ndef {defines}(", f"\nclass {defines}(", f"\nclass {defines}:", f"\n{defines} = ")
+    starts = [f"\n{start}" for name in defines for start in (
+        f"def {name}(", f"class {name}(", f"class {name}:", f"{name} = ")]
     return tuple(sorted(
         file.stem for file in folder.glob("*.py") if any(start in file.read_text() for start in starts)))
 
 
-def module(package: str, name: str, defines: str, kind: str | None = None) -> ModuleType:
+def module(package: str, name: str, defines: str | tuple[str, ...], kind: str | None = None) -> ModuleType:
     """Imports `advmoe_jax.<package>.<name>`.
 
     Args:
         package: a room of the package ("attacks", "data").
         name: the module's name as a config gives it.
-        defines: the attribute that such a module must have.
+        defines: the attribute that such a module must have, or several of which it must have one.
         kind: what to call it in an error; `package` without its plural s unless given.
     Raises:
         UserError: no such module, with the nearest names.
     """
-    known = names(package, defines)
+    known = names(package, *([defines] if isinstance(defines, str) else defines))
     if name not in known:
         raise unknown_name(kind or package.removesuffix("s"), name, known)
     return importlib.import_module(f"advmoe_jax.{package}.{name}")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.core.files import is_remote
+from advmoe_jax.core.paths import is_remote
 
 NAME = ".lock"
 _TRIES, _PAUSE = 5, 0.02  # seconds; `holder` of another process takes the lock for a moment

@@ -90,6 +90,13 @@ def check_batch_size(mesh: Mesh, batch_size: int, what: str) -> None:
         raise UserError(f"{what} is {batch_size}: expected a positive multiple of the {mesh.size} devices")
 
 
+def agree(answer: bool) -> bool:
+    """What process 0 answers, in every process of the cluster."""
+    if jax.process_count() == 1:
+        return answer
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(answer)))
+
+
 def fetch(tree):
     """Arrays cut over the devices of the cluster as numpy, in every process."""
     if jax.process_count() == 1:

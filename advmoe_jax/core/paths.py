@@ -29,4 +29,4 @@ def path(text: str | os.PathLike) -> epath.Path:
 
 def is_remote(where: str | os.PathLike) -> bool:
     """Whether a path is in a bucket, where nothing can be renamed at once."""
-    return os.fspath(where).startswith(_REMOTE)
+    return "://" in os.fspath(where)

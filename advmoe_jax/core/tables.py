@@ -19,12 +19,14 @@ class Table:
         columns: names.
         rows: cells, as many a row as there are columns.
         notes: paragraphs below it.
+        varying: columns that depend on the attack, shown for each one where tables of several stand as one.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     notes: tuple[str, ...] = ()
+    varying: tuple[str, ...] = ()
 
 
 def markdown(table: Table, level: int = 3) -> str:
@@ -96,3 +98,12 @@ def mean_and_deviation(rates: Sequence[float], expected: int) -> str:
 def millions(count: int) -> str:
     """139299328 -> "139.30"."""
     return decimals(count / 1e6)
+
+
+def duration(seconds: float) -> str:
+    """3725 -> "1h02m"."""
+    seconds = int(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes}m{seconds:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"

@@ -16,10 +16,23 @@ import numpy as np
 from advmoe_jax.core import find
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.core.fields import setting
 from advmoe_jax.data.source import Dataset
 from advmoe_jax.data.split import Rows, Split, stratified
 
 _SMALL = 20_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fields of `config.data`."""
+
+    name: str = setting("cifar10", "a module of advmoe_jax.data, or 'tfds:NAME'", room=("data", "dataset"))
+    dir: str = setting("data", "where prepared data is")
+    subset: int = setting(0, "keep the first so many training images; 0 for all", least=0, most=10**9)
+    batch_size: int = setting(128, "images of an iteration, on all devices together", least=1, most=10**6)
+    pad: int = setting(4, "pixels that crops may move by", least=0, most=1024)
+    flip: bool = setting(True, "whether half of the images are mirrored")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -102,7 +102,7 @@ def layer_names(network: Network) -> dict[str, str]:
     names = {}
     for group, module in (("backbone", network.backbone), ("router", "global_router")):
         layers = tuple(spec for spec in network.layers if spec.path.startswith(f"{group}/"))
-        if layers and module in find.names("interop.names", defines="rules"):
+        if layers and module in find.names("interop.names", "rules"):
             rules = find.module("interop.names", module, defines="rules").rules(layers)
             found = ((spec.path, re.fullmatch(f"{group}/(?:{pattern})", spec.path), name)
                      for spec in layers for pattern, name in rules.items())

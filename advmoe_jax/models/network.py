@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,14 +18,37 @@ from jax.sharding import Mesh
 
 from advmoe_jax.core import find
 from advmoe_jax.core import tree as trees
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.core.fields import Only, setting
 from advmoe_jax.core.layer_spec import LayerSpec
+from advmoe_jax.core.tables import Table
+from advmoe_jax.models import macs, routing_facts, trace
 from advmoe_jax.models import router as routers
-from advmoe_jax.models import trace
 from advmoe_jax.ops import dispatch, routing
 from advmoe_jax.ops.dispatch import Choice, Dispatch
 
 GROUPS = ("backbone", "router")
+ROUTED = Only("model.num_experts of 2 or more", lambda config: config.model.get("num_experts", 1) > 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fields of `config.model` that every backbone has."""
+
+    num_experts: int = setting(2, "N, experts of a routed layer; 1 for a dense network", least=1, most=64)
+    model_scale: float = setting(0.5, "r, the share of the dense network's channels that an expert has", above=0,
+                                 most=1)
+    experts: str = setting("shared", "channels of the experts: windows of the dense layer's, or each its own",
+                           choices=("shared", "disjoint"), only=ROUTED)
+    expert_init: str = setting("equal", "experts start as one, or independently", choices=("equal", "independent"),
+                               only=ROUTED)
+    router_grad: str = setting("ste_full", "gradient of the routers' own loss", choices=routing.ROUTER_GRADS[1:],
+                               only=ROUTED)
+    routing: str = setting("layer", "a router in every layer; one network on the image with a head for every layer; "
+                                    "one choice for all layers", choices=routers.ROUTINGS, only=ROUTED)
+    router_width: int = setting(16, "hidden width of the routers", least=1, most=65536, only=ROUTED)
+    dispatch: str = setting("auto", "how experts are computed, see ops/dispatch.py", choices=dispatch.DISPATCHES,
+                            only=ROUTED)
 
 
 class _Module(nn.Module):
@@ -80,6 +104,8 @@ class Network:
         num_classes: K.
         num_experts: E, 1 for a dense network.
         one_choice: whether an image makes one choice for all layers.
+        kind: "Dense", "S-Dense" or "MoE".
+        router_grad: gradient that a router sees in loss passes, as routing.hard takes it.
     """
 
     module: nn.Module
@@ -88,6 +114,16 @@ class Network:
     num_classes: int
     num_experts: int
     one_choice: bool = False
+    kind: str = ""
+    router_grad: str = "none"
+
+    @property
+    def is_routed(self) -> bool:
+        return self.num_experts > 1
+
+    @property
+    def about(self) -> str:
+        return f"experts: model.dispatch={self.module.dispatch.kind}" if self.is_routed else ""
 
     @functools.cached_property
     def layers(self) -> tuple[LayerSpec, ...]:
@@ -99,13 +135,24 @@ class Network:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Names of the parameter groups."""
-        return GROUPS if self.num_experts > 1 else GROUPS[:1]
+        return GROUPS if self.is_routed else GROUPS[:1]
+
+    @property
+    def optim(self) -> Mapping[str, str]:
+        return {group: group for group in self.groups}
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        return routing.VIEWS if self.is_routed else routing.VIEWS[:1]
+
+    @property
+    def surfaces(self) -> Mapping[str, Callable[[dict[str, Any]], jax.tree_util.Partial]]:
+        return {"routed": self.routed_fn} if self.is_routed else {}
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh variables {"params": ..., "batch_stats": ...}, each a tree per group."""
         x = jnp.zeros((1, *self.image_shape))
-        return self.module.init(key, x, routing.hard(), 1)
+        return {"batch_stats": {}} | self.module.init(key, x, routing.hard(), 1)
 
     def apply(self, variables: dict[str, Any], x: jax.Array,
               route: routing.Route = routing.hard()) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -133,7 +180,7 @@ class Network:
     def _has_pathways(self, route):
         """Whether an image makes one choice for all layers, and only that one is computed."""
         return (self.num_experts > 1 and self.one_choice and self.module.dispatch.kind in ("blocks", "host")
-                and route.kind != "soft" and route.grad != "ste_full")
+                and route.kind != "soft" and not route.counterfactual)
 
     def apply_train(self, variables: dict[str, Any], x: jax.Array, route: routing.Route = routing.hard()
                     ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
@@ -141,8 +188,8 @@ class Network:
 
         Several passes over as many images, not by a fixed route, are x (B, P, H, W, C), and what is returned begins
         with (B, P). Each is normalised by its own statistics, and running ones see the first pass first. They run at
-        once where images are computed in blocks, which then have fewer fillers, else one after the other, which is
-        kinder to caches.
+        once where images are computed in blocks, which then have less padding, else one after the other, for better
+        cache use.
         """
         if x.ndim == 4 or (self.num_experts > 1 and self.module.dispatch.kind != "all"):
             return self._train_at_once(variables, x, route)
@@ -159,16 +206,50 @@ class Network:
         outputs, updated = self.module.apply(
             variables, x.reshape(-1, *x.shape[-3:]), route, math.prod(begin[1:]), mutable=["batch_stats"])
         logits, aux = jax.tree.map(lambda leaf: leaf.reshape(*begin, *leaf.shape[1:]), outputs)
-        return logits, aux, updated["batch_stats"]
+        return logits, aux, updated.get("batch_stats", {})
 
-    def outputs_fn(self, variables: dict[str, Any],
-                   route: routing.Route = routing.hard()) -> jax.tree_util.Partial:
-        """`x -> (logits, aux)` with the weights as arguments of the traced program."""
-        return jax.tree_util.Partial(_evaluate, _Static(self), variables, route=route)
+    def train_pass(self, variables: dict[str, Any], x: jax.Array
+                   ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
+        """As Model.train_pass. Routers read their features as constants, see `routing.hard`."""
+        return self.apply_train(variables, x, routing.hard(self.router_grad, detach=True))
+
+    def outputs_fn(self, variables: dict[str, Any], view: str = routing.VIEWS[0]) -> jax.tree_util.Partial:
+        """As Model.outputs_fn; a view is a gradient of hard routing."""
+        return jax.tree_util.Partial(_evaluate, _Static(self), variables, route=routing.hard(view))
 
     def routed_fn(self, variables: dict[str, Any]) -> jax.tree_util.Partial:
         """`(x, route) -> (logits, aux)` with the weights as arguments of the traced program."""
         return jax.tree_util.Partial(_evaluate, _Static(self), variables)
+
+    def gather(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """As Model.gather, of one run."""
+        if len(parts) != 1:
+            raise UserError(f"init_from names {len(parts)} runs: expected one, for a network")
+        return dict(parts[0])
+
+    def metrics(self, passes: Mapping[str, Any]) -> dict[str, jax.Array]:
+        return routing_facts.metrics(passes, self.num_experts) if self.is_routed else {}
+
+    def progress(self, means: Mapping[str, Any]) -> str:
+        return routing_facts.progress(means) if self.is_routed else ""
+
+    def watch(self, means: Mapping[str, Any]) -> tuple[str, ...]:
+        return routing_facts.watch(means) if self.is_routed else ()
+
+    def observe(self, aux: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {"experts": aux["expert_ids"]} if self.is_routed else {}
+
+    def facts(self, y: np.ndarray, clean: Mapping[str, np.ndarray], attacked: Mapping[str, np.ndarray],
+              among: np.ndarray) -> dict[str, Any]:
+        if not self.is_routed:
+            return {}
+        return routing_facts.facts(clean["experts"], attacked["experts"], among, self.num_experts)
+
+    def fact_tables(self, facts: Mapping[str, Any]) -> list[Table]:
+        return [routing_facts.fact_table(facts)] if self.is_routed else []
+
+    def costs(self, masks: Any = None, facts: Mapping[str, Any] | None = None) -> dict[str, int]:
+        return macs.count(self, masks)
 
 
 @jax.tree_util.register_static
@@ -200,20 +281,20 @@ def _pathway(static, variables, x, choice):
     return static.network.module.apply(variables, x, choice, method="pathway")
 
 
-def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | None = None) -> Network:
+def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | None = None, name: str = ""
+         ) -> Network:
     """Builds the network that `config.model` describes.
 
     Args:
-        cfg: name of the backbone's module and its fields, num_experts, model_scale, experts,
-            expert_init, routing, router_width, router_grad, dispatch.
+        cfg: name of the backbone's module, its fields and those of `Config`.
         image_shape: (H, W, C).
         num_classes: K.
         mesh: of the devices that share a batch.
+        name: of the backbone's module, `cfg.name` unless given.
     Raises:
         UserError: a field is out of range or names nothing.
     """
-    module = find.module("models", cfg.name, defines="backbone", kind="model.name")
-    check(cfg)
+    module = find.module("models", name or cfg.name, defines="backbone", kind="model.name")
     net = module.backbone(cfg, num_classes)
     router = None
     if cfg.num_experts > 1:
@@ -221,8 +302,9 @@ def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | 
     every = cfg.num_experts if cfg.experts == "disjoint" else min(cfg.num_experts, 1 / cfg.model_scale)
     one_choice = cfg.routing == "global"
     kind = dispatch.pick(cfg.dispatch, every, one_choice, cfg.width, jax.default_backend())
-    return Network(_Module(net, router, Dispatch(kind, mesh)), cfg.name, tuple(image_shape), num_classes,
-                   cfg.num_experts, one_choice)
+    label = "MoE" if cfg.num_experts > 1 else "Dense" if cfg.model_scale == 1 else "S-Dense"
+    return Network(_Module(net, router, Dispatch(kind, mesh)), name or cfg.name, tuple(image_shape), num_classes,
+                   cfg.num_experts, one_choice, label, cfg.router_grad if cfg.num_experts > 1 else "none")
 
 
 def _num_routed(net: nn.Module, image_shape: tuple[int, int, int], num_experts: int) -> int:
@@ -235,17 +317,3 @@ def _num_routed(net: nn.Module, image_shape: tuple[int, int, int], num_experts: 
 
 def _image(shape):
     return jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-
-
-def check(cfg) -> None:
-    """Raises UserError for a field of `config.model` out of its range."""
-    one_of("model.routing", cfg.routing, routers.ROUTINGS)
-    one_of("model.experts", cfg.experts, ("shared", "disjoint"))
-    one_of("model.expert_init", cfg.expert_init, ("equal", "independent"))
-    one_of("model.router_grad", cfg.router_grad, routing.ROUTER_GRADS[1:])
-    one_of("model.dispatch", cfg.dispatch, dispatch.DISPATCHES)
-    for name in ("width", "num_experts", "router_width"):
-        if cfg[name] < 1:
-            raise UserError(f"model.{name} is {cfg[name]}: expected 1 or more")
-    if not 0 < cfg.model_scale <= 1:
-        raise UserError(f"model.model_scale is {cfg.model_scale}: expected above 0 and at most 1")

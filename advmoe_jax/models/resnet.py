@@ -15,6 +15,8 @@ import jax
 from flax import linen as nn
 
 from advmoe_jax.core.errors import one_of
+from advmoe_jax.core.fields import setting
+from advmoe_jax.models import network
 from advmoe_jax.models.layers import (
     BatchNorm,
     Choose,
@@ -26,6 +28,16 @@ from advmoe_jax.models.layers import (
 
 DEPTHS = {"10": (1, 1, 1, 1), "18": (2, 2, 2, 2), "34": (3, 4, 6, 3)}
 STEMS = ("cifar", "imagenet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(network.Config):
+    """Fields of `config.model` for a ResNet."""
+
+    depth: int = setting(18, f"layers: {', '.join(DEPTHS)}",
+                         read=lambda depth, name: one_of(f"{name} of a resnet", str(depth), DEPTHS))
+    stem: str = setting("cifar", "a 3x3 convolution, or a 7x7 one and a pool", choices=STEMS)
+    width: int = setting(64, "channels of the first stage of the dense network", least=1, most=65536)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,7 +68,8 @@ def block_size(batch: int, num_experts: int) -> int:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("gate", "plan", "expert"), meta_fields=("grad", "dispatch"))
+    jax.tree_util.register_dataclass, data_fields=("gate", "plan", "expert"),
+    meta_fields=("counterfactual", "dispatch"))
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """What a routed layer is told.
@@ -77,15 +78,15 @@ class Choice:
         gate: (B, E) weights of the experts; one-hot in value if there is a plan or an expert.
         plan: of the images; None: all experts are computed and mixed.
         expert: () int32, the expert that all images take; None if each has its own.
-        grad: as Route.grad: with "ste_full" the scores of experts that were not chosen get a gradient too, for which
-            they are computed in the backward pass, if anyone asks for it.
+        counterfactual: as Route.counterfactual; the other experts are computed in the backward pass, if anyone asks
+            for that gradient.
         dispatch: how to compute, on the devices that share the plan.
     """
 
     gate: jax.Array
     plan: Plan | None = None
     expert: jax.Array | None = None
-    grad: str = "ste_full"
+    counterfactual: bool = True
     dispatch: Dispatch = Dispatch()
 
 
@@ -97,7 +98,7 @@ def choose(scores: jax.Array, route: routing.Route, layer: int, dispatch: Dispat
     mesh = _of(dispatch.mesh, len(ids))
     size = block_size(len(ids) // (mesh.size if mesh else 1), gate.shape[-1])
     plan = _per_device(functools.partial(plans.make, num_experts=gate.shape[-1], size=size), mesh)(ids)
-    return Choice(gate, plan, None, route.grad, Dispatch(dispatch.kind, mesh)), ids
+    return Choice(gate, plan, None, route.counterfactual, Dispatch(dispatch.kind, mesh)), ids
 
 
 def conv(x: jax.Array, kernel: jax.Array, choice: Choice, starts: tuple[int, ...], width: int, stride: int
@@ -124,7 +125,7 @@ def conv(x: jax.Array, kernel: jax.Array, choice: Choice, starts: tuple[int, ...
     if choice.plan is None:
         return routing.mix(conv2d(x, kernel, stride), choice.gate, starts, width)
     return _routed(x, jnp.stack(windows), jax.lax.stop_gradient(kernel), choice.gate, choice.plan, starts, stride,
-                   choice.grad == "ste_full", choice.dispatch)
+                   choice.counterfactual, choice.dispatch)
 
 
 def pathways(apply: Callable[[Any, jax.Array, Choice], jax.Array], variables: Any, x: jax.Array, choice: Choice

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from advmoe_jax.core.errors import one_of
 
 ROUTER_GRADS = ("none", "ste_full", "ste_selected", "scaled")
+VIEWS = ("none", "ste_selected", "ste_full")
+"""Gradients through which an honest evaluation attacks; the last one sees all experts."""
 
 
 @functools.partial(
@@ -34,6 +36,11 @@ class Route:
     detach: bool = False
     temperature: jax.Array | None = None
     ids: jax.Array | None = None
+
+    @property
+    def counterfactual(self) -> bool:
+        """Whether the scores of experts that were not chosen get a gradient, for which those must be computed."""
+        return self.grad == "ste_full"
 
 
 def hard(grad: str = "none", detach: bool = False) -> Route:

@@ -1,52 +1,40 @@
 """The commands that make a run's numbers again."""
 
-import re
 import shlex
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from advmoe_jax.core import config as configs
+from advmoe_jax.core import recipe
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.report.runs import CHECKPOINTS, Run
 
 _MAIN = "python -m advmoe_jax.main"
 
 
-def without_seed(name: str) -> str:
-    """A config's name without the seed at its end: "digits_r18_s3", "digits_r18_seed3" -> "digits_r18"."""
-    return re.sub(r"[_-](seed|s)[_-]?\d+$", "", name)
-
-
 def train(run: Run) -> str:
-    """The command that trains it: the config file and argument that its name says, and every field that differs."""
-    name = run.config.name
-    for candidate in dict.fromkeys((name, without_seed(name))):
-        found = _config_file(candidate)
-        if found:
-            text, base = found
-            break
-    else:
-        text, base = f"configs/{name}.py", None
-    words = [_MAIN, "--config", text, "--workdir", shlex.quote(str(run.folder))]
+    """The command that trains it: the config file that it came from, and every field that differs."""
+    config, workdir = run.config, run.folder
+    words = [_MAIN, "--config", ":".join(filter(None, (config.file, config.argument)))]
+    base = _base(config)
+    if config.run:
+        words += ["--only", config.run]
+        workdir = workdir.parent
+    words += ["--workdir", shlex.quote(str(workdir))]
     if base is not None:
-        ours, theirs = configs.flatten(run.config), configs.flatten(base)
-        words += [f"--config.{k}={shlex.quote(str(v))}" for k, v in ours.items() if theirs.get(k) != v]
+        ours, theirs = configs.flatten(config), configs.flatten(base)
+        words += [f"--config.{name}={shlex.quote(str(value))}" for name, value in ours.items()
+                  if name not in ("init_from", "name", "file") and theirs.get(name) != value]
     return " ".join(words)
 
 
-def _config_file(name: str) -> tuple[str, ConfigDict] | None:
-    """"FILE[:ARGUMENT]" of the file below configs/ that gives a config of this name, and that config."""
-    words = name.split("_")
-    for i in range(len(words), 0, -1):
-        argument = "_".join(words[i:])
-        for path in sorted(Path("configs").rglob(f"{'_'.join(words[:i])}.py")):
-            text = f"{path.as_posix()}:{argument}" if argument else path.as_posix()
-            try:
-                return text, configs.load(text)
-            except UserError:
-                continue
-    return None
+def _base(config: ConfigDict) -> ConfigDict | None:
+    """What the config file gives today, if it is there."""
+    try:
+        loaded = recipe.load(":".join(filter(None, (config.file, config.argument))))
+        return loaded.runs[config.run] if config.run else loaded
+    except (UserError, KeyError, AttributeError):
+        return None
 
 
 def evaluate(run: Run) -> list[str]:

@@ -1,24 +1,27 @@
 """Tables of several runs: one row for runs that differ only by the seed, and which differences are ties."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import tables
 from advmoe_jax.core.tables import Table
 from advmoe_jax.ops.statistics import wilson
-from advmoe_jax.report import commands, runs
+from advmoe_jax.report import runs
 from advmoe_jax.report.runs import Run
 
 _COLUMNS = ("method", "config", "seeds", "SA %, best", "RA %, best", "RA %, last", "MACs, M: pathway / router / total")
 
 
 @dataclasses.dataclass
-class _Group:
+class Group:
     """Measurements by one attack of runs that differ only by the seed: {checkpoint: {training seed: entry}}."""
 
     config: dict[str, Any]
+    label: str = ""
     by_checkpoint: dict[str, dict[int, dict[str, Any]]] = dataclasses.field(
         default_factory=lambda: {name: {} for name in runs.CHECKPOINTS})
 
@@ -28,7 +31,7 @@ class _Group:
 
     @property
     def method(self) -> str:
-        return self.entries[0]["method"]
+        return self.label or self.entries[0]["method"]
 
     @property
     def seeds(self) -> list[int]:
@@ -45,65 +48,80 @@ class _Group:
         return sum(e["ra"] * e["n"] for e in best) / max(len(best), 1), max((e["n"] for e in best), default=0)
 
 
-def compare(found: Sequence[Run]) -> list[Table]:
-    """Compares runs.
+def groups_of(found: Sequence[Run], labels: Mapping[str, str] = MappingProxyType({})) -> dict[tuple, list[Group]]:
+    """{attack: rows}, runs that differ only by the seed, or share a label, being one row.
 
     Args:
         found: of any methods and seeds, evaluated or not. Of two with the same config and seed the first counts.
+        labels: {workdir: label of its row}.
+    """
+    groups: dict[tuple, dict[tuple, Group]] = {}
+    for run in found:
+        config, label = _identity(run), labels.get(str(run.folder), "")
+        counted = {(runs.attack_key(entry), entry["checkpoint"]): entry for entry in run.entries}
+        for (attack, checkpoint), entry in counted.items():
+            if checkpoint in runs.CHECKPOINTS:
+                same = (label,) if label else (entry["method"], *entry["macs"].values(), *config.items())
+                group = groups.setdefault(attack, {}).setdefault(same, Group(config, label))
+                group.by_checkpoint[checkpoint].setdefault(entry["train_seed"], entry)
+    return {attack: sorted(groups[attack].values(), key=lambda g: g.robust[0] / max(g.robust[1], 1), reverse=True)
+            for attack in sorted(groups)}
+
+
+def compare(found: Sequence[Run], labels: Mapping[str, str] = MappingProxyType({}),
+            paper: Mapping[str, Mapping[str, float]] = MappingProxyType({})) -> list[Table]:
+    """Compares runs.
+
+    Args:
+        found, labels: as `groups_of`.
+        paper: {label: {"SA": percent, "RA": percent}}, shown beside.
     Returns:
         A table for each attack, eps and set of images, best robust accuracy first, with a sentence on ties below it;
         then the runs that are not evaluated yet, if there are any.
     """
-    groups: dict[tuple, dict[tuple, _Group]] = {}
-    for run in found:
-        config = _identity(run)
-        counted: dict[tuple, dict[str, Any]] = {}
-        for entry in run.entries:
-            counted[runs.attack_key(entry), entry["checkpoint"]] = entry
-        for (attack, checkpoint), entry in counted.items():
-            if checkpoint in runs.CHECKPOINTS:
-                same = (entry["method"], *entry["macs"].values(), *config.items())
-                group = groups.setdefault(attack, {}).setdefault(same, _Group(config))
-                group.by_checkpoint[checkpoint].setdefault(entry["train_seed"], entry)
-    compared = [_table(list(groups[attack].values())) for attack in sorted(groups)]
+    compared = [_table(of_attack, paper) for of_attack in groups_of(found, labels).values()]
     waiting = [(str(run.folder), run.config.name, "not evaluated yet") for run in found if not run.entries]
     return compared + ([Table("Runs without results", ("workdir", "config", "state"), waiting)] if waiting else [])
 
 
 def _identity(run: Run) -> dict[str, Any]:
     """The fields of a config that runs of one row share."""
-    fields = configs.flatten(run.config) | {"name": commands.without_seed(run.config.name)}
-    return {k: v for k, v in fields.items() if k not in ("seed", "data.dir") and not k.startswith("eval.")}
+    own = ("seed", "data.dir", "name", "run")
+    return {k: v for k, v in configs.flatten(run.config).items() if k not in own and not k.startswith("eval.")}
 
 
-def _table(groups: list[_Group]) -> Table:
-    groups.sort(key=lambda g: g.robust[0] / max(g.robust[1], 1), reverse=True)
+def _table(groups: list[Group], paper: Mapping[str, Mapping[str, float]]) -> Table:
     names = _config_names(groups)
-    rows = []
+    rows, told = [], [kind for kind in ("SA", "RA") if any(kind in numbers for numbers in paper.values())]
     for group, name in zip(groups, names):
         seeds, macs = group.seeds, group.entries[0]["macs"]
         rates = (tables.mean_and_deviation(group.rates(*which), len(seeds))
                  for which in (("best", "sa"), ("best", "ra"), ("last", "ra")))
         rows.append((group.method, name, f"{len(seeds)} ({', '.join(map(str, seeds))})", *rates,
-                     " / ".join(tables.millions(macs[part]) for part in ("pathway", "router", "total"))))
+                     " / ".join(tables.millions(macs[part]) for part in ("pathway", "router", "total")),
+                     *(tables.decimals(paper[group.label][kind]) if kind in paper.get(group.label, ()) else
+                       tables.NOTHING for kind in told)))
     entries = [entry for group in groups for entry in group.entries]
     notes = ("Mean ± sample standard deviation over training seeds. " + runs.attack_settings(entries)
              + f" Evaluated in {runs.circumstances(entries)}.",
              *runs.warnings(entries), *filter(None, [_ties(groups, names)]))
-    return Table(runs.attack_title(entries[0]), _COLUMNS, rows, notes)
+    return Table(runs.attack_title(entries[0]), (*_COLUMNS, *(f"{kind} %, paper" for kind in told)), rows, notes)
 
 
-def _config_names(groups: list[_Group]) -> list[str]:
-    """The configs' names, and for configs of one name the fields in which they differ."""
+def _config_names(groups: list[Group]) -> list[str]:
+    """The config files with their arguments, and for rows of one file the fields in which they differ."""
+    def file(group):
+        return ":".join(filter(None, (Path(group.config["file"]).stem, group.config["argument"])))
+
     names = []
     for group in groups:
-        others = [g.config for g in groups if g.config["name"] == group.config["name"]]
+        others = [g.config for g in groups if file(g) == file(group)]
         told = [f"{k}={v}" for k, v in group.config.items() if any(other.get(k) != v for other in others)]
-        names.append(" ".join((group.config["name"], *told)))
+        names.append(" ".join((file(group), *(told if not group.label else ()))))
     return names
 
 
-def _ties(groups: list[_Group], names: list[str]) -> str:
+def _ties(groups: list[Group], names: list[str]) -> str:
     """Which method has the best robust accuracy, and whose Wilson interval overlaps its own; "" for fewer than two."""
     methods = [group.method for group in groups]
     measured = [(group.method if methods.count(group.method) == 1 else f"{group.method} ({name})", *group.robust)

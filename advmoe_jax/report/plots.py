@@ -1,4 +1,4 @@
-"""PNG plots of one run. L routed layers, T log lines, E experts."""
+"""PNG plots of runs. L layers, T log lines, E parts of a layer."""
 
 import itertools
 from typing import Any
@@ -17,7 +17,8 @@ def write(run: Run) -> tuple[str, ...] | None:
     """Draws what the run has to show into its workdir.
 
     Returns:
-        The names of the files: training.png if it has trained, routing.png if it is routed. None without matplotlib.
+        The names of the files: training.png if it has trained, layers.png if metrics have a value for each layer. None
+        without matplotlib.
     """
     try:
         from matplotlib.figure import Figure
@@ -28,9 +29,9 @@ def write(run: Run) -> tuple[str, ...] | None:
         return ()
     names = ["training.png"]
     files.write_figure(run.folder / names[0], _training(Figure, run, train))
-    if _series(train, "load_entropy") is not None:
-        names.append("routing.png")
-        files.write_figure(run.folder / names[1], _routing(Figure, run, train))
+    if vectors := _vectors(train):
+        names.append("layers.png")
+        files.write_figure(run.folder / names[1], _layers(Figure, run, vectors))
     return tuple(names)
 
 
@@ -108,36 +109,70 @@ def _training(figure_class, run: Run, train: list[dict[str, Any]]):
     return figure
 
 
-def _routing(figure_class, run: Run, train: list[dict[str, Any]]):
-    maps = [(title, series, colours, top) for title, series, colours, top in (
-        ("Load entropy (1 is even)", _series(train, "load_entropy"), "cividis", 1.0),
-        ("Flip rate (share of images)", _series(train, "flip_rate"), "viridis", None)) if series is not None]
-    final = [entry for entry in run.entries if "load" in entry][-1:]
-    num_layers = maps[0][1][1].shape[1]
-    figure = figure_class(figsize=(4.2 * (len(maps) + len(final)), 2 + 0.17 * num_layers), layout="constrained")
-    panels = figure.subplots(1, len(maps) + len(final), sharey=True, squeeze=False)[0]
-    for axes, (title, (epochs, values), colours, top) in zip(panels, maps):
+def _vectors(train: list[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{metric: (epochs (T,), values (T, L))} of the metrics of the last update that have a value for each layer."""
+    update = _updates(train)[-1]
+    names = dict.fromkeys(key.partition("/")[2] for record in train for key in record if key.startswith(f"{update}/"))
+    series = {name: _series(train, name) for name in names}
+    return {name: (epochs, values) for name, (epochs, values) in series.items() if values.ndim == 2}
+
+
+def _layers(figure_class, run: Run, vectors: dict[str, tuple[np.ndarray, np.ndarray]]):
+    """A map over epochs and layers of each metric, and stacked bars of facts that divide the images of each layer."""
+    final = next((entry for entry in reversed(run.entries) if any(_divides(v) for v in entry["facts"].values())), None)
+    shares = {name: np.array(v) for name, v in final["facts"].items() if _divides(v)} if final else {}
+    num_layers = next(iter(vectors.values()))[1].shape[1]
+    count = len(vectors) + len(shares)
+    figure = figure_class(figsize=(4.2 * count, 2 + 0.17 * num_layers), layout="constrained")
+    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    for axes, (name, (epochs, values)) in zip(panels, vectors.items()):
         edges = np.concatenate([[0], epochs]), np.arange(num_layers + 1) - 0.5
-        mesh = axes.pcolormesh(*edges, values.T, cmap=colours, vmin=0, vmax=top)
+        mesh = axes.pcolormesh(*edges, values.T, cmap="cividis", vmin=0, vmax=1)
         figure.colorbar(mesh, ax=axes, pad=0.02)
-        axes.set(title=title, xlabel="epoch")
-    if final:
-        _load(panels[-1], final[0])
-    panels[0].set(ylabel="routed layer", yticks=np.arange(0, num_layers, 1 + num_layers // 20),
-                  ylim=(num_layers - 0.5, -0.5))
+        axes.set(title=name.replace("_", " "), xlabel="epoch")
+    for axes, (name, values) in zip(panels[len(vectors):], shares.items()):
+        _stacked(axes, f"{name}, {final['checkpoint']} checkpoint", values)
+    panels[0].set(ylabel="layer", yticks=np.arange(0, num_layers, 1 + num_layers // 20), ylim=(num_layers - 0.5, -0.5))
     return figure
 
 
-def _load(axes, entry: dict[str, Any]) -> None:
-    """Stacked bars of the experts' shares of the clean test images, a bar a layer."""
-    load = 100 * np.array(entry["load"])
-    start = np.zeros(len(load))
-    for expert, share in enumerate(load.T):
-        axes.barh(np.arange(len(load)), share, left=start, height=0.8, color=_COLOURS[expert % len(_COLOURS)],
-                  label=f"expert {expert}")
+def _divides(value: Any) -> bool:
+    """Whether a fact is shares (L, E) that are 1 in each row together."""
+    return np.ndim(value) == 2 and bool(np.allclose(np.sum(value, 1), 1, atol=1e-4))
+
+
+def _stacked(axes, title: str, shares: np.ndarray) -> None:
+    start = np.zeros(len(shares))
+    for number, share in enumerate(100 * shares.T):
+        axes.barh(np.arange(len(shares)), share, left=start, height=0.8, color=_COLOURS[number % len(_COLOURS)],
+                  label=str(number))
         start = start + share
-    even = 100 / load.shape[1] * np.arange(1, load.shape[1])
-    axes.vlines(even, -0.5, len(load) - 0.5, colors="white", linestyles=":", linewidth=1)
-    axes.set(title=f"Load of the {entry['checkpoint']} checkpoint", xlabel="share of clean test images (%)",
-             xlim=(0, 100))
-    axes.figure.legend(frameon=False, fontsize="small", ncols=min(4, load.shape[1]), loc="outside lower right")
+    even = 100 / shares.shape[1] * np.arange(1, shares.shape[1])
+    axes.vlines(even, -0.5, len(shares) - 0.5, colors="white", linestyles=":", linewidth=1)
+    axes.set(title=title, xlabel="share of clean test images (%)", xlim=(0, 100))
+    axes.figure.legend(frameon=False, fontsize="small", ncols=min(4, shares.shape[1]), loc="outside lower right")
+
+
+def write_rows(path, labels: list[str], rates: list[tuple[float, float]], paper: list[float | None]) -> bool:
+    """Draws robust accuracies as bars, mean and deviation in percent, with a paper's own as marks.
+
+    Returns:
+        Whether there is anything to draw with.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(6.5, 1 + 0.35 * len(labels)), layout="constrained")
+    axes, place = figure.subplots(), np.arange(len(labels))
+    means, deviations = np.array(rates).T
+    axes.barh(place, means, xerr=deviations, height=0.7, color=_RA, ecolor=_GREY, capsize=2)
+    told = [(i, value) for i, value in enumerate(paper) if value is not None]
+    if told:
+        axes.plot([value for _, value in told], [i for i, _ in told], "D", color=_COLOURS[-1], label="paper")
+        axes.legend(frameon=False, fontsize="small")
+    axes.set(yticks=place, yticklabels=labels, xlabel="robust accuracy (%)", xlim=(0, 100),
+             ylim=(len(labels) - 0.5, -0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    files.write_figure(path, figure)
+    return True

@@ -3,15 +3,15 @@
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import files
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.report import results
+from advmoe_jax.evaluation import results
 
 CHECKPOINTS = ("best", "last")
 
@@ -27,36 +27,36 @@ class Run:
         metrics: records of metrics.jsonl, oldest first; may be empty.
     """
 
-    folder: Path
+    folder: epath.Path
     config: ConfigDict
     entries: tuple[dict[str, Any], ...]
     metrics: tuple[dict[str, Any], ...]
 
 
-def is_run(folder: Path) -> bool:
+def is_run(folder: epath.Path) -> bool:
     """Whether there is a config.json."""
-    return (Path(folder) / "config.json").is_file()
+    return (epath.Path(folder) / "config.json").is_file()
 
 
-def load(folder: Path) -> Run:
+def load(folder: epath.Path) -> Run:
     """Reads a workdir.
 
     Raises:
         UserError: it holds no run, or one of its files is damaged.
     """
-    folder = Path(folder)
+    folder = epath.Path(folder)
     if not is_run(folder):
         raise UserError(f"no run in {folder}: it has no config.json")
     return Run(folder, configs.read(folder / "config.json"), _entries(folder), _metrics(folder / "metrics.jsonl"))
 
 
-def _entries(folder: Path) -> tuple[dict[str, Any], ...]:
+def _entries(folder: epath.Path) -> tuple[dict[str, Any], ...]:
     order = (*CHECKPOINTS, None)
     return tuple(sorted(results.read(folder), key=lambda e: (
         order.index(e["checkpoint"] if e["checkpoint"] in CHECKPOINTS else None), e["step"])))
 
 
-def _metrics(path: Path) -> tuple[dict[str, Any], ...]:
+def _metrics(path: epath.Path) -> tuple[dict[str, Any], ...]:
     if not path.exists():
         return ()
     try:

@@ -13,9 +13,6 @@ _DEFINITION = ("Robust accuracy (RA) = worst case per example over the gradients
                "Wilson 95 % intervals.")
 _COLUMNS = ("The columns after RA are the accuracies under one gradient each: with the router held constant, and "
             "through it by each straight-through estimate.")
-_ROUTING = ("Load: share of the clean test images that each expert gets. Entropy: of the load, 1 is even and 0 is one "
-            "expert for all. Flips: share of the images whose expert changes under the gradient that breaks most of "
-            "them.")
 _ATTEMPTS = ("Robust accuracy = worst case per example. The attacks of a suite, in order: images that they were given, "
              "that they broke, and the robust accuracy after them.")
 _MORE = {"ra": "RA alone %", "accuracy": "accuracy %"}
@@ -39,12 +36,12 @@ def write(run: Run) -> None:
         if curve := plots.write_curve(run):
             parts.append(f"![{curve}]({curve})\n")
         parts.append(tables.markdown(macs_table(run), 2))
-    routing = routing_tables(run)
-    if routing:
-        parts += ["## Routing\n", f"{_ROUTING}\n", *map(tables.markdown, routing)]
+    for title, shown in fact_tables(run).items():
+        parts += [f"## {title}\n", *map(tables.markdown, shown)]
     if written:
         chosen = run.config.train
-        parts += ["## Training\n", f"The best checkpoint is chosen by {chosen.attack} on up to {chosen.num_examples} "
+        parts += ["## Training\n", f"The best checkpoint is chosen by {chosen.select_attack} on up to "
+                  f"{chosen.select_examples} "
                   f"{chosen.select_on} images; training accuracies are of the training attack, on batch statistics.\n",
                   *(f"![{name}]({name})\n" for name in written)]
     parts += ["## Reproduce\n", "config.json beside this file holds every field.\n",
@@ -104,19 +101,34 @@ def macs_table(run: Run) -> Table:
                  ("Pathway: one expert a layer. Executed: what is computed, with model.dispatch=all every expert.",))
 
 
-def routing_tables(run: Run) -> list[Table]:
-    """For each checkpoint of a routed model a table with a row for each routed layer; none for a dense one."""
-    return [_routing(entries) for entries in _by(run, lambda e: (e["checkpoint"], e["n"])) if "load" in entries[0]]
+def fact_tables(run: Run) -> dict[str, list[Table]]:
+    """What the model says of itself, {title: a table for each checkpoint and set of images}."""
+    shown: dict[str, list[Table]] = {}
+    for entries in _by(run, lambda e: (e["checkpoint"], e["n"])):
+        first = entries[0]
+        where = f"{first['checkpoint']} checkpoint (step {first['step']}), {first['n']} test images"
+        for of_entries in zip(*(map(_table, entry["fact_tables"]) for entry in entries)):
+            shown.setdefault(of_entries[0].title, []).append(_beside(where, entries, of_entries))
+    return shown
 
 
-def _routing(entries: list[dict[str, Any]]) -> Table:
-    first = entries[0]
-    rows = [(
-        str(layer), " / ".join(tables.percent(share) for share in load), tables.decimals(first["load_entropy"][layer]),
-        *(tables.percent(e["flip_rate"][layer]) for e in entries)) for layer, load in enumerate(first["load"])]
-    flips = (f"flips %, {e['attack']} {e['norm']} {e['eps']}" for e in entries)
-    return Table(f"{first['checkpoint']} checkpoint (step {first['step']}), {first['n']} test images",
-                 ("layer", "load %", "entropy", *flips), rows)
+def _table(stored: dict[str, Any]) -> Table:
+    return Table(stored["title"], tuple(stored["columns"]), stored["rows"], tuple(stored["notes"]),
+                 tuple(stored["varying"]))
+
+
+def _beside(where: str, entries: list[dict[str, Any]], shown: tuple[Table, ...]) -> Table:
+    """Tables of several evaluations as one: columns that they agree in once, the others for each."""
+    columns, cells = [], []
+    for number, name in enumerate(shown[0].columns):
+        of_each = [[row[number] for row in table.rows] for table in shown]
+        if all(column == of_each[0] for column in of_each) and name not in shown[0].varying:
+            columns.append(name)
+            cells.append(of_each[0])
+        else:
+            columns += [f"{name}, {e['attack']} {e['norm']} {e['eps']}" for e in entries]
+            cells += of_each
+    return Table(where, tuple(columns), list(zip(*cells)), shown[0].notes)
 
 
 def _by(run: Run, key) -> list[list[dict[str, Any]]]:

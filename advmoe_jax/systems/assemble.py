@@ -1,17 +1,30 @@
-"""From a config to everything that a run needs: data, network and system."""
+"""From a config to everything that a run needs: data, model and system."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
+from advmoe_jax.attacks import parse
 from advmoe_jax.core import find
 from advmoe_jax.core import mesh as meshes
+from advmoe_jax.core.fields import setting
 from advmoe_jax.data import pipeline
-from advmoe_jax.data.split import Split
-from advmoe_jax.models import network
+from advmoe_jax.evaluation import measure
+from advmoe_jax.evaluation.suites import Suite
+from advmoe_jax.models import model as models
+from advmoe_jax.systems import sources
+from advmoe_jax.train.loop import Rates
+from advmoe_jax.train.state import State
 from advmoe_jax.train.system import System
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The field of `config.system` that names the others."""
+
+    name: str = setting("advmoe", "a module of advmoe_jax.systems", room=("systems", "make"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,29 +35,50 @@ class Experiment:
         config: the whole config.
         mesh: of all devices.
         system: what is trained.
-        train: the training images.
-        test: the test images.
-        select: a split and the rows of it that choose the best checkpoint.
+        data: images.
+        select: measures a state on the images that choose the best checkpoint.
     """
 
     config: ConfigDict
     mesh: jax.sharding.Mesh
     system: System
-    train: Split
-    test: Split
-    select: tuple[Split, np.ndarray]
+    data: pipeline.Data
+    select: Callable[[State], Rates]
 
 
-def assemble(config: ConfigDict) -> Experiment:
-    """Loads the data and builds the system that `config.system.name` names.
+def check(config: ConfigDict) -> None:
+    """Raises UserError for attacks that cannot choose a checkpoint."""
+    _selection(config)
 
+
+def assemble(config: ConfigDict, starts: bool = True) -> Experiment:
+    """Loads the data and the runs that it starts from, and builds the system that `config.system.name` names.
+
+    Args:
+        config: checked.
+        starts: whether it is to be trained; for what is evaluated alone, the runs that it started from may be gone.
     Raises:
         UserError: a field names nothing, is out of range, or its data is missing.
     """
-    module = find.module("systems", config.system.name, defines="make", kind="system.name")
     mesh = meshes.make()
     meshes.check_batch_size(mesh, config.data.batch_size, "data.batch_size")
-    data = pipeline.load(config.data, config.train.select_on, config.train.num_examples)
-    net = network.make(config.model, data.image_shape, data.num_classes, mesh)
-    system = module.make(config, net, data.rows, mesh)
-    return Experiment(config, mesh, system, data.train, data.test, (data.select, data.select_rows))
+    data = pipeline.load(config.data, config.train.select_on, config.train.select_examples)
+    pipeline.steps_per_epoch(len(data.rows), config.data.batch_size)
+    runs = sources.load(config, data.image_shape, data.num_classes) if starts else {}
+    model = models.make(config.model, data.image_shape, data.num_classes, mesh)
+    module = find.module("systems", config.system.name, defines="make", kind="system.name")
+    system = module.make(config, model, data, mesh, runs)
+    suite = _selection(config)
+    measure.check(suite, model)
+
+    def select(state: State) -> Rates:
+        found = measure.run(model, state.variables, data.select, data.select_rows, suite, mesh=mesh,
+                            batch_size=config.eval.batch_size, seed=config.seed)
+        return float(found.survivors().mean()), float(found.correct.mean())
+
+    return Experiment(config, mesh, system, data, select)
+
+
+def _selection(config: ConfigDict) -> Suite:
+    specs = parse.attacks(config.train.select_attack, norm=config.attack.norm, eps=config.attack.eps)
+    return Suite("selection", specs, survivors_only=True)

@@ -3,20 +3,36 @@
 Two managers, since one that keeps the best by a metric forgets the newest.
 """
 
+import contextlib
 import dataclasses
 import logging
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 
-from advmoe_jax.core import tree
+from advmoe_jax.core import paths, tree
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.train.state import State
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it then raises
+
+
+class Trained(NamedTuple):
+    """What a checkpoint holds of a model.
+
+    Attributes:
+        variables: {"params": {group: tree}, "batch_stats": {group: tree}}.
+        masks: {group: tree}, as of State.
+    """
+
+    variables: dict[str, Any]
+    masks: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,18 +110,34 @@ class Checkpoints:
             raise UserError(f"no {which} checkpoint in {getattr(self, which).directory}: train first")
         return steps[-1]
 
-    def restore(self, which: str, abstract: State) -> State:
-        """A state to evaluate.
+    def restore_trained(self, which: str, abstract: dict[str, Any], sharding: jax.sharding.Sharding | None = None
+                        ) -> Trained:
+        """What was trained, without the state of optimizers.
 
         Args:
             which: as for `step`.
-            abstract: shapes, types and shardings of the state.
+            abstract: {"params": ..., "batch_stats": ...} shapes of the model's variables.
+            sharding: of the arrays; None: numpy.
         Raises:
             UserError: there is none, it cannot be read, or it is of another architecture.
         """
         step = self.step(which)
         manager = self.best if which == "best" or step not in self.last.all_steps() else self.last
-        return _try_read(manager, step, abstract)
+        folder = manager.directory / str(step) / "state"
+        try:
+            _check_storage(folder)
+            _check_architecture(manager, step, abstract["params"])
+            found = _read_arrays(folder)
+        except UserError:
+            raise
+        except Exception as error:  # orbax raises whatever its storage raised
+            raise UserError(f"checkpoint {manager.directory}/{step} cannot be read: {_first_line(error)}") from None
+        if sharding is not None:
+            found = jax.tree.map(lambda leaf: jax.make_array_from_callback(
+                leaf.shape, sharding, lambda index, leaf=leaf: leaf[index]), found)
+        # An empty tree is no entry of a checkpoint.
+        stats = {group: found.get("batch_stats", {}).get(group, {}) for group in found["params"]}
+        return Trained({"params": found["params"], "batch_stats": stats}, found.get("masks") or {})
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk."""
@@ -119,13 +151,25 @@ class Checkpoints:
             manager.close()
 
 
-def open_checkpoints(workdir: Path, create: bool = True) -> Checkpoints:
+@contextlib.contextmanager
+def opened(workdir: epath.PathLike, create: bool = True) -> Iterator[Checkpoints]:
+    """`open_checkpoints`, closed at the end."""
+    saved = open_checkpoints(workdir, create)
+    try:
+        yield saved
+    finally:
+        saved.close()
+
+
+def open_checkpoints(workdir: epath.PathLike, create: bool = True) -> Checkpoints:
     """Opens `workdir/checkpoints/last` and `workdir/checkpoints/best`.
 
     Raises:
         UserError: they are not there, and `create` is false.
     """
-    folders = [(Path(workdir) / "checkpoints" / name).absolute() for name in ("last", "best")]
+    workdir = epath.Path(workdir)
+    where = workdir if paths.is_remote(workdir) else epath.Path(os.path.abspath(workdir))
+    folders = [where / "checkpoints" / name for name in ("last", "best")]
     if not create and not all(folder.is_dir() for folder in folders):
         raise UserError(f"no best checkpoint and no last one in {workdir}: train first")
     # On CPU a state that is donated to the next step may be the very memory that an asynchronous save reads.
@@ -137,30 +181,32 @@ def open_checkpoints(workdir: Path, create: bool = True) -> Checkpoints:
 
 def _read(manager: ocp.CheckpointManager, step: int, abstract: State) -> State:
     _check_storage(manager.directory / str(step) / "state")
-    _check_architecture(manager, step, abstract)
+    _check_architecture(manager, step, abstract.params)
     return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
 
 
-def _try_read(manager, step, abstract):
-    try:
-        return _read(manager, step, abstract)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"checkpoint {manager.directory}/{step} cannot be read: {_first_line(error)}") from None
+def _read_arrays(folder) -> dict[str, Any]:
+    """Parameters, statistics and masks of a stored state as numpy, whatever devices wrote it."""
+    with contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
+        stored = reader.metadata(folder).item_metadata.tree
+        wanted = {name: stored[name] for name in ("params", "batch_stats", "masks") if stored.get(name)}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        return reader.restore(folder, args=ocp.args.PyTreeRestore(
+            item=jax.tree.map(lambda _: 0, wanted), restore_args=as_numpy, partial_restore=True))
 
 
 def _check_storage(folder):
     """Reads every stored value: a restore that fails halfway leaves tasks that complain when they are collected."""
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}).result()
+    base = f"{folder}/" if paths.is_remote(folder) else {"driver": "file", "path": f"{folder}/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
     for pending in [store.read(key) for key in store.list().result()]:
         pending.result()
 
 
-def _check_architecture(manager, step, abstract):
+def _check_architecture(manager, step, params):
     """Raises UserError naming the first parameter whose name or shape is not what the config's model has."""
     stored = tree.named_leaves(manager.item_metadata(step)["state"].tree["params"])
-    expected = tree.named_leaves(abstract.params)
+    expected = tree.named_leaves(params)
     for name in sorted(stored.keys() | expected.keys()):
         ours, theirs = (tuple(t[name].shape) if name in t else "nothing" for t in (expected, stored))
         if ours != theirs:

@@ -1,47 +1,29 @@
-"""What a run says: metrics.jsonl for programs, one line now and then for people. Process 0 speaks."""
+"""What training says: metrics.jsonl for programs, one line now and then for people."""
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-import rich.console
-import rich.text
+from etils import epath
 
-from advmoe_jax.core import files
-
-
-def say(text: str) -> None:
-    """Prints a line, once in a cluster."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
-def warn(text: str) -> None:
-    """Prints a warning to stderr, once in a cluster."""
-    if jax.process_index() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def alarm(text: str) -> None:
-    """Prints a line to stderr, in red in a terminal, once in a cluster."""
-    if jax.process_index() == 0:
-        rich.console.Console(stderr=True, soft_wrap=True, highlight=False).print(rich.text.Text(text, "bold red"))
+from advmoe_jax.core import files, paths, tables
 
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
     """The metrics.jsonl of a workdir: one record a line with "step", "split" and values."""
 
-    path: Path
+    path: epath.Path
 
     def write(self, step: int, split: str, values: dict[str, Any]) -> None:
         """Appends a record; arrays become lists."""
         if jax.process_index() == 0:
             record = {"step": step, "split": split} | {k: _plain(v) for k, v in values.items()}
+            if paths.is_remote(self.path):
+                return files.append_json_line(self.path, record)
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
@@ -68,36 +50,27 @@ def means(window: list[dict[str, Any]]) -> dict[str, np.ndarray]:
             for name in names}
 
 
-def line(step: int, total_steps: int, epoch: float, means: dict[str, Any], batch_size: int) -> str:
-    """The progress line: step, speed, time left, losses, accuracies, expert load and flips per layer."""
+def by_update(means: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name of an update, its metrics), in order of names, of metrics under "UPDATE/METRIC"."""
+    for name in sorted({key.split("/")[0] for key in means if "/" in key}):
+        yield name, {key.removeprefix(f"{name}/"): value for key, value in means.items() if key.startswith(f"{name}/")}
+
+
+def line(step: int, total_steps: int, epoch: float, means: dict[str, Any], batch_size: int,
+         progress: Callable[[dict[str, Any]], str]) -> str:
+    """The progress line: step, speed, time left, and of each update loss, accuracies and what the model adds.
+
+    Args:
+        step, total_steps, epoch: where training is.
+        means: metrics as `means` gives them, with "images_per_second".
+        batch_size: images of an iteration.
+        progress: the model's words for the metrics of an update; may be empty.
+    """
     speed = means["images_per_second"]
     left = (total_steps - step) * batch_size / speed
-    parts = [f"step {step}/{total_steps} epoch {epoch:.1f}", f"{speed:.0f} img/s, {duration(left)} left"]
-    for name in sorted({key.split("/")[0] for key in means if "/" in key}):
-        def of(key, name=name):
-            return means.get(f"{name}/{key}")
-        text = f"{name} loss {of('loss'):.3f}"
-        if of("sa") is not None:
-            text += f" SA {100 * of('sa'):.1f}"
-        if of("ra") is not None:
-            text += f" RA {100 * of('ra'):.1f}"
-        if of("load_entropy") is not None:
-            text += f" load {digits(of('load_entropy'))}"
-        if of("flip_rate") is not None:
-            text += f" flips {digits(of('flip_rate'))}"
-        parts.append(text)
+    parts = [f"step {step}/{total_steps} (epoch {epoch:.1f})", f"{speed:.0f} images/s, {tables.duration(left)} left"]
+    for name, values in by_update(means):
+        words = [f"{name}: loss {values['loss']:.3f}"]
+        words += [f"{key.upper()} {100 * values[key]:.1f} %" for key in ("sa", "ra") if key in values]
+        parts.append(", ".join(filter(None, (*words, progress(values)))))
     return " | ".join(parts)
-
-
-def digits(rates: Any) -> str:
-    """Rates in [0, 1], one per layer, as tenths: 0.98 is 9, 0.12 is 1."""
-    return "".join(str(min(9, int(10 * rate))) for rate in np.atleast_1d(rates))
-
-
-def duration(seconds: float) -> str:
-    """3725 -> "1h02m"."""
-    seconds = int(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    minutes, seconds = divmod(seconds, 60)
-    return f"{minutes}m{seconds:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"

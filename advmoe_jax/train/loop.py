@@ -1,27 +1,51 @@
 """The loop: evaluate? save? next batch, steps, log one iteration late. One loop for all systems."""
 
+import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
-from advmoe_jax.attacks import parse
-from advmoe_jax.attacks.suites import Suite
+from advmoe_jax.core import console, rng, units
 from advmoe_jax.core import mesh as meshes
-from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import NonFiniteError, Preempted
+from advmoe_jax.core.errors import NonFiniteError, Preempted, UserError
+from advmoe_jax.core.fields import setting
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.split import Split
-from advmoe_jax.train import checkpoint, evaluate, log, preemption
+from advmoe_jax.models.model import Model
+from advmoe_jax.train import checkpoint, log, preemption
+from advmoe_jax.train.checkpoint import Checkpoints
 from advmoe_jax.train.state import State
-from advmoe_jax.train.system import Batch, Stage, System
+from advmoe_jax.train.system import Batch, System
 
 _SECONDS_BETWEEN_LINES = 15
-_COLLAPSED = 0.1  # entropy of the load, mean over iterations; of two experts one then gets over 98 % of the images
+
+Rates = tuple[float, float]
+"""(robust accuracy, standard accuracy), fractions in [0, 1]; the larger pair is the better checkpoint."""
+
+
+def _length_of_training(value: str, name: str) -> None:
+    amount, unit = units.length(value, name)
+    if amount < 1 or unit == "%":
+        raise UserError(f"{name} is {value!r}: expected for example '12 epochs' or '300 steps'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fields of `config.train` that the loop reads."""
+
+    length: str = setting("100 epochs", "how long to train, in epochs or steps", read=_length_of_training)
+    eval_every: str = setting("1 epochs", "when the best checkpoint is chosen; '0 steps': at the end",
+                              read=units.length)
+    save_every: str = setting("1 epochs", "when the last checkpoint is saved; '0 steps': at the end", read=units.length)
+    log_every: str = setting("20 steps", "when metrics are written; '0 steps': with the others", read=units.length)
+    select_on: str = setting("validation", "images that choose the best checkpoint; test as papers do is optimistic",
+                             choices=("validation", "test"))
+    select_attack: str = setting("pgd(num_steps=10)", "attacks that choose the best checkpoint")
+    select_examples: int = setting(1000, "images that choose it, at most", least=1, most=10**9)
 
 
 def abstract_state(system: System, mesh: jax.sharding.Mesh) -> State:
@@ -31,120 +55,121 @@ def abstract_state(system: System, mesh: jax.sharding.Mesh) -> State:
         jax.eval_shape(system.init, rng.key(0, "init")))
 
 
-def run(config: ConfigDict, workdir: Path, system: System, train: Split,
-        select: tuple[Split, np.ndarray], mesh: jax.sharding.Mesh) -> None:
-    """Trains to the end of the last stage, from the newest checkpoint if there is one.
+def run(config: ConfigDict, workdir: epath.Path, system: System, train: Split, select: Callable[[State], Rates],
+        mesh: jax.sharding.Mesh) -> State:
+    """Trains to the end, from the newest checkpoint if there is one.
 
     When to evaluate, save and log follows from the step alone, so that a run that was killed and started again
-    ends with the same bits. The results are the checkpoints.
+    ends with the same bits.
 
     Args:
         config: the whole config.
         workdir: gets metrics.jsonl and checkpoints/.
         system: what to train.
         train: the training images.
-        select: a split and the rows of it that choose the best checkpoint.
+        select: measures a state on the images that choose the best checkpoint.
         mesh: of all devices.
+    Returns:
+        The state at the end.
     Raises:
         NonFiniteError: a loss, gradient or parameter is NaN or infinite.
         Preempted: SIGTERM came; the state is saved.
     """
+    total, batch_size = system.length, config.data.batch_size
+    per_epoch = pipeline.steps_per_epoch(len(system.rows), batch_size)
     metrics = log.Metrics(workdir / "metrics.jsonl")
-    saved = checkpoint.open_checkpoints(workdir)
-    try:
-        with preemption.watch() as notice:
-            state = saved.restore_newest(abstract_state(system, mesh), log.warn)
-            if state is None:
-                state = system.init(rng.key(config.seed, "init"))
-            step = restored = int(state.step)
-            metrics.cut_back(step)
-            if step:
-                log.say(f"continuing from the checkpoint of step {step}")
-            total = sum(stage.length for stage in system.stages)
-            batch_size = config.data.batch_size
-            best = saved.best_rates()
-            window, pending, collapsed = [], None, {}
-            window_start = line_at = time.perf_counter()
-
-            def settle():
-                """Fetches the metrics of the last iteration, which has been dispatched and not looked at."""
-                nonlocal pending
-                if pending is not None:
-                    of_stage, values = pending[0], meshes.fetch_replicated(pending[1])
-                    _check_finite(step, of_stage, values, saved)
-                    window.append({k: v for k, v in values.items() if not k.endswith("non_finite")})
-                    pending = None
-
-            while True:
-                stage, per_epoch = _stage_at(system, step, batch_size)
-                due = _due(config, step, per_epoch, total) if step != restored else ()
-                if due:
-                    settle()
-                if window and due:
+    with checkpoint.opened(workdir) as saved, preemption.watch() as notice:
+        state = _begin(config, system, saved, metrics, mesh)
+        first, best = int(state.step), saved.best_rates()
+        window, pending, told = [], None, {}
+        window_start = line_at = time.perf_counter()
+        for step in range(first, total + 1):
+            if due := _due(config, step, per_epoch, total) if step > first else ():
+                pending = _settle(window, pending, system, saved)
+                if window:
                     means = log.means(window)
                     means["images_per_second"] = len(window) * batch_size / (time.perf_counter() - window_start)
                     metrics.write(step, "train", means | {"epoch": step / per_epoch})
-                    collapsed = _warn_of_collapse(means, collapsed)
+                    told = _watch(system.model, means, told)
                     if "eval" in due or time.perf_counter() - line_at > _SECONDS_BETWEEN_LINES:
-                        log.say(log.line(step, total, step / per_epoch, means, batch_size))
+                        console.say(log.line(step, total, step / per_epoch, means, batch_size, system.model.progress))
                         line_at = time.perf_counter()
                 if "eval" in due:
-                    best = _select_best(config, system, state, step, select, mesh, metrics, saved, best)
+                    best = _select_best(config, step, state, select(state), best, metrics, saved)
                 if "save" in due:
-                    saved.save("last", step, state, {"stage": stage.name})
-                if due:
-                    window, window_start = [], time.perf_counter()
-                if step == total:
-                    return
-                if notice.reached(step):
-                    settle()
-                    if step not in saved.steps("last"):
-                        saved.save("last", step, state, {"stage": stage.name})
-                    raise Preempted(f"stopped by SIGTERM; saved at step {step} of {total}: "
-                                    "the same command continues from there")
-
-                def batch_of(stream, stage=stage, step=step):
-                    rows = pipeline.batch_indices(stage.indices, batch_size, config.seed, stream, step)
-                    return pipeline.device_batch(mesh, train, rows)
-
-                state, fresh = iterate(stage, state, step, batch_of)
-                settle()
-                pending = stage, fresh
-                step += 1
-    finally:
-        saved.close()
+                    saved.save("last", step, state, {})
+                window, window_start = [], time.perf_counter()
+            if step == total:
+                break
+            if notice.reached(step):
+                _settle(window, pending, system, saved)
+                if step not in saved.steps("last"):
+                    saved.save("last", step, state, {})
+                raise Preempted(f"stopped by SIGTERM; saved at step {step} of {total}: "
+                                "the same command continues from there")
+            state, fresh = iterate(system, state, step, per_epoch, lambda stream, step=step: pipeline.device_batch(
+                mesh, train, pipeline.batch_indices(system.rows, batch_size, config.seed, stream, step)))
+            pending = _settle(window, pending, system, saved) or (step + 1, fresh)
+    return state
 
 
-def iterate(stage: Stage, state: State, step: int, batch_of: Callable[[str], Batch]
+def iterate(system: System, state: State, step: int, per_epoch: int, batch_of: Callable[[str], Batch]
             ) -> tuple[State, dict[str, jax.Array]]:
-    """Runs the steps of a stage whose turn it is.
+    """One iteration: every step whose turn it is.
 
     Args:
-        stage: what is trained.
+        system: what is trained.
         state: is donated.
         step: number of the iteration.
+        per_epoch: iterations of an epoch.
         batch_of: stream -> its batch of this iteration.
     Returns:
         The new state, and the metrics under "STEP/NAME".
     """
-    metrics, batches = {}, {}
-    for update in stage.steps:
+    metrics, batches, ready = {}, {}, {}
+    for update in system.steps:
         if step % update.every:
             continue
-        if update.stream not in batches:
-            batches[update.stream] = batch_of(update.stream)
-        state, batches[update.stream], values = update.run(state, batches[update.stream])
+        source = update.inputs
+        if source.batch not in batches:
+            batches[source.batch] = batch_of(source.batch)
+        if source not in ready:
+            ready[source] = update.prepare(state, batches[source.batch], source)
+        state, values = update.update(state, ready[source])
         metrics |= {f"{update.name}/{k}": v for k, v in values.items()}
+    state = _count(state)
+    for length, change in system.every.items():
+        if (step + 1) % max(units.steps(length, per_epoch, system.length), 1) == 0:
+            state = change(state)
     return state, metrics
 
 
-def _stage_at(system: System, step: int, batch_size: int) -> tuple[Stage, int]:
-    """The stage that iteration `step` is in (the last one at the end), and its steps per epoch."""
-    for stage in system.stages:
-        if step < stage.length:
-            break
-        step -= stage.length
-    return stage, pipeline.steps_per_epoch(len(stage.indices), batch_size)
+def _count(state: State) -> State:
+    return state.replace(step=_next(state.step))
+
+
+_next = jax.jit(lambda step: step + 1, donate_argnums=0)
+
+
+def _begin(config: ConfigDict, system: System, saved: Checkpoints, metrics: log.Metrics, mesh) -> State:
+    state = saved.restore_newest(abstract_state(system, mesh), console.warn)
+    if state is None:
+        state = system.init(rng.key(config.seed, "init"))
+    step = int(state.step)
+    metrics.cut_back(step)
+    if step:
+        console.say(f"continuing from the checkpoint of step {step}")
+    return state
+
+
+def _settle(window: list[dict[str, Any]], pending: tuple[int, dict[str, jax.Array]] | None, system: System,
+            saved: Checkpoints) -> None:
+    """Fetches the metrics of an iteration that has been dispatched and not looked at, checks them and adds them to the
+    window."""
+    if pending is not None:
+        step, values = pending[0], meshes.fetch_replicated(pending[1])
+        _check_finite(step, system, values, saved)
+        window.append({k: v for k, v in values.items() if not k.endswith("non_finite")})
 
 
 def _due(config: ConfigDict, step: int, per_epoch: int, total: int) -> tuple[str, ...]:
@@ -163,24 +188,20 @@ def _due(config: ConfigDict, step: int, per_epoch: int, total: int) -> tuple[str
     return due or (("log",) if falls("log_every") else ())
 
 
-def _select_best(config, system, state, step, select, mesh, metrics, saved, best) -> tuple[float, float]:
-    """Measures the images that select, keeps the state if its (RA, SA) beats `best`, and returns the better one."""
-    split, indices = select
-    specs = parse.attacks(config.train.attack, norm=config.attack.norm, eps=config.attack.eps)
-    found = evaluate.run(system, state, split, indices, Suite("selection", specs, survivors_only=True), mesh=mesh,
-                         batch_size=config.eval.batch_size, seed=config.seed)
-    sa, ra = float(found.correct.mean()), float(found.survivors().mean())
+def _select_best(config: ConfigDict, step: int, state: State, rates: Rates, best: Rates, metrics: log.Metrics,
+                 saved: Checkpoints) -> Rates:
+    """Keeps the state if its rates are above `best`, and returns the better ones."""
+    ra, sa = rates
     metrics.write(step, config.train.select_on, {"sa": sa, "ra": ra})
-    better = (ra, sa) > best
-    if better:
+    if better := rates > best:
         saved.save("best", step, state, {"sa": sa, "ra": ra})
-    log.say(f"step {step} {config.train.select_on} SA {100 * sa:.2f} RA {100 * ra:.2f} "
-            f"({', '.join(spec.label for spec in specs)}, {len(indices)} images){', best so far' if better else ''}")
-    return (ra, sa) if better else best
+    console.say(f"step {step}: {config.train.select_on} SA {100 * sa:.2f} %, RA {100 * ra:.2f} % "
+            f"by {config.train.select_attack}{', best so far' if better else ''}")
+    return rates if better else best
 
 
-def _check_finite(step: int, stage: Stage, values: dict[str, Any], saved: checkpoint.Checkpoints) -> None:
-    for update in stage.steps:
+def _check_finite(step: int, system: System, values: dict[str, Any], saved: Checkpoints) -> None:
+    for update in system.steps:
         index = int(values.get(f"{update.name}/non_finite", -1))  # it may not have run in this iteration
         if index >= 0:
             steps = saved.steps("last")
@@ -189,19 +210,11 @@ def _check_finite(step: int, stage: Stage, values: dict[str, Any], saved: checkp
                                  f"{good}. Try a lower learning rate, a warm-up or optim.*.clip_norm=1")
 
 
-def _collapsed(means: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """{update: layers of which one expert gets nearly all images, in every iteration its own perhaps}."""
-    return {name.split("/")[0]: tuple(map(int, layers)) for name, entropy in means.items()
-            if name.endswith("/load_entropy") and len(layers := np.flatnonzero(entropy < _COLLAPSED))}
-
-
-def _warn_of_collapse(means: dict[str, Any], before: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Warns of layers that have collapsed since `before`; gives those that have now."""
-    collapsed = _collapsed(means)
-    for name, layers in collapsed.items():
-        if layers != before.get(name):
-            log.warn(f"{name}: one expert gets nearly all images in {len(layers)} of {len(means[f'{name}/load'])} "
-                     f"layers ({', '.join(map(str, layers))}): lower optim.router.learning_rate, or set "
-                     "system.balance_loss=0.01")
-    unseen = {name: layers for name, layers in before.items() if f"{name}/load_entropy" not in means}
-    return unseen | collapsed
+def _watch(model: Model, means: dict[str, Any], told: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Warns of what is wrong by the metrics and was not told before; returns what has been told of each update."""
+    wrong = {name: model.watch(values) for name, values in log.by_update(means)}
+    for name, sentences in wrong.items():
+        for sentence in sentences:
+            if sentence not in told.get(name, ()):
+                console.warn(f"{name}: {sentence}")
+    return told | wrong

@@ -1,5 +1,6 @@
 """Optimizers and schedules of one parameter group."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 
@@ -9,11 +10,38 @@ import optax
 
 from advmoe_jax.core import units
 from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.fields import Only, group, setting
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("cosine", "cosine_epoch", "constant", "multistep", "piecewise")
 
 _EXAMPLES = {"multistep": "multistep(50%:0.1,75%:0.1)", "piecewise": "piecewise(0:0,40%:1,100%:0)"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fields of `config.optim.GROUP`."""
+
+    optimizer: str = setting("sgd", "sgd with momentum and coupled weight decay as PyTorch's, adam, or adamw",
+                             choices=OPTIMIZERS)
+    learning_rate: float = setting(0.1, "the largest", least=0, most=1e4)
+    momentum: float = setting(0.9, "of sgd; of the others the decay of the mean", least=0, most=1)
+    weight_decay: float = setting(5e-4, "on all parameters", least=0, most=1e4)
+    schedule: str = setting("cosine", "cosine, cosine_epoch, constant, multistep(50%:0.1,75%:0.1) or "
+                                      "piecewise(0:0,40%:1,100%:0)")
+    warmup: str = setting("0%", "length over which the rate starts linearly")
+    clip_norm: float = setting(0.0, "largest global norm of the gradients; 0 for no clipping", least=0, most=1e9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Fields of `config.optim`: a model says which of its parameter groups takes which."""
+
+    backbone: Config = group(Config(), Only("systems that train the backbone", lambda config: (
+        config.system.get("trains") != "router")))
+    router: Config = group(Config(learning_rate=0.01, warmup="5%", clip_norm=1.0), Only(
+        "systems that train a router, with model.num_experts of 2 or more", lambda config: (
+            config.model.get("num_experts", 1) > 1 and config.system.get("trains") != "backbone")))
 
 
 def schedule(cfg, steps_per_epoch: int, total_steps: int) -> Callable:
@@ -98,7 +126,7 @@ def make(cfg, steps_per_epoch: int, total_steps: int, every: int = 1) -> optax.G
     Raises:
         UserError: a field cannot be read.
     """
-    name = one_of("optim optimizer", getattr(cfg, "optimizer", "sgd"), OPTIMIZERS)
+    name = one_of("optim optimizer", cfg.optimizer, OPTIMIZERS)
     if name != "sgd" and not 0 <= cfg.momentum < 1:
         raise UserError(f"optim momentum is {cfg.momentum}: expected 0 or more and less than 1 for {name}, such as 0.9")
     rate = schedule(cfg, steps_per_epoch, total_steps)

@@ -8,29 +8,35 @@ import jax
 import jax.numpy as jnp
 
 from advmoe_jax.core import files, tree
+from advmoe_jax.ops import masks as masking
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("step", "params", "batch_stats", "opt"), meta_fields=())
+    jax.tree_util.register_dataclass,
+    data_fields=("step", "params", "batch_stats", "opt", "masks", "extra"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class State:
     """Training state.
 
     Attributes:
-        step: () int32, iterations done since the start of the run.
+        step: () int32, iterations done since the start of the run; the loop counts them.
         params: {group: tree}.
         batch_stats: {group: tree} running statistics.
         opt: {group: optax state}.
+        masks: {group: tree like params, None where dense} of groups that have any; what they remove stays removed.
+        extra: {name: arrays} that a system owns.
     """
 
     step: jax.Array
     params: dict[str, Any]
     batch_stats: dict[str, Any]
     opt: dict[str, Any]
+    masks: dict[str, Any] = dataclasses.field(default_factory=dict)
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What a network's apply functions take."""
+        """What a model's functions take."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     def replace(self, **changes: Any) -> "State":
@@ -44,14 +50,26 @@ def fingerprint(state: State) -> str:
         state.variables).items()})
 
 
-def fresh(variables: dict[str, Any], optimizers: dict[str, Any]) -> State:
+def fresh(variables: dict[str, Any], optimizers: dict[str, Any], masks: dict[str, Any] | None = None,
+          extra: dict[str, Any] | None = None) -> State:
     """The state before the first step.
 
     Args:
         variables: {"params": ..., "batch_stats": ...} by group.
         optimizers: {group: optax transformation} for the groups that are trained.
+        masks, extra: as of State; parameters are masked at once.
     """
-    params = variables["params"]
+    masks = masks or {}
+    params = {group: masking.apply(part, masks[group]) if group in masks else part
+              for group, part in variables["params"].items()}
     stats = variables.get("batch_stats", {})
     return State(jnp.zeros((), jnp.int32), params, {group: stats.get(group, {}) for group in params},
-                 {group: tx.init(params[group]) for group, tx in optimizers.items()})
+                 {group: tx.init(params[group]) for group, tx in optimizers.items()}, masks, extra or {})
+
+
+def masked(state: State) -> State:
+    """The state with zeros where its masks have them: a step's `after`, which lets nothing come back."""
+    if not state.masks:
+        return state
+    return state.replace(params=state.params | {
+        group: masking.apply(state.params[group], masks) for group, masks in state.masks.items()})

@@ -1,15 +1,30 @@
-"""What a system is to the loop: a state, stages of steps, and views on the trained model."""
+"""What a system is to the loop: a state, the steps of an iteration, and the model that it trains."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
+from advmoe_jax.models.model import Model
 from advmoe_jax.train.state import State
 
 Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a step is fed. Steps of an iteration with equal inputs get the same arrays, made once.
+
+    Attributes:
+        batch: random stream of the batch.
+        crops: of its augmentation.
+        noise: of its attack.
+    """
+
+    batch: str
+    crops: str
+    noise: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,37 +33,22 @@ class Step:
 
     Attributes:
         name: "lower", "upper".
-        run: (state, batch) -> (state, batch, metrics), by compiled programs; the state is donated. A later step of the
-            iteration that has the same stream gets the batch that comes back.
-        stream: its batches are a function of (seed, stream, step); two steps may share one.
+        inputs: what it is fed.
+        prepare: (state, batch, inputs) -> the batch, cropped and attacked.
+        update: (state, prepared batch) -> (state, metrics), a compiled program; the state is donated. It does not count
+            iterations.
         owns: the parameter groups it changes; all others stay bit-identical.
         tensors: names that the metric "non_finite" indexes.
         every: it runs in iterations 0, every, 2 * every, ...
     """
 
     name: str
-    run: Callable[[State, Batch], tuple[State, Batch, dict[str, jax.Array]]]
-    stream: str
+    inputs: Inputs
+    prepare: Callable[[State, Batch, Inputs], Batch]
+    update: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
     owns: tuple[str, ...]
     tensors: tuple[str, ...]
     every: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A phase of training.
-
-    Attributes:
-        name: for logs and checkpoints.
-        length: iterations; each runs every step once, or those whose turn it is.
-        indices: the training images it draws from.
-        steps: in order.
-    """
-
-    name: str
-    length: int
-    indices: np.ndarray
-    steps: tuple[Step, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +57,19 @@ class System:
 
     Attributes:
         init: key -> state.
-        stages: in order.
-        outputs_fn: (state, view) -> Partial x -> (logits, aux).
-        views: gradients through which an honest evaluation attacks; one for a dense network. The values of all
-            views are the same.
-        network: the model.
+        steps: of an iteration, in order.
+        length: iterations.
+        rows: the training images that it draws from.
+        model: what is trained.
         describe: one line for the log and the report.
-        routed_fn: state -> Partial (x, route) -> (logits, aux), of a routed model.
+        every: {length as text, "1 epochs": state -> state}, after each so many iterations: a projection, a schedule of
+            masks.
     """
 
     init: Callable[[jax.Array], State]
-    stages: tuple[Stage, ...]
-    outputs_fn: Callable[[State, str], jax.tree_util.Partial]
-    views: tuple[str, ...]
-    network: Any
+    steps: tuple[Step, ...]
+    length: int
+    rows: np.ndarray
+    model: Model
     describe: str
-    routed_fn: Callable[[State], jax.tree_util.Partial] | None = None
+    every: Mapping[str, Callable[[State], State]] = dataclasses.field(default_factory=dict)

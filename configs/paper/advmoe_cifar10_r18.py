@@ -12,14 +12,16 @@ Expected: not run yet; users of the released code report that a router learning 
 """
 
 from advmoe_jax.core import config as configs
+from advmoe_jax.systems import methods
 
 
 def get_config(method="advmoe"):
     config = configs.default()
-    configs.set_method(config, method)
-    config.model.expert_init = "independent"
-    config.attack.router_grad = "ste_selected"
-    config.optim.router.learning_rate = 0.1
-    config.optim.router.warmup = "0%"
-    config.optim.router.clip_norm = 0.0
+    methods.choose(config, method)
+    if config.model.num_experts > 1:
+        config.model.expert_init = "independent"
+        config.attack.router_grad = "ste_selected"
+        config.optim.router.learning_rate = 0.1
+        config.optim.router.warmup = "0%"
+        config.optim.router.clip_norm = 0.0
     return config

@@ -11,27 +11,30 @@ Expected: not run yet; its users report NaN scores and one dead expert.
 """
 
 from advmoe_jax.core import config as configs
+from advmoe_jax.systems import methods
 
 
 def get_config(method="advmoe"):
     config = configs.default()
-    configs.set_method(config, method)
-    config.model.routing = "global"
-    config.model.experts = "disjoint"
-    config.model.expert_init = "independent"
-    config.model.router_grad = "ste_selected"
+    methods.choose(config, method)
+    if config.model.num_experts > 1:
+        config.model.routing = "global"
+        config.model.experts = "disjoint"
+        config.model.expert_init = "independent"
+        config.model.router_grad = "ste_selected"
+        config.attack.router_grad = "ste_selected"
+        config.optim.router.learning_rate = 0.1
+        config.optim.router.warmup = "0%"
+        config.optim.router.clip_norm = 0.0
+        config.optim.router.schedule = "cosine_epoch"
     if method == "advmoe":
         config.system.router_loss = "label_mod"
         config.system.order = "backbone_first"
         config.system.share_batch = True
         config.attack.router_weight = 1.0
-    config.attack.step_size = "5/255"
-    config.attack.router_grad = "ste_selected"
+    if config.system.loss != "natural":
+        config.train.attack = "pgd(num_steps=2,step_size=5/255,start=gaussian,keep=last)"
     config.optim.backbone.schedule = "cosine_epoch"
-    config.optim.router.schedule = "cosine_epoch"
-    config.optim.router.learning_rate = 0.1
-    config.optim.router.warmup = "0%"
-    config.optim.router.clip_norm = 0.0
-    config.train.attack = "pgd(num_steps=10,step_size=2/255)"
+    config.train.select_attack = "pgd(num_steps=10,step_size=2/255)"
     config.train.select_on = "test"
     return config

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advmoe_jax.attacks import apgd, autoattack, driver, objectives, pgd
+from advmoe_jax.attacks import apgd, driver, objectives, pgd
+from advmoe_jax.evaluation import autoattack
 
 X = jnp.full((4, 2, 2, 3), 0.5)
 Y = jnp.zeros(4, jnp.int32)

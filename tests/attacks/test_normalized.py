@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advmoe_jax.attacks import parse, suites, verdicts
+from advmoe_jax.attacks import parse
+from advmoe_jax.core import config as configs
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.train import evaluate
+from advmoe_jax.evaluation import measure, suites, verdicts
+from advmoe_jax.models import network
 
 SHAPE, STD = (4, 4, 3), np.float32([0.2, 0.1, 0.3])
 
@@ -68,7 +70,9 @@ def test_images_that_become_right_count_in_the_accuracy_of_the_tables_alone():
     np.testing.assert_array_equal(after != np.asarray(predicted), turned)
     assert found.attempts[0].attacked.all() and np.all(after[wrong] == label[wrong])
     np.testing.assert_array_equal(found.survivors(), ~turned)
-    record = evaluate.summarize(found, suite, 1)
+    dense = configs.default(system="standard").model
+    dense.num_experts = 1
+    record = measure.summarize(found, suite, network.make(dense, SHAPE, 2))
     assert record["attempts"][0]["accuracy"] == pytest.approx(record["ra"] + 2 / 40)
     assert record["attempts"][0]["broken"] == round(40 * (record["sa"] - record["ra"]))
 

@@ -103,13 +103,6 @@ def test_an_object_store_gets_one_write_a_file(bucket):
     assert sorted(found.name for found in folder.iterdir()) == ["log.jsonl", "x.json", "x.npz"]
 
 
-@pytest.mark.parametrize("path, remote", [
-    ("runs/a", False), (pathlib.Path("/runs/a"), False), (epath.Path("runs") / "a", False), ("gs://bucket/a", True),
-    (epath.Path("gs://bucket") / "a", True), ("s3://bucket/a", True)])
-def test_is_remote(path, remote):
-    assert files.is_remote(path) == remote
-
-
 def test_npz_leaves_none_out(tmp_path):
     files.write_npz(tmp_path / "x.npz", {"a": np.arange(4, dtype=np.int16), "b": None, "c": np.float32(2)})
     with np.load(tmp_path / "x.npz") as found:

@@ -1,8 +1,10 @@
 """Local folders and buckets by name."""
 
 import importlib.util
+import pathlib
 
 import pytest
+from etils import epath
 
 from advmoe_jax.core import paths
 from advmoe_jax.core.errors import UserError
@@ -39,3 +41,10 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch):
 def test_other_schemes_are_refused(text):
     with pytest.raises(UserError, match=f"{text}: expected a local path or gs://BUCKET/FOLDER"):
         paths.path(text)
+
+
+@pytest.mark.parametrize("path, remote", [
+    ("runs/a", False), (pathlib.Path("/runs/a"), False), (epath.Path("runs") / "a", False), ("gs://bucket/a", True),
+    (epath.Path("gs://bucket") / "a", True), ("s3://bucket/a", True)])
+def test_is_remote(path, remote):
+    assert paths.is_remote(path) == remote

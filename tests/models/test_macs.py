@@ -27,7 +27,11 @@ def test_dense_by_hand():
                  for c, pixels in ((4, 16), (8, 4), (16, 1)))
     total = stem + stage1 + others + 32 * 10
     assert total == 137_792
-    assert count((8, 8, 1), width=4, **DENSE) == {"pathway": total, "router": 0, "total": total, "executed": total}
+    params = 9 * 4 + 4 * (9 * 4 * 4) + sum(9 * c * 2 * c + 3 * (9 * 2 * c * 2 * c) + c * 2 * c for c in (4, 8, 16))
+    norms = 2 * (4 + 4 * 4 + sum(5 * c for c in (8, 16, 32)))  # a scale and a bias for each channel
+    params += norms + 32 * 10 + 10
+    assert count((8, 8, 1), width=4, **DENSE) == {
+        "pathway": total, "router": 0, "total": total, "executed": total, "params": params}
 
 
 def test_channels_of_no_expert_are_not_computed():
@@ -44,8 +48,13 @@ def test_experts_and_routers_by_hand():
     inputs = [8, 4, 4, 4, 4, 8, 8, 8, 8, 16, 16, 16, 16, 32, 32, 32]
     router = sum(c * 3 + 3 * 2 for c in inputs)
     assert (pathway, router) == (151_360, 744)
+    # Two experts of half the channels store as many as the dense network, and read what one of them writes.
+    stored = sum(9 * read * 2 * w + 3 * (9 * w * 2 * w) + read * w for read, w in ((8, 4), (4, 8), (8, 16), (16, 32)))
+    norms = 2 * (8 + 5 * (4 + 8 + 16 + 32))
+    params = 9 * 8 + stored + norms + 32 * 10 + 10 + router + len(inputs) * (3 + 2)
     assert count((8, 8, 1), width=8, num_experts=2, model_scale=0.5, router_width=3, dispatch="all") == {
-        "pathway": pathway, "router": router, "total": pathway + router, "executed": pathway + routed + router}
+        "pathway": pathway, "router": router, "total": pathway + router, "executed": pathway + routed + router,
+        "params": params}
 
 
 @pytest.mark.parametrize("expected,fields", [

@@ -27,8 +27,9 @@ from pyautoattack.square import SquareAttack
 from torch.nn.functional import cross_entropy
 
 import advmoe_jax
-from advmoe_jax.attacks import apgd, autoattack, driver, objectives, parse
+from advmoe_jax.attacks import apgd, driver, objectives, parse
 from advmoe_jax.bench import cnn
+from advmoe_jax.evaluation import autoattack
 from advmoe_jax.ops import balls
 
 ATTACKS = {"apgd-ce": "apgd(loss=ce)", "apgd-t": "apgd(loss=dlr,targets=9)", "fab-t": "fab(targets=9)",

@@ -5,7 +5,7 @@ from fabricated import entry, workdir
 
 from advmoe_jax.core import tables
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.report import commands, comparison, reports, runs
+from advmoe_jax.report import comparison, reports, runs
 
 
 def seeds(root, rates, *, name="small", **fields):
@@ -13,7 +13,7 @@ def seeds(root, rates, *, name="small", **fields):
     return [workdir(
         root / f"{name}_s{seed}", [entry(which, ra=ra - drop, train_seed=seed, **fields)
                                    for which, drop in (("best", 0), ("last", 0.1))],
-        name=f"{name}_s{seed}", seed=seed) for seed, ra in enumerate(rates)]
+        name=name, seed=seed) for seed, ra in enumerate(rates)]
 
 
 def compare(folders):
@@ -116,8 +116,17 @@ def test_cells_are_escaped():
     assert r"| a\|b      |" in tables.markdown(table) and r"| [red]x\|y |" in tables.markdown(table)
 
 
-@pytest.mark.parametrize("name,expected", [
-    ("digits_r18_s3", "digits_r18"), ("digits_r18_seed12", "digits_r18"), ("digits-seed-1", "digits"),
-    ("digits_r18", "digits_r18"), ("vits16", "vits16")])
-def test_seed_in_a_name(name, expected):
-    assert commands.without_seed(name) == expected
+def test_rows_are_keyed_by_fields_and_not_by_names(tmp_path):
+    """Two folders of one experiment would else be two rows, and two experiments of one name a single one."""
+    same = [workdir(tmp_path / name, [entry(train_seed=seed)], name=name, seed=seed, file="configs/small.py")
+            for seed, name in enumerate(("first", "second"))]
+    table, = compare(same)
+    assert [row[1:3] for row in table.rows] == [("small", "2 (0, 1)")]
+    other = workdir(tmp_path / "third", [entry(train_seed=2)], name="first", seed=2, file="configs/small.py",
+                    **{"train.length": "3 epochs"})
+    table, = compare([*same, other])
+    assert sorted(row[1:3] for row in table.rows) == [
+        ("small train.length=100 epochs", "2 (0, 1)"), ("small train.length=3 epochs", "1 (2)")]
+    argument = workdir(tmp_path / "fourth", [entry(train_seed=3)], seed=3, argument="at_moe")
+    table, = compare([*same, argument])
+    assert sorted(row[1:3] for row in table.rows) == [("small", "2 (0, 1)"), ("small:at_moe", "1 (3)")]

@@ -4,12 +4,15 @@ import shlex
 import sys
 
 import pytest
+from etils import epath
 from fabricated import entry, metrics, workdir
 
 from advmoe_jax import main
-from advmoe_jax.attacks import adaptive, parse, suites
+from advmoe_jax.attacks import adaptive, parse
 from advmoe_jax.core import config as configs
+from advmoe_jax.core import recipe
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.evaluation import suites
 from advmoe_jax.report import commands, plots, reports, runs, workdir_report
 
 
@@ -45,8 +48,8 @@ def test_routed_run(tmp_path, capsys):
                  "worst case per example over the gradients attacked through"):
         assert said in text
     assert "Optimistic" not in text and "label_mod" not in text
-    assert is_png(tmp_path / "training.png") and is_png(tmp_path / "routing.png")
-    assert "![routing.png](routing.png)" in text
+    assert is_png(tmp_path / "training.png") and is_png(tmp_path / "layers.png")
+    assert "![layers.png](layers.png)" in text
     printed = capsys.readouterr().out
     assert "40.00 [33.46, 46.92]" in printed and "139.30" in printed
 
@@ -55,7 +58,7 @@ def test_dense_run(tmp_path):
     text = report(workdir(tmp_path, [entry(routed=False)], lines=metrics(routed=False)))
     assert cells(text, "checkpoint") == [["checkpoint", "step", "n", "SA %", "RA %"]]
     assert "## Routing" not in text and cells(text, "139.30")[0][1] == "0.00"
-    assert is_png(tmp_path / "training.png") and not (tmp_path / "routing.png").exists()
+    assert is_png(tmp_path / "training.png") and not (tmp_path / "layers.png").exists()
 
 
 def test_every_attack_and_seed_has_a_table(tmp_path):
@@ -75,7 +78,7 @@ def test_warnings(tmp_path):
 def test_not_evaluated(tmp_path, capsys):
     text = report(workdir(tmp_path, [], lines=metrics()))
     assert "Not evaluated yet" in text and "not evaluated yet" in capsys.readouterr().out
-    assert (tmp_path / "routing.png").exists()
+    assert (tmp_path / "layers.png").exists()
 
 
 def test_without_matplotlib(tmp_path, monkeypatch, capsys):
@@ -119,30 +122,58 @@ def test_no_run(tmp_path):
 
 
 def test_a_single_routed_choice_and_many_experts(tmp_path):
-    routing = {"load": [[0.2] * 5], "load_entropy": [1.0], "flip_rate": [0.0]}
+    facts = {"load": [[0.2] * 5], "load_entropy": [1.0], "flip_rate": [0.0]}
     lines = [r | {k: v[:1] for k, v in r.items() if isinstance(v, list)} for r in metrics()]
-    folder = workdir(tmp_path, [entry(**routing)], lines=lines)
-    assert plots.write(runs.load(folder)) == ("training.png", "routing.png")
+    folder = workdir(tmp_path, [entry(facts=facts)], lines=lines)
+    assert plots.write(runs.load(folder)) == ("training.png", "layers.png")
 
 
 def test_train_command_gives_the_same_config(tmp_path, monkeypatch):
     (tmp_path / "configs" / "paper").mkdir(parents=True)
     (tmp_path / "configs" / "paper" / "tiny_net.py").write_text(
         "from advmoe_jax.core import config as configs\n"
+        "from advmoe_jax.systems import methods\n"
         "def get_config(method='advmoe'):\n"
         "    config = configs.default()\n"
-        "    configs.set_method(config, method)\n"
+        "    methods.choose(config, method)\n"
         "    return config\n")
     monkeypatch.chdir(tmp_path)
     config = configs.load("configs/paper/tiny_net.py:at_dense")
-    config.name, config.seed, config.train.length, config.data.flip = "tiny_net_at_dense_s3", 3, "4 epochs", False
+    config.seed, config.train.length, config.data.flip = 3, "4 epochs", False
     configs.write(config, tmp_path / "a run" / "config.json")
     flags, overrides = main.parse(shlex.split(commands.train(runs.load(tmp_path / "a run")))[3:])
     assert flags.config == "configs/paper/tiny_net.py:at_dense" and flags.workdir == str(tmp_path / "a run")
+    assert overrides == ["data.flip=False", "seed=3", "train.length=4 epochs"]
     again = configs.load(flags.config)
-    for text in overrides:
-        configs.override(again, text)
+    configs.override_all(again, overrides)
     assert again.to_dict() == config.to_dict()
+
+
+def test_train_command_of_a_run_of_a_recipe(tmp_path, monkeypatch):
+    """It takes the run out of the recipe, in the recipe's folder."""
+    (tmp_path / "pair.py").write_text(
+        "from advmoe_jax.core import config as configs\n"
+        "from advmoe_jax.core.recipe import Recipe\n"
+        "def get_recipe():\n"
+        "    runs = {name: configs.default(data='digits') for name in ('first', 'second')}\n"
+        "    runs['second'].init_from = 'first'\n"
+        "    return Recipe(runs)\n")
+    monkeypatch.chdir(tmp_path)
+    planned = recipe.plan(recipe.load("pair.py"), epath.Path("runs") / "pair")
+    config = planned[1].config
+    config.seed = 3
+    configs.write(config, planned[1].workdir / "config.json")
+    flags, overrides = main.parse(shlex.split(commands.train(runs.load(planned[1].workdir)))[3:])
+    assert (flags.config, flags.only, flags.workdir) == ("pair.py", "second", "runs/pair")
+    assert overrides == ["seed=3"]
+    again = recipe.load(flags.config)
+    configs.override_all(again.runs["second"], overrides)
+    assert recipe.plan(again, epath.Path(flags.workdir))[1].config.to_dict() == config.to_dict()
+
+
+def test_train_command_of_a_config_file_that_is_gone(tmp_path):
+    assert commands.train(runs.load(workdir(tmp_path / "r", [], **{"seed": 4}))) == (
+        f"python -m advmoe_jax.main --config configs/small.py --workdir {tmp_path / 'r'}")
 
 
 def test_evaluate_command_gives_the_same_attacks(tmp_path):

@@ -4,6 +4,7 @@ The networks have one block of width 8 on images of 8x8. Systems are built and c
 some train by Madry's loss because it compiles sooner.
 """
 
+import dataclasses
 import functools
 import types
 
@@ -23,9 +24,11 @@ from advmoe_jax.data.split import Arrays
 from advmoe_jax.models import network
 from advmoe_jax.models.router import ROUTINGS
 from advmoe_jax.ops import losses, routing
-from advmoe_jax.systems import adversarial
+from advmoe_jax.systems import adversarial, adversary
+from advmoe_jax.train import loop
 from advmoe_jax.train import state as states
 from advmoe_jax.train import step as train_step
+from advmoe_jax.train.system import Inputs
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 COUNT, SHAPE, CLASSES, BATCH = 64, (8, 8, 1), 4, 32
@@ -42,8 +45,8 @@ each_system = pytest.mark.parametrize("case", [
 def _config(name, *overrides):
     config = configs.default()
     for text in (f"system.name={name}", "model.depth=4", "model.width=8", "model.router_width=4", "data.pad=1",
-                 "attack.num_steps=1", "attack.start=uniform", f"data.batch_size={BATCH}", "train.length=40 steps",
-                 *overrides):
+                 "train.attack=pgd(num_steps=1,step_size=0.625 eps,keep=last)", f"data.batch_size={BATCH}",
+                 "train.length=40 steps", *overrides):
         configs.override(config, text)
     return config
 
@@ -53,8 +56,9 @@ def _system(case, devices=4):
     config = _config(*case)
     mesh = Mesh(np.array(jax.devices()[:devices]), (meshes.AXIS,), axis_types=(AxisType.Auto,))
     net = network.make(config.model, SHAPE, CLASSES)
+    data = pipeline.Data(_split(), np.arange(COUNT), _split(), np.arange(4), _split(), CLASSES, SHAPE)
     make = find.module("systems", config.system.name, defines="make").make
-    return make(config, net, np.arange(COUNT), mesh), mesh
+    return make(config, net, data, mesh, {}), mesh
 
 
 @functools.cache
@@ -77,18 +81,24 @@ def _put(state, mesh):
     return jax.device_put(jax.tree.map(np.array, state), meshes.replicated(mesh))
 
 
-def _run(case, step, state, devices=4, rows=None):
+def _batch(mesh, rows=np.arange(BATCH)):
+    return pipeline.device_batch(mesh, _split(), rows)
+
+
+def _stepped(step, state, batch):
+    return step.update(state, step.prepare(state, batch, step.inputs))
+
+
+def _run(case, step, state, devices=4):
     """One step of a system from a state in numpy, back to numpy."""
     mesh = _system(case, devices)[1]
-    batch = pipeline.device_batch(mesh, _split(), np.arange(BATCH) if rows is None else rows)
-    state, _, metrics = step.run(_put(state, mesh), batch)
-    return jax.device_get((state, metrics))
+    return jax.device_get(_stepped(step, _put(state, mesh), _batch(mesh)))
 
 
 @functools.cache
 def _after_one(case, devices=4):
     """{name of the step: (state, metrics)}, each from the fresh state."""
-    return {step.name: _run(case, step, _fresh(case), devices) for step in _system(case, devices)[0].stages[0].steps}
+    return {step.name: _run(case, step, _fresh(case), devices) for step in _system(case, devices)[0].steps}
 
 
 def _bytes(part):
@@ -103,7 +113,7 @@ def test_every_system_is_tested():
 def test_a_step_changes_what_it_owns_and_nothing_else(case):
     system, _ = _system(case)
     before = _fresh(case)
-    steps = system.stages[0].steps
+    steps = system.steps
     for step in steps:
         after, _ = _after_one(case)[step.name]
         assert set(step.owns) <= set(before.params) and step.owns
@@ -118,19 +128,19 @@ def test_a_step_changes_what_it_owns_and_nothing_else(case):
                 else:
                     same = [name for name in old if old[name] == new[name]]
                     assert not same, f"{step.name} left {part} of {group} as they were: {same}"
-        assert int(after.step) == (1 if step is steps[-1] else 0)
+        assert int(after.step) == 0, "the loop counts"
     assert {group for step in steps for group in step.owns} == set(before.params)
 
 
 @each_system
 def test_metrics_are_finite(case):
     system, _ = _system(case)
-    for step in system.stages[0].steps:
+    for step in system.steps:
         metrics = _after_one(case)[step.name][1]
         assert metrics["non_finite"] == -1 and all(np.all(np.isfinite(v)) for v in metrics.values())
         assert metrics["loss"] > 0 and all(metrics[f"grad_norm_{group}"] > 0 for group in step.owns)
         rates = {"ra"} if "system.loss=madry" in case else {"sa", "ra"}
-        if system.network.num_experts > 1:
+        if system.model.num_experts > 1:
             np.testing.assert_allclose(metrics["load"].sum(-1), 1, rtol=1e-5)
             assert metrics["load"].shape == (len(metrics["load_entropy"]), 2)
             assert len(metrics["load"]) == (1 if "model.routing=global" in case else 2)
@@ -142,7 +152,7 @@ def test_metrics_are_finite(case):
 @pytest.mark.parametrize("case", [ADVMOE, DENSE], ids="-".join)
 def test_a_step_is_a_function_of_state_and_batch(case):
     """The random numbers of a step come from the step's number in the state."""
-    [step, *_] = _system(case)[0].stages[0].steps
+    [step, *_] = _system(case)[0].steps
     before = _fresh(case)
     expected, metrics = _after_one(case)[step.name]
     again, same_metrics = _run(case, step, before)
@@ -155,9 +165,9 @@ def test_a_step_is_a_function_of_state_and_batch(case):
 @pytest.mark.parametrize("case", [ADVMOE, DENSE], ids="-".join)
 def test_state_is_donated(case):
     system, mesh = _system(case)
-    for step in system.stages[0].steps:
+    for step in system.steps:
         state = _put(_fresh(case), mesh)
-        step.run(state, pipeline.device_batch(mesh, _split(), np.arange(BATCH)))
+        _stepped(step, state, _batch(mesh))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
@@ -185,16 +195,15 @@ def test_one_device_and_four_agree(case):
 @pytest.mark.parametrize("case", [ADVMOE, DENSE], ids="-".join)
 def test_loss_decreases(case):
     system, mesh = _system(case)
-    [stage] = system.stages
     state = system.init(rng.key(0, "init"))
-    seen = {step.name: [] for step in stage.steps}
+    seen = {step.name: [] for step in system.steps}
     for i in range(30):
-        for step in stage.steps:
-            rows = pipeline.batch_indices(stage.indices, BATCH, 0, step.stream, i)
-            state, _, metrics = step.run(state, pipeline.device_batch(mesh, _split(), rows))
-            seen[step.name].append((float(metrics["loss"]), float(metrics["sa"])))
+        state, metrics = loop.iterate(system, state, i, 2, lambda stream, i=i: _batch(
+            mesh, pipeline.batch_indices(system.rows, BATCH, 0, stream, i)))
+        for name in seen:
+            seen[name].append((float(metrics[f"{name}/loss"]), float(metrics[f"{name}/sa"])))
     assert int(state.step) == 30
-    values = np.array(seen[stage.steps[-1].name])
+    values = np.array(seen[system.steps[-1].name])
     assert values[-4:, 0].mean() < 0.8 * values[:4, 0].mean()
     assert values[-4:, 1].mean() > values[:4, 1].mean() + 0.2
 
@@ -213,7 +222,7 @@ def _objective(*overrides, router_loss=False):
 
     @jax.jit
     def of(labels, params=variables["params"], **more):
-        return run(params, variables["batch_stats"], {"image": x, "adversarial": x, "label": labels, **more})
+        return run(params, variables["batch_stats"], {"image": x, "adversarial": x[:, None], "label": labels, **more})
 
     return net, variables, x, of
 
@@ -247,10 +256,10 @@ def test_natural_loss_is_the_cross_entropy_in_train_mode():
 
 
 def test_the_adversarial_loss_reads_the_adversarial_images():
-    net, variables, x, of = _objective("advmoe", "model.num_experts=1", "system.loss=madry")
+    net, variables, x, of = _objective("standard", "model.num_experts=1", "system.loss=madry")
     other = x[::-1]
     logits, *_ = jax.jit(net.apply_train)(variables, other)
-    value, _ = of(LABELS, adversarial=other)
+    value, _ = of(LABELS, adversarial=other[:, None])
     assert value == pytest.approx(float(jnp.mean(losses.cross_entropy(logits, LABELS))), rel=1e-5)
 
 
@@ -273,66 +282,64 @@ def test_balance_loss_is_added():
 
 
 def _steps(*case):
-    return _system(case)[0].stages[0].steps
+    return _system(case)[0].steps
 
 
 def test_order_and_streams_of_advmoe():
     lower, upper = _steps("advmoe")
     assert (lower.name, lower.owns, upper.name, upper.owns) == ("lower", ("router",), "upper", ("backbone",))
     assert [step.name for step in _steps("advmoe", "system.order=backbone_first")] == ["upper", "lower"]
-    assert lower.stream != upper.stream
-    shared = _steps("advmoe", "system.share_batch=true")
-    assert shared[0].stream == shared[1].stream
+    assert (lower.inputs, upper.inputs) == (
+        Inputs("data/lower", "lower", "lower"), Inputs("data/upper", "upper", "upper"))
+
+
+@pytest.mark.parametrize("order, first", [("router_first", "lower"), ("backbone_first", "upper")])
+def test_what_levels_share(order, first):
+    """A batch with its crops, each attacked with noise of its own; or the adversary too."""
+    shared = _steps("advmoe", f"system.order={order}", "system.share_batch=true")
+    assert {step.name: step.inputs for step in shared} == {
+        name: Inputs("data/lower", first, name) for name in ("lower", "upper")}
+    both = _steps("advmoe", f"system.order={order}", "system.share_batch=true", "system.share_attack=true")
+    assert both[0].inputs == both[1].inputs == Inputs("data/lower", first, first)
 
 
 def test_levels_share_the_program_that_attacks(monkeypatch):
     """It is traced once; each level has noise of its own."""
-    traced, found = [], []
+    traced, drawn = [], []
 
-    def attack(variables, key, x, y, index):
+    def attack(variables, key, x, y, index, step):
         traced.append(x.shape)
-        jax.debug.callback(lambda noise: found.append(float(noise)), jax.random.uniform(key))
-        return x
+        jax.debug.callback(lambda noise: drawn.append(float(noise)), jax.random.uniform(key))
+        return x[:, None]
 
-    monkeypatch.setattr(adversarial, "training_attack", lambda *_: attack)
+    monkeypatch.setattr(adversary, "training_attack", lambda *_: attack)
     system, mesh = _system.__wrapped__(("advmoe", "system.loss=madry"), devices=1)
-    state, batch = _put(_fresh(ADVMOE), mesh), pipeline.device_batch(mesh, _split(), np.arange(BATCH))
-    for step in system.stages[0].steps:
-        state, same, _ = step.run(state, batch)
-        assert same is batch
+    state, batch = _put(_fresh(ADVMOE), mesh), _batch(mesh)
+    for step in system.steps:
+        state, _ = _stepped(step, state, batch)
     jax.effects_barrier()
-    assert traced == [(BATCH, *SHAPE)] and len(found) == len(set(found)) == 2
+    assert traced == [(BATCH, *SHAPE)] and len(drawn) == len(set(drawn)) == 2
 
 
 def test_a_shared_attack_is_made_once():
-    """Who makes it leaves its images, who finds some takes them."""
+    """The level that comes second trains on the images that were made before the first one's update."""
     system, mesh = _system((*ADVMOE, "system.loss=madry", "system.share_batch=true", "system.share_attack=true"), 1)
-    lower, upper = system.stages[0].steps
-    raw = pipeline.device_batch(mesh, _split(), np.arange(BATCH))
-    state, made, _ = lower.run(_put(_fresh(ADVMOE), mesh), raw)
-    change = np.abs(made["adversarial"] - made["image"])
-    assert 0.9 * 8 / 255 < change.max() <= 8 / 255 + 1e-6
+    lower, upper = system.steps
+    made = lower.prepare(_put(_fresh(ADVMOE), mesh), _batch(mesh), lower.inputs)
+    change = np.abs(made["adversarial"][:, 0] - made["image"])
+    assert made["adversarial"].shape == (BATCH, 1, *SHAPE) and 0.9 * 8 / 255 < change.max() <= 8 / 255 + 1e-6
     assert made["adversarial"].min() >= 0 and made["adversarial"].max() <= 1
-    state = jax.device_get(state)
-    _, same, attacked = upper.run(_put(state, mesh), made)
-    assert same is made
-    *_, clean = upper.run(_put(state, mesh), made | {"adversarial": made["image"]})
+    fed = []
+    spied = dataclasses.replace(system, steps=tuple(dataclasses.replace(
+        step, update=lambda state, batch, step=step: fed.append(batch) or step.update(state, batch))
+        for step in system.steps))
+    loop.iterate(spied, _put(_fresh(ADVMOE), mesh), 0, 2, lambda stream: _batch(mesh))
+    assert fed[0] is fed[1]
+    np.testing.assert_array_equal(fed[1]["adversarial"], made["adversarial"])
+    state = jax.device_get(lower.update(_put(_fresh(ADVMOE), mesh), made)[0])
+    _, attacked = upper.update(_put(state, mesh), made)
+    _, clean = upper.update(_put(state, mesh), made | {"adversarial": made["image"][:, None]})
     assert attacked["loss"] > clean["loss"] and attacked["ra"] <= clean["ra"]
-
-
-def test_a_shared_batch_has_the_same_crops(monkeypatch):
-    """And the attacks of both levels their own noise."""
-    made = []
-    make = train_step.make
-    monkeypatch.setattr(train_step, "make", lambda name, *args, **more: made.append((name, more["crops"])) or make(
-        name, *args, **more))
-    for order in ("router_first", "backbone_first"):
-        made.clear()
-        _system.__wrapped__(("advmoe", f"system.order={order}", "system.share_batch=true"))
-        assert {name for name, _ in made} == {"lower", "upper"} and len({crops for _, crops in made}) == 1
-    made.clear()
-    _system.__wrapped__(("advmoe",))
-    assert made == [("lower", "lower"), ("upper", "upper")]
 
 
 def test_the_batch_of_a_step_is_a_function_of_seed_stream_and_step():
@@ -342,7 +349,7 @@ def test_the_batch_of_a_step_is_a_function_of_seed_stream_and_step():
         return tuple(pipeline.batch_indices(np.arange(COUNT), BATCH, seed, stream, step))
 
     batches = {(seed, stream, step): rows(seed, stream, step)
-               for seed in (0, 1) for stream in (lower.stream, upper.stream) for step in (0, 1, 2)}
+               for seed in (0, 1) for stream in (lower.inputs.batch, upper.inputs.batch) for step in (0, 1, 2)}
     assert len(set(batches.values())) == len(batches)
     assert all(rows(*args) == found for args, found in batches.items())
 
@@ -355,8 +362,8 @@ def test_names_of_the_system():
 
 
 def test_views_are_those_of_an_honest_evaluation():
-    assert _system(ADVMOE)[0].views == ("none", "ste_selected", "ste_full")
-    assert _system(DENSE)[0].views == ("none",)
+    assert _system(ADVMOE)[0].model.views == ("none", "ste_selected", "ste_full")
+    assert _system(DENSE)[0].model.views == ("none",)
 
 
 @pytest.mark.parametrize("case, words", [
@@ -364,7 +371,6 @@ def test_views_are_those_of_an_honest_evaluation():
     (("advmoe", "system.loss=natural"), ["natural", "trades"]),
     (("advmoe", "system.order=router_last"), ["router_last", "router_first"]),
     (("advmoe", "system.share_attack=true"), ["system.share_attack", "system.share_batch=true"]),
-    (("advmoe", "system.router_every=2", "system.order=backbone_first"), ["system.router_every is 2", "router_first"]),
     (("standard", "system.router_every=2"), ["system.router_every", "system.name=advmoe"]),
     (("advmoe", "system.router_loss=label_mood"), ["label_mod"]),
     (("standard", "system.loss=trade"), ["did you mean 'trades'"]),
@@ -373,6 +379,7 @@ def test_views_are_those_of_an_honest_evaluation():
     (("standard", "data.batch_size=128"), ["128", "64"])])
 def test_refused_configs(case, words):
     with pytest.raises(UserError) as caught:
+        configs.check(_config(*case))
         _system(case)
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
@@ -391,9 +398,8 @@ def _toy(loss):
 
     mesh = meshes.make()
     prepare = train_step.preparation(None, seed=0, mesh=mesh, data_cfg=types.SimpleNamespace(pad=0, flip=False))
-    step = train_step.make(
-        "toy", objective, prepare, owns=("backbone",), optimizers={"backbone": optimizer}, state=state, mesh=mesh,
-        stream="data", crops="toy", ends_iteration=True)
+    step = train_step.make("toy", objective, prepare, Inputs("data", "toy", "toy"), owns=("backbone",),
+                           optimizers={"backbone": optimizer}, state=state, mesh=mesh)
     return step, state, pipeline.device_batch(mesh, _split(), np.arange(4))
 
 
@@ -404,8 +410,7 @@ def _toy(loss):
     (lambda p: p["c"], "loss")])
 def test_what_is_not_finite_is_named(loss, name):
     step, state, batch = _toy(loss)
-    _, returned, metrics = step.run(state, batch)
-    assert returned is batch
+    _, metrics = _stepped(step, state, batch)
     assert step.tensors[int(metrics["non_finite"])] == name
 
 

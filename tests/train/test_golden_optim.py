@@ -1,7 +1,5 @@
 """Learning rates and SGD of the released AdvMoE code."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,7 @@ from advmoe_jax.train import optim
 
 
 def _cfg(**changes):
-    return types.SimpleNamespace(**(dict(
+    return optim.Config(**(dict(
         learning_rate=.1, momentum=.9, weight_decay=5e-4, schedule="constant", warmup="0%", clip_norm=0.) | changes))
 
 

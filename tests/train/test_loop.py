@@ -12,22 +12,18 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from tiny import listing
 
-from advmoe_jax.attacks import verdicts
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
-from advmoe_jax.core import rng, tree
+from advmoe_jax.core import tree
 from advmoe_jax.core.errors import NonFiniteError, Preempted, UserError
-from advmoe_jax.data.split import Arrays
+from advmoe_jax.evaluation import measure, verdicts
 from advmoe_jax.ops import routing
 from advmoe_jax.systems.assemble import assemble
 from advmoe_jax.train import checkpoint, log, loop
-from advmoe_jax.train import state as states
-from advmoe_jax.train import step as train_step
-from advmoe_jax.train.system import Stage, System
+from advmoe_jax.train.system import Inputs
 
 TOTAL = 6
 
@@ -36,17 +32,18 @@ TOTAL = 6
 def experiment(tiny_resnet):
     config = configs.default()
     for text in ("data.name=digits", "data.subset=120", "data.batch_size=16", "data.pad=1", "model.depth=4",
-                 "model.width=8", "model.router_width=4", "attack.num_steps=1", "system.loss=madry",
+                 "model.width=8", "model.router_width=4", "system.loss=madry",
+                 "train.attack=pgd(num_steps=1,step_size=0.625 eps,start=gaussian,keep=last)",
                  f"train.length={TOTAL} steps", "train.eval_every=2 steps", "train.save_every=3 steps",
-                 "train.log_every=1 steps", "train.attack=fgsm", "eval.batch_size=16"):
+                 "train.log_every=1 steps", "train.select_attack=fgsm", "eval.batch_size=16"):
         configs.override(config, text)
     return assemble(config)
 
 
-def _train(experiment, workdir, system=None, config=None):
+def _train(experiment, workdir, system=None, select=None):
     workdir.mkdir(exist_ok=True)
-    loop.run(config or experiment.config, workdir, system or experiment.system, experiment.train, experiment.select,
-             experiment.mesh)
+    return loop.run(experiment.config, workdir, system or experiment.system, experiment.data.train,
+                    select or experiment.select, experiment.mesh)
 
 
 def _outcome(experiment, workdir):
@@ -56,7 +53,8 @@ def _outcome(experiment, workdir):
     found = {}
     try:
         for which in ("last", "best"):
-            state, step = saved.restore(which, abstract), saved.step(which)
+            step = saved.step(which)
+            state = checkpoint._read(getattr(saved, which), step, abstract)
             found[which] = {"saved": step} | {name: leaf.tobytes() for name, leaf in tree.named_leaves(
                 jax.device_get(state)).items()}
     finally:
@@ -166,8 +164,7 @@ def test_killed_in_the_middle_of_a_metrics_line(experiment, whole, tmp_path):
 def test_a_finished_run_returns_at_once(experiment, whole, monkeypatch):
     workdir, found = whole
     _at_step(monkeypatch, TOTAL, "data/lower", _kill)
-    monkeypatch.setattr(loop.evaluate, "run", lambda *_, **__: _kill())
-    _train(experiment, workdir)
+    _train(experiment, workdir, select=lambda state: _kill())
     _assert_same(_outcome(experiment, workdir), found)
 
 
@@ -241,41 +238,77 @@ def test_sigterm_in_the_last_iteration_ends_the_run_as_usual(experiment, whole, 
     _assert_same(_outcome(experiment, tmp_path), whole[1])
 
 
+def _with_updates(system, change):
+    """The system, whose steps run `change(step, state, batch)`."""
+    def spied(step):
+        return dataclasses.replace(step, update=lambda state, batch: change(step, state, batch))
+
+    return dataclasses.replace(system, steps=tuple(map(spied, system.steps)))
+
+
 def _poisoned(system, at, tensor):
     """The system, whose upper step reports `tensor` as not finite in iteration `at`."""
-    [stage] = system.stages
-    lower, upper = stage.steps
+    def update(step, state, batch):
+        bad = step.name == "upper" and int(state.step) == at
+        state, metrics = step.update(state, batch)
+        return state, metrics | {"non_finite": jnp.int32(step.tensors.index(tensor))} if bad else metrics
 
-    def run(state, batch):
-        bad = int(state.step) == at
-        state, batch, metrics = upper.run(state, batch)
-        return state, batch, metrics | {"non_finite": jnp.int32(upper.tensors.index(tensor))} if bad else metrics
-
-    steps = lower, dataclasses.replace(upper, run=run)
-    return dataclasses.replace(system, stages=(dataclasses.replace(stage, steps=steps),))
+    return _with_updates(system, update)
 
 
 def test_a_step_runs_when_it_is_its_turn(experiment, tmp_path):
-    """And whoever shares its stream in the same iteration gets the batch that it gives back."""
-    [stage] = experiment.system.stages
-    ran = []
+    """And steps with the same inputs get the same arrays, made once in an iteration."""
+    ran, made = [], []
 
-    def spy(step, stream, every):
-        def run(state, batch):
-            ran.append((step.name, int(state.step), "seen" in batch))
-            state, batch, metrics = step.run(state, {k: v for k, v in batch.items() if k != "seen"})
-            return state, batch | {"seen": True}, metrics
-        return dataclasses.replace(step, run=run, stream=stream, every=every)
+    def prepare(state, batch, inputs):
+        made.append((int(state.step), inputs))
+        return experiment.system.steps[0].prepare(state, batch, inputs)
 
-    lower, upper = stage.steps
-    steps = spy(lower, "data", 2), spy(upper, "data", 1)
-    _train(experiment, tmp_path, dataclasses.replace(
-        experiment.system, stages=(dataclasses.replace(stage, length=4, steps=steps),)))
-    assert ran == [("lower", 0, False), ("upper", 0, True), ("upper", 1, False),
-                   ("lower", 2, False), ("upper", 2, True), ("upper", 3, False)]
+    def update(step, state, batch):
+        ran.append((step.name, int(state.step), id(batch)))
+        return step.update(state, batch)
+
+    inputs = Inputs("data", "data", "data")
+    lower, upper = (dataclasses.replace(step, inputs=inputs, prepare=prepare, every=every)
+                    for step, every in zip(experiment.system.steps, (2, 1)))
+    system = dataclasses.replace(experiment.system, length=4, steps=(lower, upper))
+    _train(experiment, tmp_path, _with_updates(system, update))
+    assert [(name, step) for name, step, _ in ran] == [
+        ("lower", 0), ("upper", 0), ("upper", 1), ("lower", 2), ("upper", 2), ("upper", 3)]
+    assert ran[0][2] == ran[1][2] and ran[3][2] == ran[4][2]
+    assert made == [(step, inputs) for step in range(4)]
     train = [record for record in log.Metrics(tmp_path / "metrics.jsonl").read()
              if record["split"] == "train"]
     assert [any(name.startswith("lower/") for name in record) for record in train] == [True, False, True, False]
+
+
+def test_the_final_state_is_returned(experiment, whole, tmp_path):
+    """That of the last checkpoint; of a finished run too."""
+    workdir, found = whole
+    state = _train(experiment, workdir)
+    ours = {name: leaf.tobytes() for name, leaf in tree.named_leaves(jax.device_get(state)).items()}
+    assert {"saved": TOTAL} | ours == found["last"]
+
+
+def test_changes_every_so_many_iterations(experiment, tmp_path):
+    """After the iteration, and at the same ones in a run that was killed: the state alone says which."""
+    def halved(state):
+        state = jax.device_get(state)
+        params = state.params | {"router": jax.tree.map(lambda leaf: leaf / 2, state.params["router"])}
+        called.append(int(state.step))
+        return jax.device_put(state.replace(params=params), meshes.replicated(experiment.mesh))
+
+    called, system = [], dataclasses.replace(experiment.system, every={"2 steps": halved})
+    _train(experiment, tmp_path / "whole", system)
+    assert called == [2, 4, 6]
+    with pytest.MonkeyPatch.context() as patch:
+        _at_step(patch, 4, "data/lower", _kill)
+        with pytest.raises(Killed):
+            _train(experiment, tmp_path / "killed", system)
+    called.clear()
+    _train(experiment, tmp_path / "killed", system)
+    assert called == [4, 6], "from the checkpoint of step 3 on"
+    _assert_same(_outcome(experiment, tmp_path / "killed"), _outcome(experiment, tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("at, good", [
@@ -290,149 +323,71 @@ def test_non_finite_training_names_step_tensor_and_checkpoint(experiment, tmp_pa
     assert _steps(tmp_path, "last") == ([3] if at >= 3 else []), "what is not finite is never saved"
 
 
-def test_collapse_is_warned_of_once(capsys):
+def test_what_a_model_watches_is_told_once(experiment, capsys):
+    model = experiment.system.model
     means = {"upper/loss": 1., "upper/load": np.full((3, 2), 0.5), "upper/load_entropy": np.array([0.9, 0.05, 0.0])}
-    found = loop._warn_of_collapse(means, {})
-    told = capsys.readouterr().err
-    assert "warning: upper" in told and "2 of 3 layers (1, 2)" in told and "balance_loss" in told
-    assert loop._warn_of_collapse(means, found) == found == {"upper": (1, 2)}
-    assert not capsys.readouterr().err, "not again until it changes"
-    assert loop._warn_of_collapse(means | {"upper/load_entropy": np.array([0.9, 0.3, 0.2])}, found) == {}
+    told = loop._watch(model, means, {})
+    error = capsys.readouterr().err
+    assert "warning: upper" in error and "2 of 3 layers (1, 2)" in error and "balance_loss" in error
+    assert loop._watch(model, means, told) == told and not capsys.readouterr().err, "not again until it changes"
+    assert loop._watch(model, {"lower/loss": 1., "lower/load_entropy": np.ones(3)}, told)["upper"] == told["upper"]
+    assert loop._watch(model, means | {"upper/load_entropy": np.array([0.9, 0.3, 0.2])}, told) == {"upper": ()}
     assert not capsys.readouterr().err
 
 
 def test_a_collapsed_router_is_warned_of_while_training(experiment, tmp_path, capsys):
-    [stage] = experiment.system.stages
-    lower, upper = stage.steps
-
-    def run(state, batch):
-        state, batch, metrics = lower.run(state, batch)
+    def update(step, state, batch):
         # All images change sides in every iteration: the mean load is even.
         one, other = (1., 0.) if int(state.step) % 2 else (0., 1.)
+        state, metrics = step.update(state, batch)
+        if step.name == "upper":
+            return state, metrics
         load = jnp.asarray([[one, other]] * len(metrics["load"]))
-        return state, batch, metrics | {"load": load, "load_entropy": routing.load_entropy(load)}
+        return state, metrics | {"load": load, "load_entropy": routing.load_entropy(load)}
 
-    steps = dataclasses.replace(lower, run=run), upper
-    _train(experiment, tmp_path, dataclasses.replace(
-        experiment.system, stages=(dataclasses.replace(stage, steps=steps),)))
+    _train(experiment, tmp_path, _with_updates(experiment.system, update))
     assert capsys.readouterr().err.count("warning: lower: one expert gets nearly all images") == 1
 
 
-def _plan(patch, rates):
-    """Evaluations that find given [(the images of 20 that survive each attack, as (first, end), sa)], in order."""
-    rates = iter(rates)
-    index = np.arange(20)
-
-    def found(*_, **__):
-        survivors, sa = next(rates)
-        attempts = [verdicts.Attempt(None, "none", index >= 0, {
-            "label": ((index < first) | (index >= end)).astype(int)}, 0., {}) for first, end in survivors]
-        return verdicts.Found(index, np.zeros(20, int), {"label": (index >= 20 * sa).astype(int)}, tuple(attempts))
-
-    patch.setattr(loop.evaluate, "run", found)
+def _rates(found):
+    """What a selection measures in turn, given as (RA, SA)."""
+    found = iter(found)
+    return lambda state: next(found)
 
 
 @pytest.mark.parametrize("rates, best", [
-    ([([(0, 6)], 0.5), ([(0, 6)], 0.6), ([(0, 4)], 0.9)], 4),
-    ([([(0, 10)], 0.5), ([(2, 12)], 0.5), ([(0, 4)], 0.9)], 2),
-    ([([(0, 0)], 0.0), ([(0, 20)], 0.0), ([(0, 0)], 0.0)], 2),
-    ([([(0, 12), (6, 12)], 0.9), ([(0, 8), (0, 8)], 0.5), ([(0, 9), (9, 18)], 0.95)], 4)])
-def test_best_is_by_ra_over_all_attacks_then_sa_then_the_first(experiment, tmp_path, monkeypatch, rates, best):
-    """An image survives if it does every attack, and if it is classified correctly to begin with."""
-    _plan(monkeypatch, rates)
-    _train(experiment, tmp_path)
+    ([(0.3, 0.5), (0.3, 0.6), (0.2, 0.9)], 4), ([(0.5, 0.5), (0.5, 0.5), (0.2, 0.9)], 2),
+    ([(0.0, 0.0), (0.0, 0.0), (0.0, 0.0)], 2), ([(0.3, 0.9), (0.4, 0.5), (0.0, 0.95)], 4)])
+def test_best_is_by_ra_then_sa_then_the_first(experiment, tmp_path, rates, best):
+    _train(experiment, tmp_path, select=_rates(rates))
     assert _steps(tmp_path, "best") == [best]
+
+
+def test_selection_counts_images_that_survive_every_attack(experiment, monkeypatch):
+    """And that are classified correctly to begin with."""
+    index = np.arange(20)
+    attempts = [verdicts.Attempt(None, "none", index >= 0, {
+        "label": ((index < first) | (index >= end)).astype(int)}, 0., {}) for first, end in ((0, 12), (6, 12))]
+    found = verdicts.Found(index, np.zeros(20, int), {"label": (index >= 10).astype(int)}, tuple(attempts))
+    monkeypatch.setattr(measure, "run", lambda *_, **__: found)
+    assert experiment.select(types.SimpleNamespace(variables=None)) == (4 / 20, 0.5)
 
 
 def test_a_resumed_run_remembers_what_was_best(experiment, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        _plan(patch, [([(0, 10)], 0.5)])
         _at_step(patch, 3, "data/lower", _kill)
         with pytest.raises(Killed):
-            _train(experiment, tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        _plan(patch, [([(0, 8)], 0.9), ([(0, 6)], 0.9)])
-        _train(experiment, tmp_path)
+            _train(experiment, tmp_path, select=_rates([(0.5, 0.5)]))
+    _train(experiment, tmp_path, select=_rates([(0.4, 0.9), (0.3, 0.9)]))
     assert _steps(tmp_path, "best") == [2]
 
 
 def test_there_is_a_best_checkpoint_even_if_a_resumed_run_measures_less(experiment, tmp_path):
     """On other devices it may: the best checkpoint was newer than the last one, and is gone."""
     with pytest.MonkeyPatch.context() as patch:
-        _plan(patch, [([(0, 10)], 0.5), ([(0, 12)], 0.6)])
         _at_step(patch, 4, "data/lower", _kill)
         with pytest.raises(Killed):
-            _train(experiment, tmp_path)
+            _train(experiment, tmp_path, select=_rates([(0.5, 0.5), (0.6, 0.6)]))
     assert (_steps(tmp_path, "best"), _steps(tmp_path, "last")) == ([4], [3])
-    with pytest.MonkeyPatch.context() as patch:
-        _plan(patch, [([(0, 8)], 0.6), ([(0, 9)], 0.6)])
-        _train(experiment, tmp_path)
+    _train(experiment, tmp_path, select=_rates([(0.4, 0.6), (0.45, 0.6)]))
     assert _steps(tmp_path, "best") == [6]
-
-
-# Stages, on a linear model.
-
-
-@pytest.fixture(scope="module")
-def staged():
-    """Two stages of three iterations with steps of different names."""
-    mesh = meshes.make()
-    optimizer = optax.sgd(0.1)
-    images = np.random.default_rng(0).integers(0, 256, (32, 2, 2, 1)).astype(np.uint8)
-    train = Arrays(images, (images.mean((1, 2, 3)) > 127).astype(np.int32))
-
-    def init(key):
-        return states.fresh({"params": {"backbone": {"w": jnp.zeros((4, 2))}}}, {"backbone": optimizer})
-
-    def logits(w, x):
-        return x.reshape(x.shape[0], -1) @ w, {}
-
-    def objective(params, batch_stats, batch):
-        log_p = jax.nn.log_softmax(logits(params["backbone"]["w"], batch["image"])[0])
-        return -jnp.mean(jnp.take_along_axis(log_p, batch["label"][:, None], 1)), (batch_stats, {})
-
-    prepare = train_step.preparation(None, seed=0, mesh=mesh, data_cfg=types.SimpleNamespace(pad=0, flip=False))
-
-    def step(name):
-        return train_step.make(
-            name, objective, prepare, owns=("backbone",), optimizers={"backbone": optimizer},
-            state=jax.eval_shape(init, rng.key(0, "init")), mesh=mesh, stream=name, crops=name, ends_iteration=True)
-
-    system = System(
-        init=jax.jit(init, out_shardings=meshes.replicated(mesh)),
-        stages=tuple(Stage(name, 3, np.arange(32), (step(f"{name}_only"),)) for name in ("first", "second")),
-        outputs_fn=lambda state, view: jax.tree_util.Partial(logits, state.params["backbone"]["w"]), views=("none",),
-        network=types.SimpleNamespace(num_experts=1), describe="toy")
-    config = configs.default()
-    for text in ("data.batch_size=8", "train.eval_every=0 steps", "train.save_every=0 steps", "train.log_every=0 steps",
-                 "train.attack=fgsm", "eval.batch_size=32"):
-        configs.override(config, text)
-    return types.SimpleNamespace(config=config, system=system, train=train, select=(train, np.arange(32)), mesh=mesh)
-
-
-@pytest.mark.parametrize("log_every", ["1 steps", "0 steps"])
-def test_stages_follow_each_other(staged, tmp_path, log_every):
-    """Wherever the log falls: the metrics of an iteration are looked at in the next one, in another stage."""
-    config = staged.config.copy_and_resolve_references()
-    configs.override(config, f"train.log_every={log_every}")
-    _train(staged, tmp_path, config=config)
-    found = _outcome(staged, tmp_path)
-    assert found["last"]["saved"] == 6
-    losses = {name: value for r in found["metrics"] for name, value in r.items() if name.endswith("/loss")}
-    assert losses.keys() == {"first_only/loss", "second_only/loss"}
-
-
-def test_a_run_stopped_in_its_second_stage_continues_there(staged, tmp_path):
-    config = staged.config.copy_and_resolve_references()
-    configs.override(config, "train.log_every=1 steps")
-    configs.override(config, "train.save_every=2 steps")
-    outcomes = []
-    for name in ("whole", "killed"):
-        with pytest.MonkeyPatch.context() as patch:
-            if name == "killed":
-                _at_step(patch, 5, "second_only", _kill)
-                with pytest.raises(Killed):
-                    _train(staged, tmp_path / name, config=config)
-        _train(staged, tmp_path / name, config=config)
-        outcomes.append(_outcome(staged, tmp_path / name))
-    _assert_same(outcomes[1], outcomes[0])

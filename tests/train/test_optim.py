@@ -1,7 +1,5 @@
 """Schedules by text, and the optimizers that they drive."""
 
-import types
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,7 @@ from advmoe_jax.train import optim
 
 
 def _cfg(**changes):
-    return types.SimpleNamespace(**(dict(
+    return optim.Config(**(dict(
         learning_rate=.1, momentum=.9, weight_decay=5e-4, schedule="constant", warmup="0%", clip_norm=0.) | changes))
 
 
@@ -151,5 +149,6 @@ def test_every_second_step():
         _course(optim.make(cfg, 1, 12, every=2), 6), _course(optax.adam(lambda count: rate(2 * count)), 6), rtol=1e-5)
 
 
-def test_no_optimizer_field_is_sgd():
+def test_the_default_is_sgd():
+    """Else a run that names no optimizer would not be the paper's."""
     chex.assert_trees_all_equal(_course(optim.make(_cfg(), 1, 3)), _course(optim.make(_cfg(optimizer="sgd"), 1, 3)))

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -60,8 +61,8 @@ class Attempt:
         spec: the attack.
         view: the gradient it went through.
         attacked: (m,) bool, the images it got.
-        after: {"label", "margin", "linf", "l2", "l1", "l0"} (m,) and, of routed models, "ids" (m, L): predictions on
-            what it returned and sizes of the perturbations; as on clean images where it got none.
+        after: {"label", "margin", "linf", "l2", "l1", "l0"} (m,): predictions on what it returned and sizes of the
+            perturbations, as on clean images where it got none; and what the judge keeps of each image, with leading m.
         seconds: it took.
         passes: through the model, as driver.Ledger counts them.
     """
@@ -104,7 +105,8 @@ class Found:
 
 def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.ndarray, label: np.ndarray,
         specs: Sequence[Spec], *, key: jax.Array, batch_size: int, survivors_only: bool, log: Log | None = None,
-        routed: jax.tree_util.Partial | None = None, is_random: bool = False) -> Found:
+        judge: jax.tree_util.Partial | None = None,
+        surfaces: Mapping[str, jax.tree_util.Partial] = MappingProxyType({}), is_random: bool = False) -> Found:
     """Runs every attack through every view; those that know of routes, or see no gradient, once.
 
     Attack keys are folded from the index of the image, so that nothing depends on the batch. Images that are
@@ -112,7 +114,7 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
     attacks of all images get all. A batch that the devices have no memory for is tried again at half the size.
 
     Args:
-        views: {name: x -> (logits, aux)}, all with the same values; the first one gives the verdicts.
+        views: {name: x -> (logits, aux)}, all with the same values.
         source: of the images.
         index, label: (m,) of the images.
         specs: attacks.
@@ -120,24 +122,26 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
         batch_size: images at a time; a multiple of the devices.
         survivors_only: whether only the worst case counts, or each attack alone too.
         log: what an earlier run found is taken from there, what this one finds is added.
-        routed: (x, route) -> (logits, aux) of a routed model.
+        judge: x -> (logits, what is kept of each image, with leading B), which gives the verdicts; unless given, the
+            first view, of which nothing is kept.
+        surfaces: other functions of the model that attacks may take, {name: function}.
         is_random: whether views take keys (B,) too. Attacks that average over draws get them all; verdicts, and other
             attacks, know one draw that is the same for all images.
     Raises:
-        UserError: an attack needs a routed model and this is none; or it returned images outside its
-            budget, which count for nothing.
+        UserError: an attack takes what the model does not have; or it returned images outside its budget, which count
+            for nothing.
     """
     log = Memory() if log is None else log
     drawn = {name: jax.tree_util.Partial(one_draw, view, rng.stream(key, "verdict")) if is_random else view
              for name, view in views.items()}
-    judge = next(iter(drawn.values()))
+    judge = jax.tree_util.Partial(_without_aux, next(iter(drawn.values()))) if judge is None else judge
     fits = Fitting(batch_size)
     clean = _join(list(fits.batches(index, functools.partial(_clean, judge, source))))
     found = Found(index, label, clean, ())
     logged: dict[int, list] = {}
     for record, arrays in log.read():
         logged.setdefault(record["attempt"], []).append((record, arrays))
-    for number, (spec, view, model) in enumerate(_plan(specs, drawn, routed, views if is_random else None)):
+    for number, (spec, view, model) in enumerate(_plan(specs, drawn, surfaces, views if is_random else None)):
         stands = found.survivors() if survivors_only else found.correct
         if spec.about.all_images:
             stands = np.ones_like(stands)
@@ -155,7 +159,11 @@ def _without_keys(outputs_fn, x, keys):
     return outputs_fn(x)[0]
 
 
-def _plan(specs, views, routed, with_keys):
+def _without_aux(outputs_fn, x):
+    return outputs_fn(x)[0], {}
+
+
+def _plan(specs, views, surfaces, with_keys):
     """(attack, name of the view, what it attacks) of every attempt."""
     for spec in specs:
         if getattr(spec.config, "eot", 0):
@@ -167,10 +175,10 @@ def _plan(specs, views, routed, with_keys):
             yield from ((spec, view, objectives.logits_fn(outputs_fn)) for view, outputs_fn in views.items())
         elif spec.about.takes == "values":
             yield spec, "no gradient", objectives.logits_fn(next(iter(views.values())))
-        elif routed is None:
-            raise UserError(f"{spec.label} attacks a router: expected a routed model, of 2 or more experts")
+        elif spec.about.takes in surfaces:
+            yield spec, spec.about.takes, surfaces[spec.about.takes]
         else:
-            yield spec, "routes", routed
+            raise UserError(f"{spec.label} attacks a {spec.about.takes} model: expected one")
 
 
 @dataclasses.dataclass
@@ -253,18 +261,17 @@ def adversarial(found: Found, log: Log) -> Arrays:
 
 
 def _batch(source, rows, full):
-    """Images and labels, and the mask of what is no filler; the last batch has one of a few sizes."""
+    """Images and labels, and the mask of what is no padding; the last batch has one of a few sizes."""
     size = driver.bucket(len(rows), full, jax.device_count())
     return source(driver.filled(rows, size)), np.arange(size) < len(rows)
 
 
 @jax.jit
-def _predict(outputs_fn, x, y):
+def _predict(judge, x, y):
     with jax.default_matmul_precision("float32"):  # an accelerator's own default is coarser
-        logits, aux = outputs_fn(x)
-    found = dict(label=jnp.where(jnp.any(jnp.isnan(logits), -1), -1, jnp.argmax(logits, -1)),
-                 margin=-losses.margin(logits, y))
-    return found | ({"ids": aux["expert_ids"]} if "expert_ids" in aux else {})
+        logits, kept = judge(x)
+    return kept | dict(label=jnp.where(jnp.any(jnp.isnan(logits), -1), -1, jnp.argmax(logits, -1)),
+                       margin=-losses.margin(logits, y))
 
 
 @jax.jit

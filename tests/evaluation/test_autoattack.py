@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advmoe_jax.attacks import apgd, autoattack, driver, fab, parse, square, suites
+from advmoe_jax.attacks import apgd, driver, fab, parse, square
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.evaluation import autoattack, suites
 from advmoe_jax.ops import balls, hyperplanes, losses
 
 SHAPE = (5, 5, 1)
@@ -269,7 +270,7 @@ def _nan(x):
     (dict(y=lambda y: y.astype(jnp.float32)), "whole numbers"), (dict(y=lambda y: y + 3), "expected 0 to 4"),
     (dict(y=lambda y: y - 1), "expected 0 to 4"), (dict(eps=8), "8/255"), (dict(eps=-0.1), "0 or more"),
     (dict(norm="linff"), "did you mean 'linf'"), (dict(suite="standart"), "did you mean 'standard'"),
-    (dict(batch_size=0), "batch_size is 0"), (dict(suite="adaptive"), "expected a routed model"),
+    (dict(batch_size=0), "batch_size is 0"), (dict(suite="adaptive"), "attacks a routed model: expected one"),
     (dict(logits_fn=lambda x: x), "expected .40, K. logits"),
     (dict(logits_fn=lambda x: x.reshape(40, -1).mean(-1)), "expected .40, K. logits")])
 def test_bad_input(change, words):

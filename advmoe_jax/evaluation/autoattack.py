@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import flags, objectives, suites, verdicts
-from advmoe_jax.attacks.flags import Flag
+from advmoe_jax.attacks import objectives
 from advmoe_jax.core import rng, units
 from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.evaluation import flags, suites, verdicts
+from advmoe_jax.evaluation.flags import Flag
 from advmoe_jax.ops import balls
 
 
@@ -64,7 +65,7 @@ def run_report(logits_fn: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax
         eps: budget in units of [0, 1], a number or a fraction such as "8/255".
         norm: "linf" | "l2" | "l1".
         key: of all randomness; jax.random.key(0) unless given.
-        suite: a name in attacks.suites, or a list of attacks.
+        suite: a name in evaluation.suites, or a list of attacks.
         batch_size: images at a time.
     Warns:
         Each sign that the result cannot be trusted; see `Report.flags`.

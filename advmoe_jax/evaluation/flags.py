@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from advmoe_jax.attacks import driver, objectives, pgd
-from advmoe_jax.attacks.verdicts import Fitting, Found
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng
+from advmoe_jax.evaluation.verdicts import Fitting, Found
 from advmoe_jax.ops import balls, losses
 
 MOST_IMAGES = 64

@@ -1,19 +1,22 @@
-"""Evaluation on hand-made systems: what is counted, and that nothing depends on the batches."""
+"""Evaluation on hand-made models: what is counted, and that nothing depends on the batches."""
 
+import dataclasses
 import functools
+import json
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advmoe_jax.attacks import parse, suites, verdicts
+from advmoe_jax.attacks import parse
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data.split import Arrays
+from advmoe_jax.evaluation import measure, suites, verdicts
+from advmoe_jax.models import routing_facts
 from advmoe_jax.ops.statistics import wilson
-from advmoe_jax.train import evaluate
-from advmoe_jax.train.system import System
 
 COUNT, SHAPE, CLASSES = 53, (4, 4, 1), 3
 
@@ -30,14 +33,66 @@ def _nothing(weights, view_gain, x):
     return _linear(weights, view_gain, x)[0], {}
 
 
-def _outputs(apply, state, view):
-    gain = {"none": 1.0, "ste_selected": 0.0, "ste_full": -1.0}[view]  # the true, a dead and a wrong gradient
-    return jax.tree_util.Partial(apply, state, jnp.float32(gain))
+@dataclasses.dataclass(frozen=True)
+class _Dense:
+    """A models.model.Model of one linear layer, which says nothing of itself."""
+
+    views: tuple[str, ...] = ("none",)
+    apply: Callable = _nothing
+    kind, about, groups, optim = "linear", "", ("linear",), {"linear": "backbone"}
+    surfaces, layers, image_shape, num_classes = {}, (), SHAPE, CLASSES
+
+    def init(self, key):
+        return {"params": {"linear": jax.random.normal(key, (16, CLASSES))}, "batch_stats": {"linear": {}}}
+
+    def gather(self, parts):
+        return dict(parts[0])
+
+    def outputs_fn(self, variables, view="none"):
+        gain = {"none": 1.0, "ste_selected": 0.0, "ste_full": -1.0}[view]  # the true, a dead and a wrong gradient
+        return jax.tree_util.Partial(self.apply, variables["params"]["linear"], jnp.float32(gain))
+
+    def train_pass(self, variables, x):
+        outputs = self.outputs_fn(variables)(x.reshape(-1, *SHAPE))
+        logits, aux = jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:2], *leaf.shape[1:]), outputs)
+        return logits, aux, variables["batch_stats"]
+
+    def metrics(self, passes):
+        return {}
+
+    def progress(self, means):
+        return ""
+
+    def watch(self, means):
+        return ()
+
+    def observe(self, aux):
+        return {}
+
+    def facts(self, y, clean, attacked, among):
+        return {}
+
+    def fact_tables(self, facts):
+        return []
+
+    def costs(self, masks=None, facts=None):
+        return {"pathway": 48, "router": 0, "total": 48, "executed": 48, "params": 48}
 
 
-def _system(apply, views):
-    return System(init=None, stages=(), outputs_fn=functools.partial(_outputs, apply), views=views, network=None,
-                  describe="")
+@dataclasses.dataclass(frozen=True)
+class _Routed(_Dense):
+    """One whose images take experts, of which it tells."""
+
+    apply: Callable = _linear
+
+    def observe(self, aux):
+        return {"experts": aux["expert_ids"]}
+
+    def facts(self, y, clean, attacked, among):
+        return routing_facts.facts(clean["experts"], attacked["experts"], among, 2)
+
+    def fact_tables(self, facts):
+        return [routing_facts.fact_table(facts)]
 
 
 @functools.cache
@@ -50,33 +105,35 @@ def _case():
     return weights, Arrays(images, label)
 
 
-def _run(suite, *, batch_size=16, views=("none",), apply=_linear, indices=None, seed=0, log=None):
+def _run(suite, *, model=_Routed(), batch_size=16, rows=None, seed=0, log=None):
     weights, split = _case()
-    indices = np.arange(COUNT) if indices is None else indices
-    return evaluate.run(_system(apply, views), weights, split, indices, suite, mesh=meshes.make(),
-                        batch_size=batch_size, seed=seed, log=log)
+    rows = np.arange(COUNT) if rows is None else rows
+    variables = {"params": {"linear": weights}, "batch_stats": {"linear": {}}}
+    return measure.run(model, variables, split, rows, suite, mesh=meshes.make(), batch_size=batch_size, seed=seed,
+                       log=log)
 
 
-def _found(text, **more):
+def _found(text, *, model=_Routed(), **more):
     """What a single attack finds, and its record."""
     [suite] = suites.alone(text, "linf", "0.05")
-    found = _run(suite, **more)
-    return found, evaluate.summarize(found, suite, 1 if more.get("apply") is _nothing else 2)
+    found = _run(suite, model=model, **more)
+    return found, measure.summarize(found, suite, model)
 
 
 VIEWS = ("none", "ste_selected", "ste_full")
+THREE = _Routed(VIEWS)
 PGD = "pgd(num_steps=5,eps=0.05)"
 
 
 @pytest.fixture(scope="module")
 def three_views():
-    return _found(PGD, views=VIEWS)
+    return _found(PGD, model=THREE)
 
 
 def test_every_image_is_counted_once(three_views):
     found, record = three_views
     assert COUNT % 16 and record["n"] == COUNT
-    assert found.clean["label"].shape == found.label.shape == (COUNT,) and found.clean["ids"].shape == (COUNT, 2)
+    assert found.clean["label"].shape == found.label.shape == (COUNT,) and found.clean["experts"].shape == (COUNT, 2)
     assert [attempt.view for attempt in found.attempts] == list(VIEWS)
     weights, split = _case()
     np.testing.assert_array_equal(found.clean["label"],
@@ -92,16 +149,16 @@ def test_every_image_is_counted_once(three_views):
 @pytest.mark.parametrize("batch_size", [1, 60])
 def test_nothing_depends_on_the_batch_size(three_views, batch_size):
     found, _ = _found(PGD, batch_size=batch_size)
-    for name in ("label", "ids"):
+    for name in ("label", "experts"):
         np.testing.assert_array_equal(found.clean[name], three_views[0].clean[name])
         np.testing.assert_array_equal(found.attempts[0].after[name], three_views[0].attempts[0].after[name])
 
 
 def test_a_part_of_the_images_has_the_same_outcomes(three_views):
     """Keys are folded from the index in the data set, not from the position."""
-    indices = np.array([40, 3, 17, 22, 9])
-    found, _ = _found(PGD, indices=indices)
-    np.testing.assert_array_equal(found.attempts[0].after["label"], three_views[0].attempts[0].after["label"][indices])
+    rows = np.array([40, 3, 17, 22, 9])
+    found, _ = _found(PGD, rows=rows)
+    np.testing.assert_array_equal(found.attempts[0].after["label"], three_views[0].attempts[0].after["label"][rows])
 
 
 def test_robust_is_who_is_right_when_clean_and_under_every_view(three_views):
@@ -115,8 +172,8 @@ def test_robust_is_who_is_right_when_clean_and_under_every_view(three_views):
 
 def test_together_only_survivors_are_attacked_and_the_worst_case_is_the_same(three_views):
     suite = suites.together(PGD, "linf", "0.05")
-    found = _run(suite, views=VIEWS)
-    record = evaluate.summarize(found, suite, 2)
+    found = _run(suite, model=THREE)
+    record = measure.summarize(found, suite, THREE)
     assert (record["attack"], record["ra"], record["ra_by_view"]) == ("pgd-5", three_views[1]["ra"], {})
     np.testing.assert_array_equal(found.survivors(), three_views[0].survivors())
     attacked = [attempt["attacked"] for attempt in record["attempts"]]
@@ -126,13 +183,13 @@ def test_together_only_survivors_are_attacked_and_the_worst_case_is_the_same(thr
 
 
 def test_an_attack_without_gradients_runs_once():
-    found, record = _found("square(num_queries=30)", views=VIEWS)
+    found, record = _found("square(num_queries=30)", model=THREE)
     assert [attempt.view for attempt in found.attempts] == ["no gradient"] and record["ra"] < record["sa"]
 
 
 def test_an_image_that_is_wrong_when_clean_is_not_robust():
     """It is not attacked either: an attack might push it back to its label."""
-    found, record = _found("fgsm(eps=0.9)", views=("ste_full",))
+    found, record = _found("fgsm(eps=0.9)", model=_Routed(("ste_full",)))
     assert 0 < record["sa"] < 1 and record["ra"] <= record["sa"]
     assert not np.any(found.survivors()[~found.correct]) and not np.any(found.attempts[0].attacked[~found.correct])
 
@@ -144,24 +201,24 @@ def test_eps_0_is_the_clean_accuracy(text):
     np.testing.assert_array_equal(found.attempts[0].after["label"], found.clean["label"])
     assert record["ra"] == record["sa"] and record["largest_norm"] == 0
     assert record["ra_interval"] == record["sa_interval"] == wilson(round(record["sa"] * COUNT), COUNT)
-    assert record["flip_rate"] == [0, 0]
+    assert record["facts"]["flip_rate"] == [0, 0]
 
 
 def test_a_stopped_run_goes_on_from_its_log(three_views):
     """Killed after any batch, it ends with the same, and attacks nothing twice."""
     suite = suites.together(f"{PGD} fgsm", "linf", "0.05")
     whole = verdicts.Memory()
-    expected = _run(suite, views=VIEWS, log=whole)
+    expected = _run(suite, model=THREE, log=whole)
     assert len(whole) > 6
     for kept in (1, len(whole) // 2, len(whole) - 1, len(whole)):
         log = verdicts.Memory(whole[:kept])
-        found = _run(suite, views=VIEWS, log=log)
+        found = _run(suite, model=THREE, log=log)
         np.testing.assert_array_equal(found.survivors(), expected.survivors())
         assert len(log) == len(whole)
         for (record, arrays), (again, same) in zip(whole, log):
             assert {**record, "seconds": 0} == {**again, "seconds": 0}
             np.testing.assert_array_equal(arrays["x_adv"], same["x_adv"])
-    assert _run(suite, views=VIEWS).survivors().tolist() == expected.survivors().tolist()
+    assert _run(suite, model=THREE).survivors().tolist() == expected.survivors().tolist()
 
 
 def test_adversarial_images_are_those_of_the_first_attempt_that_broke_them():
@@ -220,8 +277,8 @@ def test_noise_of_a_fixed_strength_has_no_budget():
 def test_columns_of_a_suite(three_views):
     """Each attack's own accuracy, and through each view that of all its attacks."""
     suite = suites.Suite("two", suites.together(f"fgsm {PGD}", "linf", "0.05").specs, False)
-    found = _run(suite, views=VIEWS)
-    record = evaluate.summarize(found, suite, 2)
+    found = _run(suite, model=THREE)
+    record = measure.summarize(found, suite, THREE)
     for attempt, told in zip(found.attempts, record["attempts"], strict=True):
         assert told["ra"] == found.survivors([attempt]).mean()
     for view in VIEWS:
@@ -233,30 +290,35 @@ def test_columns_of_a_suite(three_views):
 def test_suites_of_one_command_watch_each_other():
     """PGD through a dead gradient finds nothing; Square beside it does, and the accuracy cannot be trusted."""
     gradient, blind = suites.alone("pgd(num_steps=2) square(num_queries=60)", "linf", "0.2")
-    found = _run(gradient, views=("ste_selected",))
-    assert not evaluate.summarize(found, gradient, 2)["unreliable"]
-    second = _run(blind, views=("ste_selected",))
-    assert not evaluate.summarize(second, blind, 2)["unreliable"]
-    record = evaluate.summarize(second, blind, 2, earlier=found.attempts)
+    model = _Routed(("ste_selected",))
+    found = _run(gradient, model=model)
+    assert not measure.summarize(found, gradient, model)["unreliable"]
+    second = _run(blind, model=model)
+    assert not measure.summarize(second, blind, model)["unreliable"]
+    record = measure.summarize(second, blind, model, earlier=found.attempts)
     assert [flag["name"] for flag in record["flags"]] == ["black_box_wins"] and record["unreliable"]
 
 
 def test_expert_load(three_views):
     found, record = three_views
-    load = np.array(record["load"])
+    facts = record["facts"]
+    load = np.array(facts["load"])
     assert load.shape == (2, 2) and np.allclose(load.sum(-1), 1)
     high = np.mean(_case()[1].images.reshape(COUNT, -1) / 255, 1) > 0.5
     np.testing.assert_allclose(load, [[1 - high.mean(), high.mean()], [1, 0]], atol=1e-6)
-    assert 0 < record["load_entropy"][0] <= 1 and record["load_entropy"][1] == pytest.approx(0, abs=1e-6)
+    assert 0 < facts["load_entropy"][0] <= 1 and facts["load_entropy"][1] == pytest.approx(0, abs=1e-6)
     worst = min(found.attempts, key=lambda attempt: found.survivors([attempt]).mean())
-    flips = (worst.after["ids"] != found.clean["ids"])[found.correct].mean(0)
-    np.testing.assert_allclose(record["flip_rate"], flips)
+    flips = (worst.after["experts"] != found.clean["experts"])[found.correct].mean(0)
+    np.testing.assert_allclose(facts["flip_rate"], flips)
+    assert [(table["title"], len(table["rows"])) for table in record["fact_tables"]] == [("Routing", 2)]
+    assert json.loads(json.dumps(record)) | {"fact_tables": None} == record | {
+        "fact_tables": None, "sa_interval": list(record["sa_interval"]), "ra_interval": list(record["ra_interval"])}
 
 
 def test_a_dense_network_has_no_load():
-    found, record = _found("fgsm(eps=0.05)", apply=_nothing)
-    assert "ids" not in found.clean and "ids" not in found.attempts[0].after
-    assert not {"load", "load_entropy", "flip_rate"} & record.keys()
+    found, record = _found("fgsm(eps=0.05)", model=_Dense())
+    assert "experts" not in found.clean and "experts" not in found.attempts[0].after
+    assert record["facts"] == {} and record["fact_tables"] == []
 
 
 def test_record_says_what_was_measured(three_views):
@@ -276,7 +338,7 @@ def _nan(weights, view_gain, x):
 
 
 def test_nan_logits_are_wrong():
-    found, record = _found("fgsm(eps=0)", apply=_nan)
+    found, record = _found("fgsm(eps=0)", model=_Routed(apply=_nan))
     high = np.mean(_case()[1].images.reshape(COUNT, -1) / 255, 1) > 0.5
     assert 0.2 < high.mean() < 0.8
     np.testing.assert_array_equal(found.clean["label"] == -1, high)

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.report import results
+from advmoe_jax.evaluation import eval_log
 
 ABOUT, OTHER = {"step": 4, "weights": "a"}, {"step": 4, "weights": "b"}
 
 
 def _filled(folder, finished=False):
-    log = results.FileLog(folder, ABOUT)
+    log = eval_log.FileLog(folder, ABOUT)
     for number in range(2):
         log.add({"attempt": number}, {"index": np.arange(number + 1)})
     if finished:
@@ -24,23 +24,23 @@ def _held(log):
 
 def test_an_unfinished_one_goes_on(tmp_path):
     _filled(tmp_path / "log")
-    assert _held(results.FileLog(tmp_path / "log", ABOUT)) == [(0, 1), (1, 2)]
+    assert _held(eval_log.FileLog(tmp_path / "log", ABOUT)) == [(0, 1), (1, 2)]
     with pytest.raises(UserError, match="unfinished evaluation of another model"):
-        results.FileLog(tmp_path / "log", OTHER)
-    assert _held(results.FileLog(tmp_path / "log", ABOUT, writes=False)) == [(0, 1), (1, 2)]
+        eval_log.FileLog(tmp_path / "log", OTHER)
+    assert _held(eval_log.FileLog(tmp_path / "log", ABOUT, writes=False)) == [(0, 1), (1, 2)]
 
 
 def test_one_whose_results_were_not_all_written_goes_on(tmp_path):
     """Killed between summary.json and the index: nothing is attacked again."""
     _filled(tmp_path / "log", finished=True)
-    assert _held(results.FileLog(tmp_path / "log", ABOUT)) == [(0, 1), (1, 2)]
+    assert _held(eval_log.FileLog(tmp_path / "log", ABOUT)) == [(0, 1), (1, 2)]
 
 
 def test_a_finished_one_is_replaced(tmp_path):
     _filled(tmp_path / "log", finished=True).finish()
-    assert _held(results.FileLog(tmp_path / "log", ABOUT, writes=False)) == []
-    assert _held(results.FileLog(tmp_path / "log", ABOUT)) == []
+    assert _held(eval_log.FileLog(tmp_path / "log", ABOUT, writes=False)) == []
+    assert _held(eval_log.FileLog(tmp_path / "log", ABOUT)) == []
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
     assert [path.name for path in (tmp_path / "log").iterdir()] == ["about.json"]
-    assert results.is_about(tmp_path / "log", ABOUT) and not results.is_about(tmp_path / "log", OTHER)
-    assert results.is_about(tmp_path / "none", ABOUT) is None
+    assert eval_log.is_about(tmp_path / "log", ABOUT) and not eval_log.is_about(tmp_path / "log", OTHER)
+    assert eval_log.is_about(tmp_path / "none", ABOUT) is None

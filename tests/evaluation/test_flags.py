@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advmoe_jax.attacks import flags, parse, verdicts
+from advmoe_jax.attacks import parse
+from advmoe_jax.evaluation import flags, verdicts
 
 COUNT, SHAPE, CLASSES = 24, (6, 6, 1), 5
 

@@ -1,0 +1,106 @@
+"""results.json: the index of everything that was measured in a workdir, and the details beside it."""
+
+import csv
+import io
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from advmoe_jax.core import files
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.evaluation import examples
+from advmoe_jax.evaluation.verdicts import Found
+
+SCHEMA = 3  # 1 had no "asked", 2 no "facts"
+FIELDS = frozenset((
+    "id", "checkpoint", "step", "seed", "train_seed", "config", "method", "selected_on", "data", "macs", "precision",
+    "backend", "versions", "attack", "norm", "eps", "eps_value", "settings", "asked", "n", "sa", "sa_interval", "ra",
+    "ra_interval", "ra_by_view", "attempts", "flags", "unreliable", "facts", "fact_tables"))
+"""What every measurement says of itself; "facts" and their tables are the model's."""
+
+
+def entry_id(record: dict[str, Any]) -> str:
+    """The folder name of a measurement: checkpoint, attack, norm, eps, number of images, seed, and a short hash of
+    all the attack's settings, which tells pgd-50 with one restart from pgd-50 with five."""
+    parts = [record[k] for k in ("checkpoint", "attack", "norm", "eps", "n", "seed")]
+    settings = zlib.crc32(json.dumps(record["settings"], sort_keys=True).encode())
+    return re.sub(r"[^\w.-]+", "_", "-".join(map(str, (*parts, f"{settings:08x}"))))
+
+
+def read(workdir: epath.Path) -> list[dict[str, Any]]:
+    """All measurements of a workdir, oldest first.
+
+    Raises:
+        UserError: the file is damaged, or of another version.
+    """
+    path, advice = epath.Path(workdir) / "results.json", "move it away and run --mode evaluate again"
+    if not path.exists():
+        return []
+    try:
+        stored = json.loads(path.read_text())
+        schema, entries = stored["schema"], stored["entries"]
+        if schema != SCHEMA:
+            raise UserError(f"{path} is of another version (schema {schema}, expected {SCHEMA}): {advice}")
+        missing = [(i, name) for i, entry in enumerate(entries) for name in sorted(FIELDS - entry.keys())]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: {advice}") from None
+    if missing:
+        index, name = missing[0]
+        raise UserError(f"{path} is damaged: entry {index} has no {name!r}; {advice}")
+    return entries
+
+
+def add(workdir: epath.Path, records: Sequence[dict[str, Any]]) -> None:
+    """Adds measurements to the index; one of the same id is replaced."""
+    entries = {entry["id"]: entry for entry in read(workdir)}
+    for record in records:
+        record = {"id": entry_id(record)} | record
+        entries.pop(record["id"], None)
+        entries[record["id"]] = record
+    files.write_json(epath.Path(workdir) / "results.json", {"schema": SCHEMA, "entries": list(entries.values())})
+
+
+def keep(workdir: epath.Path, record: dict[str, Any], found: Found, adversarial: dict[str, np.ndarray]) -> None:
+    """Writes the details of a measurement to eval/<id>/, and adds it to the index.
+
+    Args:
+        workdir: holds results.json and eval/.
+        record: what was measured.
+        found: for examples.npz and examples.csv.
+        adversarial: {"index", "x_adv"} of the images that were broken, for adversarial.npz.
+    """
+    folder = epath.Path(workdir) / "eval" / entry_id(record)
+    files.write_npz(folder / "examples.npz", examples.examples(found))
+    files.write_npz(folder / "adversarial.npz", adversarial)
+    files.write_text(folder / "examples.csv", examples.table(found))
+    files.write_text(folder / "summary.csv", _summary(record))
+    if record["attack"] == "standard":
+        files.write_json(folder / "robustbench.json", _robustbench(record))
+    files.write_json(folder / "summary.json", {"id": entry_id(record)} | record)
+    add(workdir, [record])
+
+
+def _summary(record: dict[str, Any]) -> str:
+    """The attempts as CSV."""
+    out = io.StringIO()
+    names = dict.fromkeys(name for attempt in record["attempts"] for name in attempt if name != "settings")
+    writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(record["attempts"])
+    return out.getvalue()
+
+
+def _robustbench(record: dict[str, Any]) -> dict[str, Any]:
+    """A model's entry as RobustBench keeps it: numbers as text, accuracies in percent."""
+    return {
+        "link": "", "name": f"{record['method']} ({record['config']})", "authors": "", "additional_data": False,
+        "number_forward_passes": 1, "dataset": record["data"], "venue": "", "architecture": record["method"],
+        "eps": record["eps"], "clean_acc": f"{100 * record['sa']:.2f}", "reported": f"{100 * record['ra']:.2f}",
+        "autoattack_acc": f"{100 * record['ra']:.2f}", "unreliable": record["unreliable"],
+        "footnote": f"{record['n']} test images, {record['norm']}, seed {record['seed']}, advmoe_jax "
+                    f"{record['versions']['advmoe_jax']}"}

@@ -1,0 +1,72 @@
+"""Masks: pytrees like the parameters with None where a leaf is dense. 1 keeps an entry, 0 removes it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from advmoe_jax.core.layer_spec import LayerSpec
+
+PyTree = Any
+
+
+def map_masked(function, params: PyTree, masks: PyTree) -> PyTree:
+    """`params` with `function(leaf, mask)` in place of the leaves that have a mask.
+
+    Args:
+        function: of a leaf and its mask.
+        params: a tree.
+        masks: the same tree with None, at a leaf or above several, where they are dense.
+    """
+    def at(mask, part):
+        return part if mask is None else function(part, mask)
+
+    return jax.tree.map(at, masks, params, is_leaf=lambda leaf: leaf is None)
+
+
+def apply(params: PyTree, masks: PyTree) -> PyTree:
+    """Parameters with exact zeros where the mask, which broadcasts to its leaf, is zero; NaN is removed too."""
+    return map_masked(lambda leaf, mask: jnp.where(jnp.asarray(mask) != 0, leaf, jnp.zeros_like(leaf)), params, masks)
+
+
+def kept_channels(mask: jax.Array, ndim: int) -> jax.Array:
+    """(O,) bool, output channels of which any entry is kept, of a mask that broadcasts to a kernel of `ndim` axes."""
+    full = jnp.reshape(mask, (1,) * (ndim - jnp.ndim(mask)) + jnp.shape(mask))
+    return jnp.any(full != 0, tuple(range(ndim - 1)))
+
+
+def cover_norms(masks: PyTree, params: PyTree, layers: Iterable[LayerSpec]) -> PyTree:
+    """Masks that remove the scale and bias of a norm too where all of a channel before it is removed.
+
+    A channel of zeros still gives the bias of the norm behind it. A layer's own bias is covered in the same way.
+
+    Args:
+        masks: {group: tree}, None where dense.
+        params: {group: tree} or shapes of them.
+        layers: of the network, whose paths begin with the group.
+    """
+    covered = jax.tree.map(lambda _: None, params) if masks is None else jax.tree.map(
+        lambda mask, part: jax.tree.map(lambda _: None, part) if mask is None else mask, masks, params,
+        is_leaf=lambda leaf: leaf is None)
+    for spec in layers:
+        place = _at(covered, spec.path)
+        mask = place.get("kernel") if place else None
+        if mask is None:
+            continue
+        kept = kept_channels(mask, len(spec.kernel))
+        for path in filter(None, (spec.path, spec.norm)):
+            node = _at(covered, path)
+            for name in ("scale", "bias"):
+                if name in node:
+                    own = node[name]
+                    node[name] = kept.astype(jnp.asarray(mask).dtype) if own is None else own * kept.astype(own.dtype)
+    return covered
+
+
+def _at(tree: PyTree, path: str) -> Any:
+    for name in path.split("/"):
+        if not isinstance(tree, dict) or name not in tree:
+            return None
+        tree = tree[name]
+    return tree

@@ -1,0 +1,101 @@
+"""Finished runs that another run starts from, `config.init_from`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from advmoe_jax.core import config as configs
+from advmoe_jax.core import paths, status, tree
+from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.models import model as models
+from advmoe_jax.models.model import Model
+from advmoe_jax.train import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A finished run.
+
+    Attributes:
+        workdir: where it is.
+        config: its own.
+        model: that it trained.
+        variables: of one checkpoint, as numpy.
+        masks: of the same, {group: tree}; {} if it is dense.
+        step: of the checkpoint.
+    """
+
+    workdir: epath.Path
+    config: ConfigDict
+    model: Model
+    variables: dict[str, Any]
+    masks: dict[str, Any]
+    step: int
+
+
+def names(config: ConfigDict) -> dict[str, tuple[epath.Path, str]]:
+    """{name: (workdir, "best" or "last")} of `config.init_from`, in order."""
+    found = {}
+    for text in filter(None, map(str.strip, config.init_from.split(","))):
+        name, _, which = text.partition("@")
+        if name in found:
+            raise UserError(f"init_from names {name} twice: expected each run once")
+        found[name] = paths.path(name), one_of("checkpoint in init_from", which or "best", ("best", "last"))
+    return found
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError unless every run of `config.init_from` is there and finished."""
+    for name, (workdir, which) in names(config).items():
+        if not (workdir / "config.json").exists():
+            raise UserError(f"init_from names {name}: expected the workdir of a run, which has a config.json")
+        own = configs.read(workdir / "config.json")
+        if not status.read(workdir).is_trained:
+            raise UserError(f"init_from names {name}, which has not finished training ({own.name}): expected a "
+                            "finished run; the command that it was started with continues it")
+
+
+def load(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int) -> dict[str, Source]:
+    """The runs of `config.init_from` by name, in order.
+
+    Args:
+        config: of the run that starts from them.
+        image_shape, num_classes: of its data, which theirs must share.
+    Raises:
+        UserError: one is not there, not finished, or cannot be read.
+    """
+    check(config)
+    sources = {}
+    for name, (workdir, which) in names(config).items():
+        own = configs.read(workdir / "config.json")
+        model = models.make(own.model, image_shape, num_classes)
+        with checkpoint.opened(workdir, create=False) as saved:
+            step = saved.step(which)
+            variables, masks = saved.restore_trained(which, jax.eval_shape(model.init, jax.random.key(0)))
+        sources[name] = Source(workdir, own, model, variables, masks, step)
+    return sources
+
+
+def initial(model: Model, sources: Mapping[str, Source]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Variables and masks that a model takes from finished runs; (None, {}) if there are none.
+
+    Raises:
+        UserError: they are not of this model's architecture.
+    """
+    if not sources:
+        return None, {}
+    runs = list(sources.values())
+    variables = {part: model.gather([run.variables[part] for run in runs]) for part in runs[0].variables}
+    expected = tree.named_leaves(jax.eval_shape(model.init, jax.random.key(0)))
+    found = tree.named_leaves(variables)
+    for name in sorted(expected.keys() | found.keys()):
+        ours, theirs = (tuple(leaves[name].shape) if name in leaves else "nothing" for leaves in (expected, found))
+        if ours != theirs:
+            raise UserError(f"init_from names {', '.join(sources)}, of another architecture: {name} is {theirs} there, "
+                            f"the config's model has {ours}")
+    masks = model.gather([run.masks for run in runs]) if any(run.masks for run in runs) else {}
+    return variables, {group: part for group, part in masks.items() if part}
