@@ -130,7 +130,7 @@ def short_benchmarks(monkeypatch):
     monkeypatch.setattr(growth, "_EXPERTS", (2,))
     monkeypatch.setattr(growth, "_BATCH", 8)
     monkeypatch.setattr(train_bench, "_BATCH", 8)
-    monkeypatch.setattr(train_bench, "_CONTENDERS", {"AT(Dense)": train_bench._CONTENDERS["AT(Dense)"]})
+    monkeypatch.setattr(train_bench, "_prepared", lambda *_: (lambda: jnp.zeros(()), (2.0, 1.0)))  # it compiles twice
     monkeypatch.setattr(reference, "_TRAINING", 8)
     monkeypatch.setattr(reference, "_FORWARD", 8)
     for name, value in dict(_BATCH=4, _STEPS=2, _EXAMPLES=4, _BATCHES=(32,)).items():
@@ -153,9 +153,7 @@ def test_commands(clone, short_benchmarks, short_suites, monkeypatch, capsys):
         for program, *rest in commands(name):
             if program == "python":
                 program, rest = rest[1], rest[2:]
-                import time; t0=time.process_time(), time.time()
                 RUN[program](rest)
-                open("/tmp/times.txt","a").write(f"{time.process_time()-t0[0]:.1f} {time.time()-t0[1]:.1f} {rest}\n")
             elif program == "export":
                 assert all("=" in word for word in rest)
             else:
@@ -166,9 +164,9 @@ def test_commands(clone, short_benchmarks, short_suites, monkeypatch, capsys):
                     (README, "launch/tpu_pod.sh"), (CONFIGS, "advmoe_jax.main"), (BENCH, "advmoe_jax.bench"),
                     (ATTACKS, "advmoe_jax.main"), (ATTACKS, "advmoe_jax.bench")}
     for path in ("digits_r18/report.md", "dense/report.md", "longer/report.md", "digits_table/report.md",
-                 "digits_table/natural-eps0.1-s0/report.md", "sweep/report.md"):
+                 "digits_table/natural-eps0.1-s0/report.md"):
         assert (clone / "runs" / path).exists(), path
-    for path in ("longer", "digits_table/natural-eps0.2-s0", "sweep/every1-s0"):
+    for path in ("longer", "digits_table/natural-eps0.2-s0"):
         assert status.read(clone / "runs" / path).state == "finished", path
     assert (clone / "growth.png").read_bytes().startswith(b"\x89PNG")
 

@@ -29,6 +29,9 @@ from advmoe_jax.ops.dispatch import Choice, Dispatch
 
 GROUPS = ("backbone", "router")
 ROUTED = Only("model.num_experts of 2 or more", lambda config: config.model.get("num_experts", 1) > 1)
+HAS_ROUTER = Only("one network with model.num_experts of 2 or more", lambda config: (
+    ROUTED.holds(config) and "member" not in config.model))
+"""That "router" is a parameter group of the model; those of an ensemble's members are parts of theirs."""
 
 
 @dataclasses.dataclass(frozen=True)

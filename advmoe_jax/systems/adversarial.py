@@ -15,7 +15,7 @@ from advmoe_jax.core import rng, tree, units, xla
 from advmoe_jax.core.fields import Only, setting
 from advmoe_jax.data import pipeline
 from advmoe_jax.models.model import Model
-from advmoe_jax.models.network import ROUTED
+from advmoe_jax.models.network import HAS_ROUTER
 from advmoe_jax.ops import losses, routing
 from advmoe_jax.systems import adversary
 from advmoe_jax.systems.sources import Source, initial
@@ -35,7 +35,7 @@ class Config:
     loss: str = setting("trades", "what is trained", choices=LOSSES)
     beta: float = setting(6.0, "1 / lambda, the weight of the robust term", least=0, most=1e6, only=_WEIGHTED)
     balance_loss: float = setting(0.0, "weight of the Switch Transformer's load-balance loss", least=0, most=1e6,
-                                  only=ROUTED)
+                                  only=HAS_ROUTER)
 
 
 def objective(model: Model, cfg, *, router_loss: bool = False) -> step.Objective:

@@ -18,12 +18,13 @@ from advmoe_jax.core.fields import Only, setting
 from advmoe_jax.evaluation import measure
 from advmoe_jax.evaluation.suites import Suite
 from advmoe_jax.models.model import Model
-from advmoe_jax.models.network import ROUTED
+from advmoe_jax.models.network import HAS_ROUTER, ROUTED
 from advmoe_jax.ops import balls, losses, routing
 from advmoe_jax.train.step import Attack
 
 ATTACKED = Only("a system.loss other than natural", lambda config: config.system.get("loss") != "natural")
-_ROUTER = Only(f"{ROUTED.when} and {ATTACKED.when}", lambda config: ROUTED.holds(config) and ATTACKED.holds(config))
+_ROUTED, _ROUTER = (Only(f"{of.when} and {ATTACKED.when}", lambda config, of=of: (
+    of.holds(config) and ATTACKED.holds(config))) for of in (ROUTED, HAS_ROUTER))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Config:
     norm: str = setting("linf", "norm of the perturbation", choices=balls.NORMS)
     eps: str = setting("8/255", "its size, in pixel units of [0, 1]")
     router_grad: str = setting("none", "gradient of the choices in training attacks; none: they are constants",
-                               choices=routing.ROUTER_GRADS, only=_ROUTER)
+                               choices=routing.ROUTER_GRADS, only=_ROUTED)
     router_weight: float = setting(0.0, "weight of KL(clean || adversarial) of the router's scores in training attacks",
                                    least=0, most=1e6, only=_ROUTER)
 

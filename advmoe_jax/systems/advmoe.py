@@ -14,7 +14,7 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import setting
 from advmoe_jax.data.pipeline import Data
 from advmoe_jax.models.model import Model
-from advmoe_jax.models.network import ROUTED
+from advmoe_jax.models.network import HAS_ROUTER
 from advmoe_jax.systems import adversarial
 from advmoe_jax.systems.adversarial import Update, build
 from advmoe_jax.systems.sources import Source
@@ -38,7 +38,7 @@ class Config(adversarial.Config):
 def check(config) -> None:
     """Raises UserError for values that make no AdvMoE."""
     system = config.system
-    if not ROUTED.holds(config):
+    if not HAS_ROUTER.holds(config):
         raise UserError("system.name=advmoe needs model.num_experts of 2 or more: "
                         "a network of one expert, or an ensemble, trains with system.name=standard")
     if system.loss == "natural":

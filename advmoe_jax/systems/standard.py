@@ -12,7 +12,7 @@ import jax
 from advmoe_jax.core.fields import setting
 from advmoe_jax.data.pipeline import Data
 from advmoe_jax.models.model import Model
-from advmoe_jax.models.network import ROUTED
+from advmoe_jax.models.network import HAS_ROUTER
 from advmoe_jax.systems import adversarial
 from advmoe_jax.systems.adversarial import Update, build
 from advmoe_jax.systems.sources import Source
@@ -24,7 +24,7 @@ class Config(adversarial.Config):
     """Fields of `config.system`."""
 
     trains: str = setting("all", "parameters that are trained; the others rest", choices=("all", "router", "backbone"),
-                          only=ROUTED)
+                          only=HAS_ROUTER)
 
 
 def make(cfg, model: Model, data: Data, mesh: jax.sharding.Mesh, sources: Mapping[str, Source]) -> System:

@@ -11,6 +11,7 @@ import optax
 from advmoe_jax.core import units
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.core.fields import Only, group, setting
+from advmoe_jax.models.network import HAS_ROUTER
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("cosine", "cosine_epoch", "constant", "multistep", "piecewise")
@@ -40,8 +41,8 @@ class Groups:
     backbone: Config = group(Config(), Only("systems that train the backbone", lambda config: (
         config.system.get("trains") != "router")))
     router: Config = group(Config(learning_rate=0.01, warmup="5%", clip_norm=1.0), Only(
-        "systems that train a router, with model.num_experts of 2 or more", lambda config: (
-            config.model.get("num_experts", 1) > 1 and config.system.get("trains") != "backbone")))
+        f"systems that train a router, of {HAS_ROUTER.when}", lambda config: (
+            HAS_ROUTER.holds(config) and config.system.get("trains") != "backbone")))
 
 
 def schedule(cfg, steps_per_epoch: int, total_steps: int) -> Callable:
