@@ -56,15 +56,16 @@ def report(flags: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def of_recipe(flags: argparse.Namespace, chosen: Recipe, overrides: list[str]) -> None:
-    """Carries a recipe out: its unfinished runs, one after the other, then its report."""
-    chosen = Recipe({name: _with(config, overrides, f"run {name}: ") for name, config in chosen.runs.items()},
-                    chosen.title, chosen.rows, chosen.paper, chosen.notes)
-    if flags.list_fields:
-        return list_fields(next(iter(chosen.runs.values())))
+    """Carries a recipe out: its unfinished runs, one after the other, then its report. Fields of the command line are
+    for the runs that --only picks."""
     first = next(iter(chosen.runs.values()))
     root = paths.path(flags.workdir or f"runs/{first.name.removesuffix('/' + first.run)}")
-    planned = recipe.plan(chosen, root)
-    taken = recipe.only(planned, flags.only)
+    names = {run.name for run in recipe.only(recipe.plan(chosen, root), flags.only)}
+    for name, config in chosen.runs.items():
+        _with(config, overrides if name in names else [], f"run {name}: ")
+    if flags.list_fields:
+        return list_fields(first)
+    taken = [run for run in recipe.plan(chosen, root) if run.name in names]
     if flags.list:
         return tables.show([_states(taken)])
     for run in taken:

@@ -4,7 +4,7 @@ Command:  python -m advmoe_jax.main --config configs/digits_table.py
           the same on as many machines as share runs/; --list shows how far it is; --only "advmoe-*" takes a part
 Hardware: 2 CPU cores.
 Time:     an hour for the 30 runs, one after the other.
-Expected: configs/README.md has the table that it made.
+Expected: README.md has the table.
 """
 
 import digits_r18
