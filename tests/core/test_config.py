@@ -189,6 +189,7 @@ def test_overrides_that_are_refused(text, message):
     _one_line(error)
 
 
+TEAM = ("system.name=standard", "model.name=ensemble")  # of members with routers of their own
 DENSE = ("system.name=standard", "model.num_experts=1")
 
 
@@ -196,8 +197,7 @@ DENSE = ("system.name=standard", "model.num_experts=1")
     ((*DENSE, "model.routing=global"), "model.routing is 'global', which has no effect here: it is for "
                                        "model.num_experts of 2 or more; expected 'layer'"),
     ((*DENSE, "model.router_width=8"), "model.router_width is 8, which has no effect"),
-    ((*DENSE, "optim.router.momentum=0.5"), "optim.router.momentum is 0.5, which has no effect here: it is for systems "
-                                            "that train a router"),
+    ((*DENSE, "optim.router.momentum=0.5"), "optim.router.momentum is 0.5, which has no effect here: it is for"),
     ((*DENSE, "optim.router.learning_rate=0.1"), "optim.router.learning_rate is 0.1, which has no effect"),
     ((*DENSE, "system.trains=backbone"), "system.trains is 'backbone', which has no effect"),
     ((*DENSE, "system.balance_loss=0.1"), "system.balance_loss is 0.1, which has no effect"),
@@ -208,6 +208,13 @@ DENSE = ("system.name=standard", "model.num_experts=1")
      "optim.router.momentum is 0.5, which has no effect"),
     (("system.name=standard", "system.loss=natural", "train.attack=fgsm"), "train.attack is 'fgsm', which has no"),
     (("system.loss=madry", "system.beta=3"), "system.beta is 3.0, which has no effect"),
+    (("model.name=ensemble",), "system.name=advmoe needs model.num_experts of 2 or more: a network of one expert, or "
+                               "an ensemble, trains with system.name=standard"),
+    ((*TEAM, "system.trains=router"),
+     "system.trains is 'router', which has no effect here: it is for one network with"),
+    ((*TEAM, "system.balance_loss=0.1"), "system.balance_loss is 0.1, which has no effect"),
+    ((*TEAM, "attack.router_weight=1"), "attack.router_weight is 1.0, which has no effect"),
+    ((*TEAM, "optim.router.momentum=0.5"), "optim.router.momentum is 0.5, which has no effect"),
     (("model.num_experts=1",), "system.name=advmoe needs model.num_experts of 2 or more"),
     (("system.loss=natural",), "system.loss=natural has no adversary for system.name=advmoe"),
     (("system.share_attack=true",), "expected system.share_batch=true with it"),
@@ -228,7 +235,7 @@ def test_what_does_not_fit_is_refused(overrides, words):
     ("system.loss=madry", "system.router_loss=label_mod", "system.beta=3"),
     ("system.share_batch=true", "system.share_attack=true"), ("attack.norm=l2", "attack.eps=0.5"),
     ("eval.norm=l2", "eval.eps=0.5,1"), ("system.name=standard", "system.loss=natural", "model.num_experts=1"),
-    ("system.name=standard", "model.name=ensemble", "model.num_experts=1")])
+    (*TEAM, "model.num_experts=1"), (*TEAM, "model.routing=global", "attack.router_grad=ste_full")])
 def test_what_fits_is_taken(overrides):
     configs.check(_config(*overrides))
 

@@ -90,7 +90,8 @@ def test_values_that_are_refused(name, value, message):
 @pytest.mark.parametrize("of, words", [
     (Setting(0, "x"), "a whole number"), (Setting(0.0, "x"), "a number"), (Setting(False, "x"), "true or false"),
     (Setting("", "x"), "text"), (Setting("a", "x", choices=("a", "b")), "a | b"),
-    (Setting(1, "x", least=0), "0 or more"), (Setting(1, "x", least=0, most=9), "0 to 9"), (Setting(1.0, "x", most=0.5), "at most 0.5"),
+    (Setting(1, "x", least=0), "0 or more"), (Setting(1, "x", least=0, most=9), "0 to 9"),
+    (Setting(1.0, "x", most=0.5), "at most 0.5"),
     (Setting(1.0, "x", above=0), "above 0"), (Setting(1.0, "x", above=0, most=1), "above 0 and at most 1")])
 def test_what_is_expected_in_words(of, words):
     assert of.expected == words

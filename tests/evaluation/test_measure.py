@@ -16,6 +16,7 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.data.split import Arrays
 from advmoe_jax.evaluation import measure, suites, verdicts
 from advmoe_jax.models import routing_facts
+from advmoe_jax.models.model import Model
 from advmoe_jax.ops.statistics import wilson
 
 COUNT, SHAPE, CLASSES = 53, (4, 4, 1), 3
@@ -128,6 +129,12 @@ PGD = "pgd(num_steps=5,eps=0.05)"
 @pytest.fixture(scope="module")
 def three_views():
     return _found(PGD, model=THREE)
+
+
+def test_models_of_this_file_are_models():
+    """Else what is tested here would not be what evaluations do."""
+    names = set(Model.__annotations__) | {name for name in vars(Model) if not name.startswith("_")}
+    assert [name for name in sorted(names) for model in (_Dense(), _Routed()) if not hasattr(model, name)] == []
 
 
 def test_every_image_is_counted_once(three_views):

@@ -1,5 +1,6 @@
 """What every kind of model promises, and what is special to an ensemble."""
 
+import dataclasses
 import functools
 import json
 
@@ -9,17 +10,22 @@ import numpy as np
 import pytest
 
 from advmoe_jax.core import config as configs
+from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import tree
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.core.tables import Table
+from advmoe_jax.data.split import Arrays
 from advmoe_jax.evaluation import measure, suites
 from advmoe_jax.models import model as models
 from advmoe_jax.models import network
+from advmoe_jax.models.model import Model
 from advmoe_jax.ops import losses
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 SHAPE, CLASSES, BATCH, PASSES = (8, 8, 1), 4, 6, 2
 KINDS = {"dense": ("model.num_experts=1", "model.model_scale=1"), "routed": ("model.router_width=4",),
-         "ensemble": ("model.name=ensemble", "model.num_experts=1", "model.num_members=3")}
+         "ensemble": ("model.name=ensemble", "model.num_experts=1", "model.num_members=3"),
+         "team": ("model.name=ensemble", "model.router_width=4", "model.num_members=2")}
 each = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -36,6 +42,22 @@ def _images(*begin):
 
 
 @each
+def test_everything_that_the_protocol_names_is_there(kind):
+    """What asks for it lies in other rooms, and would fail in the middle of a run."""
+    model, variables = _model(kind)
+    names = set(Model.__annotations__) | {name for name in vars(Model) if not name.startswith("_")}
+    assert {"kind", "layers", "costs", "observe", "train_pass", "gather"} <= names
+    assert [name for name in sorted(names) if not hasattr(model, name)] == []
+    for name in ("kind", "about"):
+        assert isinstance(getattr(model, name), str) and "\n" not in getattr(model, name)
+    for name in ("groups", "views", "layers", "image_shape"):
+        assert isinstance(getattr(model, name), tuple)
+    assert set(model.surfaces) == ({"routed"} if kind == "routed" else set())
+    assert all(isinstance(surface(variables), jax.tree_util.Partial) for surface in model.surfaces.values())
+    assert hash(model) == hash(_model(kind)[0]), "it is a static argument of compiled programs"
+
+
+@each
 def test_a_model_keeps_its_contract(kind):
     model, variables = _model(kind)
     assert model.kind and (model.image_shape, model.num_classes) == (SHAPE, CLASSES)
@@ -48,6 +70,10 @@ def test_a_model_keeps_its_contract(kind):
     paths = [spec.path for spec in model.layers]
     names = tree.named_leaves(variables["params"])
     assert len(paths) == len(set(paths)) and all(f"{path}/kernel" in names for path in paths)
+    statistics = tree.named_leaves(variables["batch_stats"])
+    for spec in model.layers:
+        assert set(spec.inputs) <= set(paths) and (spec.norm is None or f"{spec.norm}/mean" in statistics)
+    assert any(spec.norm for spec in model.layers) and any(spec.inputs for spec in model.layers)
 
 
 @each
@@ -75,6 +101,11 @@ def test_what_an_evaluation_keeps_and_says(kind):
         assert all(len(row) == len(table.columns) and all(isinstance(cell, str) for cell in row) for row in table.rows)
         assert set(table.varying) <= set(table.columns)
     costs = model.costs(facts=facts)
+    assert json.loads(json.dumps(costs)) == costs
+    assert costs.keys() == {"pathway", "router", "total", "executed", "params"}
+    tables = [dataclasses.asdict(table) for table in model.fact_tables(facts)]
+    assert [Table(**table).title for table in json.loads(json.dumps(tables))] == {
+        "dense": [], "routed": ["Routing"]}.get(kind, ["Members"]) and bool(facts) == (kind != "dense")
     assert costs["total"] == costs["pathway"] + costs["router"] and costs["executed"] >= costs["total"]
     assert costs["params"] == tree.size(variables["params"])
 
@@ -90,6 +121,44 @@ def test_an_ensemble_is_the_mean_of_its_members():
     assert not np.allclose(alone[0], alone[1]), "members start independently"
     single = model.member.costs()
     assert model.costs() == {name: 3 * value for name, value in single.items()}
+
+
+def test_members_normalise_by_their_own_statistics():
+    """Else a member that is frozen would change with the others."""
+    model, variables = _model("ensemble")
+    x = _images(BATCH, PASSES)
+    logits, aux, stats = jax.jit(model.train_pass)(variables, x)
+    assert aux["member_logits"].shape == (BATCH, PASSES, 3, CLASSES)
+    np.testing.assert_allclose(logits, aux["member_logits"].mean(2), rtol=1e-5, atol=1e-6)
+    for i, group in enumerate(model.groups):
+        alone, _, own = jax.jit(model.member.train_pass)({part: trees[group] for part, trees in variables.items()}, x)
+        np.testing.assert_allclose(aux["member_logits"][:, :, i], alone, rtol=1e-4, atol=1e-5)
+        jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6),
+                     stats[group], own)
+    first, second = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(stats[group])])
+                     for group in model.groups[:2])
+    assert not np.allclose(first, second)
+
+
+def test_the_layers_of_an_ensemble_are_those_of_its_members():
+    model, _ = _model("ensemble")
+    assert len(model.layers) == 3 * len(model.member.layers)
+    for i, spec in enumerate(model.layers):
+        group, own = model.groups[i // len(model.member.layers)], model.member.layers[i % len(model.member.layers)]
+        assert (spec.path, spec.inputs) == (f"{group}/{own.path}", tuple(f"{group}/{path}" for path in own.inputs))
+        assert (spec.macs, spec.kernel, spec.norm is None) == (own.macs, own.kernel, own.norm is None)
+
+
+def test_masked_weights_of_a_member_are_not_counted():
+    model, variables = _model("ensemble")
+    path = "backbone/layer1_0/conv1"
+    mask = np.zeros((3, 3, 1, 1), bool)
+    mask[1, 1] = True
+    masks = {"member1": {"backbone": {"layer1_0": {"conv1": {"kernel": mask}}}}}
+    [spec] = [spec for spec in model.member.layers if spec.path == path]
+    dense, sparse = model.costs(), model.costs(masks)
+    assert dense["total"] - sparse["total"] == spec.macs * 8 // 9
+    assert dense["params"] - sparse["params"] == np.prod(spec.kernel) * 8 // 9
 
 
 def test_an_ensemble_gathers_a_run_for_each_member():
@@ -113,7 +182,8 @@ def test_members_alone():
 
 @pytest.mark.parametrize("kind, text, says", [
     ("dense", "adaptive", "Dense"), ("ensemble", "adaptive", "ensemble of 3"), ("dense", "exits", "Dense"),
-    ("routed", "exits", "MoE"), ("routed", "adaptive", ""), ("ensemble", "exits", "")])
+    ("routed", "exits", "MoE"), ("routed", "adaptive", ""), ("ensemble", "exits", ""), ("team", "exits", ""),
+    ("team", "adaptive", "ensemble of 2 MoE"), ("team", "pgd square", "")])
 def test_attacks_that_a_model_can_take(kind, text, says):
     suite = suites.together(text, "linf", "0.1")
     if not says:
@@ -135,6 +205,34 @@ def test_exits_attacks_an_ensemble_through_its_members():
     assert np.all(after > before)
 
 
+def test_an_ensemble_is_evaluated_member_by_member():
+    """From images to the record of an evaluation, with exits, which reads the members' logits."""
+    model, variables = _model("ensemble")
+    images = np.random.default_rng(0).integers(0, 256, (12, *SHAPE)).astype(np.uint8)
+    _, aux = model.outputs_fn(variables)(images / np.float32(255))
+    for i, group in enumerate(model.groups):  # or one class would be the answer to every image
+        linear = variables["params"][group]["backbone"]["linear"]
+        linear = linear | {"bias": linear["bias"] - aux["member_logits"][:, i].mean(0)}
+        variables = variables | {"params": variables["params"] | {group: variables["params"][group] | {
+            "backbone": variables["params"][group]["backbone"] | {"linear": linear}}}}
+    logits, aux = model.outputs_fn(variables)(images / np.float32(255))
+    labels = np.asarray(jnp.argmax(logits, -1), np.int32)
+    assert len(set(labels.tolist())) > 1
+    [suite] = suites.alone("exits(mode=average,num_steps=10)", "linf", "0.3")
+    found = measure.run(model, variables, Arrays(images, labels), np.arange(12), suite, mesh=meshes.make(),
+                        batch_size=12, seed=0)
+    record = measure.summarize(found, suite, model)
+    assert record["sa"] == 1 and record["ra"] < 0.5
+    assert found.clean["member_predictions"].shape == (12, 3)
+    right = np.asarray(jnp.argmax(aux["member_logits"], -1)) == labels[:, None]
+    assert record["facts"]["member_sa"] == pytest.approx(right.mean(0))
+    assert np.all(np.array(record["facts"]["member_ra"]) <= record["facts"]["member_sa"])
+    [table] = record["fact_tables"]
+    assert table["title"] == "Members" and [row[0] for row in table["rows"]] == ["0", "1", "2"]
+    assert all(row[1] == f"{100 * rate:.2f}" for row, rate in zip(table["rows"], record["facts"]["member_sa"]))
+
+
 def test_a_network_has_the_name_of_its_kind():
-    assert [_model(kind)[0].kind for kind in KINDS] == ["Dense", "MoE", "ensemble of 3 S-Dense"]
+    assert [_model(kind)[0].kind for kind in KINDS] == [
+        "Dense", "MoE", "ensemble of 3 S-Dense", "ensemble of 2 MoE"]
     assert isinstance(_model("ensemble")[0].member, network.Network)
