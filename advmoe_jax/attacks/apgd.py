@@ -71,9 +71,11 @@ def make(config: Config = Config()) -> build.Attack:
     if config.loss == "kl":
         raise UserError("apgd has loss=kl: expected a loss of labels, one of ce, dlr, margin")
     if config.targets and config.loss not in objectives.TARGETED:
-        raise UserError(f"apgd has targets={config.targets} with loss={config.loss}: "
+        loss = "an objective of its own" if isinstance(config.loss, objectives.Objective) else config.loss
+        raise UserError(f"apgd has targets={config.targets} with loss={loss}: "
                         f"expected one of {', '.join(objectives.TARGETED)}")
     objective = objectives.TARGETED[config.loss] if config.targets else objectives.get(config.loss)
+    success = objectives.misclassified if config.targets else objective.success
     phases = [(1, config.num_steps)]
     if config.norm == "l1" and config.largest_first:
         counts = [math.ceil(share * config.num_steps) for _, share in _L1_PHASES[:2]]
@@ -100,7 +102,7 @@ def make(config: Config = Config()) -> build.Attack:
                 rows = rows | {"init": best} if is_l1 else rows
             return candidate
 
-        return build.over_targets(one, inputs, config.targets, config.restarts, config.eot > 0)
+        return build.over_targets(one, inputs, config.targets, config.restarts, config.eot > 0, success)
 
     return attack
 

@@ -51,8 +51,9 @@ def of_images(transform: Callable[[jax.Array, jax.Array], jax.Array]) -> Attack:
 
 
 def over_targets(one: Callable[[driver.Inputs, bool], dict[str, jax.Array]], inputs: driver.Inputs, targets: int = 0,
-                 restarts: int = 1, noisy: bool = False) -> jax.Array:
-    """The worst images over restarts, for each target. Images that are misclassified when clean stay as they are.
+                 restarts: int = 1, noisy: bool = False,
+                 success: Callable[[Any, Any], jax.Array] = objectives.misclassified) -> jax.Array:
+    """The worst images over restarts, for each target. Images that are broken when clean stay as they are.
 
     Args:
         one: `(inputs, whether this is the first restart) -> candidate`. With targets, the rows have a "target" (B,).
@@ -61,8 +62,9 @@ def over_targets(one: Callable[[driver.Inputs, bool], dict[str, jax.Array]], inp
         targets: how many classes are aimed at, by falling clean logit, at most K - 1; 0 for none.
         restarts: for each target.
         noisy: whether the model takes keys (B,) too.
+        success: whether outputs are those of broken images, see objectives.Objective.
     """
-    worst, ranking = objectives.clean(inputs, targets, noisy)
+    worst, ranking = objectives.clean(inputs, targets, noisy, success)
 
     def round_of(inputs, number):
         rows = inputs.rows | {"keys": rng.fold_in(inputs.rows["keys"], number)}

@@ -134,19 +134,22 @@ def _first(outputs_fn, *inputs):
     return outputs_fn(*inputs)[0]
 
 
-def clean(inputs: driver.Inputs, targets: int, noisy: bool = False) -> tuple[dict[str, jax.Array], jax.Array]:
+def clean(inputs: driver.Inputs, targets: int, noisy: bool = False,
+          success: Callable[[Any, Any], jax.Array] = misclassified) -> tuple[dict[str, jax.Array], jax.Array]:
     """One pass over the clean images: a driver's candidate, and a ranking (B, min(targets, K - 1)) of classes.
 
-    Where an image is misclassified the candidate is broken, hence final. The ranking holds the classes other than the
-    label by falling logit. `noisy` says whether the model takes keys (B,) too.
+    Where the clean image is a `success` of (outputs, y) the candidate is broken, hence final. The ranking holds the
+    classes other than the label by falling logit. `noisy` says whether the model takes keys (B,) too.
     """
     driver.count((1, 0), inputs.rows["x"].shape[0])
-    return _clean(inputs.logits_fn, inputs.rows, targets, noisy)
+    return _clean(inputs.logits_fn, inputs.rows, targets, noisy, success)
 
 
-@functools.partial(jax.jit, static_argnames=("targets", "noisy"))
-def _clean(logits_fn, rows, targets, noisy):
+@functools.partial(jax.jit, static_argnames=("targets", "noisy", "success"))
+def _clean(logits_fn, rows, targets, noisy, success):
     x, y = rows["x"], rows["y"]
-    logits = logits_fn(x, rows["keys"]) if noisy else logits_fn(x)
-    ranking = jax.lax.top_k(losses.others(logits, y), min(targets, logits.shape[-1] - 1))[1]
-    return driver.none_yet(x, misclassified(logits, y)), ranking
+    outputs = logits_fn(x, rows["keys"]) if noisy else logits_fn(x)
+    ranking = jnp.zeros((x.shape[0], 0), jnp.int32)
+    if targets:
+        ranking = jax.lax.top_k(losses.others(outputs, y), min(targets, outputs.shape[-1] - 1))[1]
+    return driver.none_yet(x, success(outputs, y)), ranking

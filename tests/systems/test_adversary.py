@@ -1,4 +1,7 @@
-"""Attacks of training by name: one as in evaluation, and several in turn, the worst, or the mean of their losses."""
+"""The adversary of training: what its text names is what evaluations would make, and several attacks count as told.
+
+A network of one block on random images, as it is before training.
+"""
 
 import functools
 
@@ -7,103 +10,261 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advmoe_jax.attacks import parse
+from advmoe_jax.attacks import objectives, parse
 from advmoe_jax.core import config as configs
+from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.data import pipeline
+from advmoe_jax.data.split import Arrays
 from advmoe_jax.models import network
 from advmoe_jax.ops import losses
-from advmoe_jax.systems import adversarial, adversary
+from advmoe_jax.systems import adversarial, adversary, standard
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
-BATCH, SHAPE, CLASSES = 6, (8, 8, 1), 4
-FGSM, PGD = "fgsm", "pgd(num_steps=3,step_size=0.625 eps,keep=last)"
+SHAPE, CLASSES, COUNT, BATCH = (8, 8, 1), 4, 32, 8
+PGD = "pgd(num_steps=2,step_size=0.5 eps)"
+OTHER = "pgd(norm=l2,eps=0.4,num_steps=2,loss=margin)"
+KEY, INDEX = jax.random.key(3), np.arange(BATCH, dtype=np.int32)[::-1] + 5
+DENSE, MOE = "model.num_experts=1", "model.num_experts=2"
 
 
-def _config(attack, *overrides):
-    config = configs.default(system="standard", data="digits")
-    configs.override_all(config, ["model.num_experts=1", "model.depth=4", "model.width=4", "system.loss=madry",
-                                  "attack.eps=0.1", f"train.attack={attack}", *overrides])
+def _config(*texts):
+    config = configs.default(system="standard")
+    configs.override_all(config, ["model.depth=4", "model.width=8", f"data.batch_size={BATCH}", "train.length=2 steps",
+                                  "data.pad=1", *texts])
+    configs.check(config)
     return config
 
 
 @functools.cache
-def _case():
-    """A network, its variables, images, labels and indices."""
-    net = network.make(_config(FGSM).model, SHAPE, CLASSES)
-    x = jax.random.uniform(jax.random.key(1), (BATCH, *SHAPE))
-    return net, jax.jit(net.init)(jax.random.key(0)), x, jnp.arange(BATCH) % CLASSES, jnp.arange(BATCH)
+def _model(experts=DENSE):
+    """A network, and variables that tell images apart more than fresh ones do."""
+    net = network.make(_config(experts).model, SHAPE, CLASSES)
+    variables = jax.jit(net.init)(jax.random.key(0))
+    params = dict(variables["params"])
+    linear = params["backbone"]["linear"]
+    params["backbone"] |= {"linear": linear | {"kernel": 100 * linear["kernel"]}}
+    if "router" in params:
+        params["router"] = jax.tree.map(lambda leaf: 10 * leaf, params["router"])
+    return net, variables | {"params": params}
 
 
-def _images(config, loss="ce", step=0):
-    net, variables, x, y, index = _case()
-    attack = adversary.training_attack(net, config, loss)
-    return jax.jit(attack)(variables, jax.random.key(5), x, y, index, jnp.int32(step))
+@functools.cache
+def _images():
+    return jnp.asarray(np.random.default_rng(0).uniform(size=(BATCH, *SHAPE)), jnp.float32)
 
 
-def _alone(text, loss="ce", **more):
-    return np.asarray(_images(_config(text, **more), loss)[:, 0])
+@functools.cache
+def _labels(experts=DENSE):
+    """(B,) what the network says of the images, but for the last one."""
+    net, variables = _model(experts)
+    found = np.argmax(net.outputs_fn(variables)(_images())[0], -1).astype(np.int32)
+    return np.append(found[:-1], (found[-1] + 1) % CLASSES).astype(np.int32)
 
 
-def test_one_attack_is_that_of_an_evaluation():
-    """With the same settings, keys and gradient: the same images, and no other number of them."""
-    net, variables, x, y, index = _case()
-    [spec] = parse.attacks(PGD, norm="linf", eps="0.1")
-    logits_fn = jax.tree_util.Partial(lambda outputs_fn, u: outputs_fn(u)[0], net.outputs_fn(variables))
-    expected = spec.run(logits_fn, rng.per_example(jax.random.key(5), index), x, y)
-    images = _images(_config(PGD))
-    assert images.shape == (BATCH, 1, *SHAPE)
-    np.testing.assert_allclose(images[:, 0], expected, atol=1e-6)
-    assert 0.09 < np.abs(images[:, 0] - x).max() <= 0.1 + 1e-6
+@functools.cache
+def _attacked(text, *more, loss="madry", step=0, experts=DENSE):
+    """(B, A, H, W, C) images that the training by `loss` would see in iteration `step`."""
+    config = _config(experts, f"train.attack={text}", f"system.loss={loss}", *more)
+    net, variables = _model(experts)
+    attack = adversary.training_attack(net, config, "kl" if loss == "trades" else "ce")
+    return np.asarray(jax.jit(attack)(variables, KEY, _images(), _labels(experts), INDEX, step))
 
 
-def test_several_take_turns():
-    config = _config(f"{FGSM} {PGD}")
-    for step in range(3):
-        np.testing.assert_array_equal(_images(config, step=step)[:, 0], _alone((FGSM, PGD)[step % 2]))
+def _evaluated(text, loss, experts=DENSE):
+    """(B, H, W, C) images that the same attack makes alone, with one key an image as in evaluation."""
+    net, variables = _model(experts)
+    [spec] = parse.attacks(text, norm="linf", eps="8/255", loss=objectives.NAMED[loss])
+    outputs_fn = net.outputs_fn(variables)
+    goal = outputs_fn(_images())[0] if loss == "kl" else _labels(experts)
+    attack = jax.jit(lambda logits_fn, keys, x, goal: spec.run(logits_fn, keys, x, goal))
+    return np.asarray(attack(objectives.logits_fn(outputs_fn), rng.per_example(KEY, INDEX), _images(), goal))
 
 
-def test_the_worst_of_several():
-    """Of each image that of the larger loss."""
-    net, variables, _, y, _ = _case()
-    both = np.stack([_alone(FGSM), _alone(PGD)])
-    values = np.stack([losses.cross_entropy(net.outputs_fn(variables)(u)[0], y) for u in both])
-    worst = _images(_config(f"{FGSM} {PGD}", "train.several=worst"))
-    assert worst.shape == (BATCH, 1, *SHAPE)
-    np.testing.assert_allclose(worst[:, 0], both[values.argmax(0), np.arange(BATCH)], atol=1e-6)
+@pytest.mark.parametrize("text, loss, raises", [
+    (PGD, "madry", "ce"), (PGD, "mart", "ce"), (PGD, "trades", "kl"),
+    ("pgd(num_steps=2,step_size=0.625 eps,start=gaussian,keep=last)", "trades", "kl"),
+    ("fgsm", "madry", "ce"), ("apgd(num_steps=3)", "madry", "ce"), ("apgd(num_steps=3)", "trades", "kl")])
+def test_one_attack_is_that_of_an_evaluation(text, loss, raises):
+    """With the same settings and the objective of what is trained it makes the same images, and changes them."""
+    found = _attacked(text, loss=loss)
+    assert found.shape == (BATCH, 1, *SHAPE)
+    np.testing.assert_array_equal(found[:, 0], _evaluated(text, raises))
+    assert np.mean(np.any(found[:, 0] != _images(), (1, 2, 3))) > 0.5
 
 
-def test_the_mean_of_several():
-    """All images come back, and the loss is the mean of the losses on each."""
-    net, variables, x, y, _ = _case()
-    config = _config(f"{FGSM} {PGD}", "train.several=mean")
-    images = _images(config)
-    assert images.shape == (BATCH, 2, *SHAPE)
-    loss, (_, metrics) = adversarial.objective(net, config)(
-        variables["params"], variables["batch_stats"], {"image": x, "adversarial": images, "label": y})
-    logits, *_ = net.train_pass(variables, images)
-    each = [jnp.mean(losses.cross_entropy(logits[:, i], y)) for i in range(2)]
-    assert float(loss) == pytest.approx(float(sum(each) / 2), rel=1e-5)
-    assert float(metrics["ra"]) == pytest.approx(float(jnp.mean(jnp.argmax(logits, -1) == y[:, None])))
+@pytest.mark.parametrize("text", [
+    "pgd(num_steps=2,loss=ce)", OTHER, "fgsm(loss=margin)", "apgd(num_steps=3,targets=2,loss=dlr)",
+    "square(num_queries=4)", "deepfool(num_steps=2)"])
+def test_an_attack_may_raise_another_loss(text):
+    """Under TRADES one that names a loss of the labels raises that; so does one that knows no other."""
+    found = _attacked(text, loss="trades")
+    np.testing.assert_array_equal(found[:, 0], _evaluated(text, "ce"))
+    np.testing.assert_array_equal(found, _attacked(text, loss="madry"))
+    assert np.any(found[:, 0] != _images())
+    if text.startswith("pgd(num_steps=2,"):
+        assert np.any(found != _attacked("pgd(num_steps=2)", loss="trades"))
 
 
-def test_an_attack_may_raise_another_loss_than_the_system():
-    """Under TRADES, whose attack starts where the KL is flat, `loss=ce` moves along another gradient."""
-    by_kl, by_ce = (_images(_config(f"pgd(num_steps=1,start=none,step_size=1 eps,keep=last{loss})",
-                                    "system.loss=trades"), "kl") for loss in ("", ",loss=ce"))
-    np.testing.assert_allclose(by_ce[:, 0], _alone(FGSM), atol=1e-6)
-    assert not np.allclose(by_kl, by_ce)
+def _losses(found, loss):
+    """(B, A) of what is trained."""
+    net, variables = _model()
+    outputs_fn = net.outputs_fn(variables)
+    clean, _ = outputs_fn(_images())
+
+    def of(x):
+        logits, _ = outputs_fn(x)
+        return losses.kl(clean, logits) if loss == "trades" else losses.cross_entropy(logits, _labels())
+
+    return np.stack([of(found[:, i]) for i in range(found.shape[1])], 1)
 
 
-def test_attacks_without_a_gradient_train_too():
-    images = _images(_config("square(num_queries=5)"))
-    assert np.all(np.abs(images[:, 0] - _case()[2]) <= 0.1 + 1e-6)
+def _each(loss):
+    return np.concatenate([_attacked(text, loss=loss) for text in (PGD, OTHER)], 1)
+
+
+def test_several_attacks_take_turns():
+    """By the number of the iteration, as the text has them, and round again."""
+    each = _each("madry")
+    assert np.any(each[:, 0] != each[:, 1])
+    for step in range(5):
+        found = _attacked(f"{PGD} {OTHER}", step=step)
+        np.testing.assert_array_equal(found, each[:, [step % 2]])
+    assert np.any(_attacked(f"{OTHER} {PGD}") != each[:, [0]])
+
+
+@pytest.mark.parametrize("loss", ["madry", "trades"])
+def test_the_worst_attack_of_each_image(loss):
+    """Is the one of the larger loss that is trained, not one attack for all images nor the one that is broken."""
+    each = _each(loss)
+    values = _losses(each, loss)
+    chosen = np.argmax(values, 1)
+    assert set(chosen) == {0, 1}
+    found = _attacked(f"{PGD} {OTHER}", "train.several=worst", loss=loss)
+    np.testing.assert_array_equal(found, each[np.arange(BATCH), chosen][:, None])
+
+
+@pytest.mark.parametrize("loss", ["madry", "trades"])
+def test_the_mean_over_attacks_keeps_all_images(loss):
+    np.testing.assert_array_equal(_attacked(f"{PGD} {OTHER}", "train.several=mean", loss=loss), _each(loss))
+
+
+@pytest.mark.parametrize("loss", ["madry", "trades", "mart"])
+def test_the_loss_of_several_images_is_the_mean_of_their_losses(loss):
+    """Each pass has statistics of its own; "ra" is the mean too, and "sa" that of the clean images."""
+    net, variables = _model()
+    run = adversarial.objective(net, _config(DENSE, f"system.loss={loss}"))
+    both = jnp.asarray(_each("madry"))
+
+    @jax.jit
+    def of(adversarial_images):
+        batch = {"image": _images(), "adversarial": adversarial_images, "label": _labels()}
+        value, (_, metrics) = run(variables["params"], variables["batch_stats"], batch)
+        return {"loss": value} | metrics
+
+    together, *alone = of(both), of(both[:, :1]), of(both[:, 1:])
+    assert alone[0]["loss"] != alone[1]["loss"]
+    assert together.keys() == alone[0].keys() == {"loss", "ra"} | ({"sa"} if loss != "madry" else set())
+    for name, value in together.items():
+        assert value == pytest.approx(float(alone[0][name] + alone[1][name]) / 2, rel=1e-5), name
+
+
+# The adversary and the router.
+
+
+def _scores_moved(found):
+    """(B,) KL of the router's scores from clean to attacked images."""
+    net, variables = _model(MOE)
+    outputs_fn = net.outputs_fn(variables)
+    clean, attacked = (outputs_fn(x)[1]["router_logits"] for x in (_images(), found[:, 0]))
+    return np.mean(losses.kl(clean, attacked), -1)
+
+
+def test_an_attack_that_weighs_the_router_moves_its_scores():
+    """Where the weight is large that is nearly all it does; where it is 0 the router is let be."""
+    text = "pgd(num_steps=4)"
+    plain, weighed = (_attacked(text, f"attack.router_weight={weight}", experts=MOE) for weight in (0, 1e5))
+    np.testing.assert_array_equal(plain[:, 0], _evaluated(text, "ce", experts=MOE))
+    before, after = _scores_moved(plain), _scores_moved(weighed)
+    assert np.mean(after) > 2 * np.mean(before) > 0 and np.mean(after > before) > 0.8, (before, after)
+
+
+def test_a_model_s_other_surfaces_are_attacked():
+    """An attack of routes takes the routed function, as in evaluation, and a network without routes is refused."""
+    text = "adaptive(mode=joint,num_steps=5)"
+    net, variables = _model(MOE)
+    [spec] = parse.attacks(text, norm="linf", eps="8/255")
+    attack = jax.jit(lambda routed_fn, keys: spec.run(routed_fn, keys, _images(), _labels(MOE)))
+    expected = attack(net.surfaces["routed"](variables), rng.per_example(KEY, INDEX))
+    found = _attacked(text, experts=MOE)
+    np.testing.assert_array_equal(found[:, 0], expected)
+    assert np.any(found[:, 0] != _images())
+
+
+# What is refused, before anything is trained.
+
+
+def _data():
+    split = Arrays(np.zeros((COUNT, *SHAPE), np.uint8), np.zeros(COUNT, np.int32))
+    return pipeline.Data(split, np.arange(COUNT), split, np.arange(4), split, CLASSES, SHAPE)
+
+
+def _message(function):
+    with pytest.raises(UserError) as caught:
+        function()
+    assert "\n" not in str(caught.value) and " at 0x" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("text, words", [
-    ("pdg", "unknown attack 'pdg'"), ("adaptive", "adaptive reads router_logits"),
-    ("exits", "exits reads member_logits")])
-def test_what_the_model_cannot_take_is_refused(text, words):
-    with pytest.raises(UserError, match=words) as caught:
-        adversary.training_attack(_case()[0], _config(text), "ce")
-    assert "\n" not in str(caught.value)
+    ("pdg", ["pdg", "did you mean 'pgd'"]), ("pgd(num_stepz=2)", ["num_stepz", "num_steps"]),
+    ("pgd(num_steps=0)", ["num_steps"]),
+    ("pgd(", ["cannot be read"]), ("", ["no attack is named"]), (f"{PGD} pdg", ["pdg"]),
+    ("pgd(loss=cee)", ["cee"]), ("pgd(norm=l2)", ["no eps"])])
+def test_an_attack_that_is_none_is_refused(text, words):
+    """When the config is checked: no data has been read."""
+    message = _message(lambda: _config(DENSE, f"train.attack={text}"))
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("text, experts, words", [
+    ("adaptive", DENSE, ["adaptive", "router_logits", "S-Dense"]), ("exits", MOE, ["exits", "member_logits", "MoE"]),
+    (f"{PGD} exits", DENSE, ["exits", "member_logits"]),
+    ("apgd(targets=2)", DENSE, ["apgd", "targets=2", "ce, margin, dlr"])])
+def test_an_attack_that_the_model_cannot_take_is_refused(text, experts, words):
+    """When the system is made, by one that is good for others."""
+    config = _config(experts, f"train.attack={text}")
+    net = network.make(config.model, SHAPE, CLASSES)
+    message = _message(lambda: standard.make(config, net, _data(), meshes.make(), {}))
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("field", ["train.attack=fgsm", "train.several=mean", "attack.router_weight=1"])
+def test_natural_training_has_no_adversary(field):
+    """Fields of one are refused, and no images are made."""
+    message = _message(lambda: _config(MOE, "system.loss=natural", field))
+    assert field.partition("=")[0] in message and "no effect" in message
+
+
+@pytest.mark.parametrize("several", ["turn", "worst", "mean"])
+def test_a_system_trains_against_several(several):
+    """Through the compiled programs of the steps, on four devices: images made with the iteration's attack."""
+    config = _config(DENSE, f"train.attack={PGD} {OTHER}", f"train.several={several}", "system.loss=madry",
+                     "data.pad=0", "data.flip=false")
+    mesh, (net, variables) = meshes.make(), _model()
+    system = standard.make(config, net, _data(), mesh, {})
+    [step] = system.steps
+    images = np.asarray(255 * _images()).astype(np.uint8)
+    batch = pipeline.device_batch(mesh, Arrays(images, _labels()), np.arange(BATCH))
+    state, made = system.init(jax.random.key(0)), []
+    for number in range(2):
+        state = state.replace(step=jax.device_put(np.int32(number), meshes.replicated(mesh)))
+        made.append(step.prepare(state, batch, step.inputs))
+    assert made[0]["adversarial"].shape == (BATCH, 2 if several == "mean" else 1, *SHAPE)
+    change = [np.asarray(found["adversarial"]) - np.asarray(found["image"])[:, None] for found in made]
+    in_linf = [np.abs(values).max((0, 2, 3, 4)) <= 8 / 255 + 1e-6 for values in change]
+    assert [list(each) for each in in_linf] == {
+        "turn": [[True], [False]], "worst": [[False], [False]], "mean": [[True, False], [True, False]]}[several]
+    _, metrics = step.update(state, made[1])
+    assert metrics["non_finite"] == -1 and np.isfinite(metrics["loss"])
