@@ -39,20 +39,21 @@ def kept_channels(mask: jax.Array, ndim: int) -> jax.Array:
 def cover_norms(masks: PyTree, params: PyTree, layers: Iterable[LayerSpec]) -> PyTree:
     """Masks that remove the scale and bias of a norm too where all of a channel before it is removed.
 
-    A channel of zeros still gives the bias of the norm behind it. A layer's own bias is covered in the same way.
+    A channel of zeros still gives the bias of the norm behind it. A layer's own bias is covered in the same way. The
+    norm behind a routed layer stays as it is: every channel of it serves a channel of each expert.
 
     Args:
-        masks: {group: tree}, None where dense.
+        masks: {group: tree}, None where dense; groups without any may be left out.
         params: {group: tree} or shapes of them.
         layers: of the network, whose paths begin with the group.
     """
-    covered = jax.tree.map(lambda _: None, params) if masks is None else jax.tree.map(
-        lambda mask, part: jax.tree.map(lambda _: None, part) if mask is None else mask, masks, params,
-        is_leaf=lambda leaf: leaf is None)
+    covered = jax.tree.map(
+        lambda mask, part: jax.tree.map(lambda _: None, part) if mask is None else mask,
+        {group: (masks or {}).get(group) for group in params}, dict(params), is_leaf=lambda leaf: leaf is None)
     for spec in layers:
         place = _at(covered, spec.path)
         mask = place.get("kernel") if place else None
-        if mask is None:
+        if mask is None or spec.routed:
             continue
         kept = kept_channels(mask, len(spec.kernel))
         for path in filter(None, (spec.path, spec.norm)):

@@ -24,7 +24,7 @@ from advmoe_jax.data.split import Arrays
 from advmoe_jax.models import network
 from advmoe_jax.models.router import ROUTINGS
 from advmoe_jax.ops import losses, routing
-from advmoe_jax.systems import adversarial, adversary
+from advmoe_jax.systems import adversarial, adversary, methods
 from advmoe_jax.train import loop
 from advmoe_jax.train import state as states
 from advmoe_jax.train import step as train_step
@@ -303,6 +303,49 @@ def test_what_levels_share(order, first):
     assert both[0].inputs == both[1].inputs == Inputs("data/lower", first, first)
 
 
+@pytest.mark.parametrize("order", ["router_first", "backbone_first"])
+def test_the_router_may_be_updated_now_and_then(order):
+    steps = _steps("advmoe", "system.router_every=3", f"system.order={order}")
+    assert {step.name: step.every for step in steps} == {"lower": 3, "upper": 1}
+
+
+def test_crops_and_noise_come_from_the_inputs():
+    """Whatever the step is, and whatever stream its batch came from."""
+    (lower, upper), mesh = _steps("advmoe"), _system(("advmoe",))[1]
+    state = _put(_fresh(ADVMOE), mesh)
+    one, same, noise, crops = (jax.device_get(step.prepare(state, _batch(mesh), inputs)) for step, inputs in (
+        (lower, Inputs("data", "a", "a")), (upper, Inputs("other", "a", "a")), (lower, Inputs("data", "a", "b")),
+        (lower, Inputs("data", "b", "a"))))
+    assert one.keys() == {"image", "adversarial", "label", "index"}
+    for name in one:
+        np.testing.assert_array_equal(one[name], same[name])
+    np.testing.assert_array_equal(noise["image"], one["image"])
+    assert np.any(noise["adversarial"] != one["adversarial"]) and np.any(crops["image"] != one["image"])
+
+
+def test_natural_training_makes_no_adversarial_images():
+    case = ("standard", "model.num_experts=1", "system.loss=natural")
+    [step], mesh = _steps(*case), _system(case)[1]
+    found = step.prepare(_put(_fresh(DENSE), mesh), _batch(mesh), step.inputs)
+    assert found.keys() == {"image", "label", "index"}
+
+
+def test_an_attack_is_given_the_iteration_and_the_rows_of_its_images(monkeypatch):
+    """By the one attacks take turns; by the other an image's noise does not depend on who shares its batch."""
+    given = {}
+
+    def attack(variables, key, x, y, index, step):
+        jax.debug.callback(lambda index, step: given.update(index=np.asarray(index), step=int(step)), index, step)
+        return x[:, None]
+
+    monkeypatch.setattr(adversary, "training_attack", lambda *_: attack)
+    system, mesh = _system.__wrapped__(DENSE, devices=1)
+    [step], rows = system.steps, np.arange(BATCH)[::-1] + 7
+    step.prepare(_put(_fresh(DENSE).replace(step=np.int32(5)), mesh), _batch(mesh, rows), step.inputs)
+    jax.effects_barrier()
+    assert given["step"] == 5 and given["index"].tolist() == rows.tolist()
+
+
 def test_levels_share_the_program_that_attacks(monkeypatch):
     """It is traced once; each level has noise of its own."""
     traced, drawn = [], []
@@ -359,6 +402,41 @@ def test_names_of_the_system():
     kinds = [_system(("standard", *more))[0].describe for more in (
         (), ("model.num_experts=1",), ("model.num_experts=1", "model.model_scale=1"), ("system.loss=natural",))]
     assert kinds == ["AT(MoE) by trades", "AT(S-Dense) by trades", "AT(Dense) by trades", "natural MoE"]
+
+
+@pytest.mark.parametrize("method, system, loss, kind", [
+    ("advmoe", "advmoe", "trades", "MoE"), ("at_moe", "standard", "trades", "MoE"),
+    ("at_sdense", "standard", "trades", "S-Dense"), ("at_dense", "standard", "trades", "Dense"),
+    ("natural", "standard", "natural", "Dense")])
+def test_methods_by_name(method, system, loss, kind):
+    """Each is what its name says, whatever the config was before, and makes a config that is accepted."""
+    for before in ("advmoe", "at_dense", "natural"):
+        config = configs.default(data="digits")
+        methods.choose(config, before)
+        methods.choose(config, method)
+        assert (config.system.name, config.system.loss) == (system, loss)
+        assert network.make(config.model, SHAPE, CLASSES).kind == kind
+        configs.check(config)
+
+
+def test_a_method_that_is_none_is_refused():
+    assert set(methods.METHODS) == {"advmoe", "at_moe", "at_sdense", "at_dense", "natural"}
+    with pytest.raises(UserError, match="did you mean 'at_dense'") as caught:
+        methods.choose(configs.default(), "at_dens")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("trains, other", [("router", "backbone"), ("backbone", "router")])
+def test_one_part_alone_is_trained(trains, other):
+    """The other rests with its running statistics, and has no optimizer."""
+    case = ("standard", "system.loss=madry", f"system.trains={trains}")
+    before, (after, metrics) = _fresh(case), _after_one(case)["train"]
+    assert list(before.opt) == [trains] and set(before.params) == {trains, other}
+    assert _bytes(after.params[other]) == _bytes(before.params[other])
+    assert _bytes(after.batch_stats[other]) == _bytes(before.batch_stats[other])
+    assert _bytes(after.params[trains]) != _bytes(before.params[trains])
+    assert metrics[f"grad_norm_{trains}"] > 0 and f"grad_norm_{other}" not in metrics
+    assert _system(case)[0].describe.endswith(f", {trains} alone")
 
 
 def test_views_are_those_of_an_honest_evaluation():

@@ -40,9 +40,9 @@ def experiment(tiny_resnet):
     return assemble(config)
 
 
-def _train(experiment, workdir, system=None, select=None):
+def _train(experiment, workdir, system=None, select=None, config=None):
     workdir.mkdir(exist_ok=True)
-    return loop.run(experiment.config, workdir, system or experiment.system, experiment.data.train,
+    return loop.run(config or experiment.config, workdir, system or experiment.system, experiment.data.train,
                     select or experiment.select, experiment.mesh)
 
 
@@ -123,6 +123,22 @@ def test_the_best_checkpoint_is_that_of_the_highest_ra_then_sa(whole):
     measured = [(r["ra"], r["sa"], r["step"]) for r in found["metrics"] if r["split"] == "validation"]
     best = max(measured, key=lambda m: m[:2])
     assert found["best"]["saved"] == best[2]
+
+
+def test_the_metrics_of_a_window_are_means_over_all_its_iterations(experiment, whole, tmp_path):
+    """An iteration's metrics are fetched in the next one: the last of a window is not lost, nor in the window after."""
+    config = experiment.config.copy_and_resolve_references()
+    configs.override_all(config, ["train.log_every=0 steps", "train.eval_every=0 steps", "train.save_every=4 steps"])
+    _train(experiment, tmp_path, config=config)
+    found, single = ({r["step"]: r for r in log.Metrics(workdir / "metrics.jsonl").read() if r["split"] == "train"}
+                     for workdir in (tmp_path, whole[0]))
+    assert list(found) == [4, 6] and list(single) == [1, 2, 3, 4, 5, 6]
+    for end, steps in ((4, (1, 2, 3, 4)), (6, (5, 6))):
+        assert found[end].keys() == single[end].keys()
+        for name in found[end].keys() - {"step", "split", "epoch", "images_per_second"}:
+            np.testing.assert_allclose(found[end][name], np.mean([single[i][name] for i in steps], 0), atol=2e-6)
+        assert found[end]["epoch"] == single[end]["epoch"]
+    assert len({record["upper/loss"] for record in single.values()}) == TOTAL, "or means could be of anything"
 
 
 @pytest.mark.parametrize("step, stream", [(0, "data/lower"), (3, "data/lower"), (4, "data/upper")])
@@ -309,6 +325,40 @@ def test_changes_every_so_many_iterations(experiment, tmp_path):
     _train(experiment, tmp_path / "killed", system)
     assert called == [4, 6], "from the checkpoint of step 3 on"
     _assert_same(_outcome(experiment, tmp_path / "killed"), _outcome(experiment, tmp_path / "whole"))
+
+
+def test_changes_come_before_the_state_is_measured_and_saved(experiment, tmp_path):
+    """In order, each after as many iterations as its length says: 108 images are one epoch of 6. What a change keeps in
+    `extra` is saved."""
+    called, measured = [], []
+
+    def counting(name):
+        def change(state):
+            called.append((name, int(state.step)))
+            return state.replace(extra={"calls": state.extra["calls"] + 1})
+        return change
+
+    def init(key):
+        calls = jax.device_put(jnp.zeros((), jnp.int32), meshes.replicated(experiment.mesh))
+        return experiment.system.init(key).replace(extra={"calls": calls})
+
+    def select(state):
+        measured.append((int(state.step), int(state.extra["calls"])))
+        return 0.5, 0.5
+
+    system = dataclasses.replace(experiment.system, init=init, every={
+        "50%": counting("half"), "1 epochs": counting("epoch"), "2 steps": counting("two")})
+    with pytest.MonkeyPatch.context() as patch:
+        _at_step(patch, 5, "data/lower", _kill)
+        with pytest.raises(Killed):
+            _train(experiment, tmp_path, system, select)
+    assert called == [("two", 2), ("half", 3), ("two", 4)] and measured == [(2, 1), (4, 3)]
+    state = _train(experiment, tmp_path, system, select)
+    assert called[3:] == [("two", 4), ("half", 6), ("epoch", 6), ("two", 6)]
+    assert measured[2:] == [(4, 3), (6, 6)] and int(state.extra["calls"]) == 6
+    with checkpoint.opened(tmp_path) as saved:
+        stored = saved.restore_newest(loop.abstract_state(system, experiment.mesh), pytest.fail)
+    assert int(stored.extra["calls"]) == 6
 
 
 @pytest.mark.parametrize("at, good", [

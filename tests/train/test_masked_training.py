@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh
 
@@ -106,6 +107,34 @@ def test_nothing_masked_returns(optimizer, whole_channels, devices, tmp_path):
     system, config, mesh = _system(optimizer, whole_channels, devices)
     before = jax.device_get(system.init(rng.key(config.seed, "init")))
     _assert_masked(_train(system, config, mesh, tmp_path / "w"), before)
+
+
+def test_a_state_begins_masked():
+    """Whatever the parameters were; NaN under a mask is removed too."""
+    params = {"backbone": {"w": jnp.array([1., jnp.nan, 3.]), "b": jnp.ones(2)}, "router": {"w": jnp.ones(3)}}
+    masks = {"backbone": {"w": jnp.array([1., 0., 0.]), "b": None}}
+    state = states.fresh({"params": params}, {"backbone": optax.sgd(0.1, 0.9)}, masks, {"dual": jnp.ones(2)})
+    np.testing.assert_array_equal(state.params["backbone"]["w"], [1, 0, 0])
+    np.testing.assert_array_equal(state.params["backbone"]["b"], [1, 1])
+    np.testing.assert_array_equal(state.params["router"]["w"], [1, 1, 1])
+    assert state.masks is masks and state.extra["dual"].tolist() == [1, 1]
+
+
+def test_the_masks_of_a_state_may_change():
+    """As a schedule of pruning does: what is removed then is zero at once after the next step, whatever it was."""
+    system, _, mesh = _system("sgd", False, 1)
+    state = system.init(rng.key(0, "init"))
+    fewer = jax.tree.map(lambda mask: mask * (np.arange(mask.shape[-1]) % 3 > 0), jax.device_get(state.masks))
+    state = state.replace(masks=jax.device_put(fewer, meshes.replicated(mesh)))
+    gone = {name: np.broadcast_to(mask, tree.named_leaves(state.params)[name].shape) == 0
+            for name, mask in tree.named_leaves(fewer).items()}
+    before = tree.named_leaves(jax.device_get(state.params))
+    assert all(np.any(before[name][where] != 0) for name, where in gone.items())
+    [step] = system.steps
+    batch = pipeline.device_batch(mesh, _data().train, np.arange(BATCH))
+    state, _ = step.update(state, step.prepare(state, batch, step.inputs))
+    after = tree.named_leaves(jax.device_get(state.params))
+    assert all(np.all(after[name][where] == 0) for name, where in gone.items())
 
 
 class _Killed(BaseException):
