@@ -78,67 +78,74 @@ def of_recipe(flags: argparse.Namespace, chosen: Recipe, overrides: list[str]) -
         else:
             finished = [run for run in taken if status.read(run.workdir).is_trained]
             which = [(flags.checkpoint,)] if flags.checkpoint else []
-            reliable, failed = all([runs.evaluate(run.config, run.workdir, *which) for run in finished]), {}
+            reliable, failed = all([runs.evaluate(run.config, run.workdir, *which) for run in finished]), []
         if jax.process_index() == 0:
             reports.write([root])
     if failed:
-        names = ", ".join(failed)
-        raise UserError(f"{len(failed)} of {len(taken)} runs failed ({names}); each is tried again by the same command")
+        raise UserError(f"{len(failed)} of {len(taken)} runs failed ({', '.join(failed)}); each is tried again by the "
+                        "same command")
     _end(flags, reliable)
 
 
-def _carry_out(taken: list[Planned]) -> tuple[bool, dict[str, UserError]]:
+def _carry_out(taken: list[Planned]) -> tuple[bool, list[str]]:
     """Trains and evaluates what is left to do, until nothing more can be done by this process.
 
     A run waits for those that it needs; one that fails does not stop those that do not need it; one that another
     process holds is left alone.
 
     Returns:
-        Whether all evaluations can be trusted; and the failures of this process by name.
+        Whether all evaluations can be trusted; and the names of the runs that failed in this process.
     """
-    by_name = {run.name: run for run in taken}
-    reliable, failed, done, told = True, {}, set(), set()
-    while ready := [run for run in taken if run.name not in done | failed.keys() | told and all(
+    reliable, failed, done, held = True, [], set(), set()
+    while ready := [run for run in taken if run.name not in done | held | set(failed) and all(
             meshes.agree(status.read(run.workdir.parent / need).is_trained) for need in run.needs)]:
         run = ready[0]
         if meshes.agree(status.read(run.workdir).state == "finished"):
             reliable &= runs.was_reliable(run.workdir)
             done.add(run.name)
             continue
+        if meshes.agree(locks.holder(run.workdir) is not None):
+            held.add(run.name)
+            continue
         try:
-            if meshes.agree(locks.holder(run.workdir) is not None):
-                raise locks.Held("held")
             reliable &= runs.train(run.config, run.workdir)
             done.add(run.name)
-            told.clear()  # what waited for others may be free by now
+            held.clear()  # they may be free by now
         except locks.Held:
-            told.add(run.name)
+            held.add(run.name)
         except Preempted:
             raise
         except UserError as error:
-            failed[run.name] = error
+            failed.append(run.name)
             console.alarm(f"{run.name} failed: {error}")
         except Exception:
-            failed[run.name] = UserError("a bug")
+            failed.append(run.name)
             console.alarm(f"{run.name} failed:\n{traceback.format_exc()}")
         jax.clear_caches()  # every run compiles programs of its own
-    for name in by_name.keys() - done - failed.keys():
-        of = by_name[name]
-        holder = locks.holder(of.workdir)
-        waits = [need for need in of.needs if not status.read(of.workdir.parent / need).is_trained]
-        console.say(f"{name}: " + (f"left to process {holder['pid']} on {holder['host']}" if holder else
-                                   f"waits for {', '.join(waits)}"))
+    for run in taken:
+        if run.name not in done | set(failed):
+            waits = [need for need in run.needs if not status.read(run.workdir.parent / need).is_trained]
+            if holder := _holder(run):
+                console.say(f"{run.name}: left to {holder}")
+            elif waits:
+                console.say(f"{run.name}: waits for {', '.join(waits)}")
     return reliable, failed
+
+
+def _holder(run: Planned) -> str:
+    """"process 12 on host-a", which trains or evaluates a run; empty if none does."""
+    holder = locks.holder(run.workdir)
+    return f"process {holder['pid']} on {holder['host']}" if holder else ""
 
 
 def _states(planned: list[Planned]) -> tables.Table:
     """State, needs and time of each run."""
     rows = []
     for run in planned:
-        of, holder = status.read(run.workdir), locks.holder(run.workdir)
+        of, holder = status.read(run.workdir), _holder(run)
         state = f"{of.state}: {of.why}" if of.why else "stopped" if of.state == "training" and not holder else of.state
         if holder:
-            state = f"running, process {holder['pid']} on {holder['host']}"
+            state = f"running, {holder}"
         rows.append((run.name, state, ", ".join(run.needs), tables.duration(of.seconds) if of.seconds else ""))
     return tables.Table("Runs", ("run", "state", "needs", "time"), rows)
 

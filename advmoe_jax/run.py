@@ -70,7 +70,9 @@ def was_reliable(workdir: epath.Path) -> bool:
 
 def evaluate(config: ConfigDict, workdir: epath.Path, which: tuple[str, ...] = _BOTH) -> bool:
     """Evaluates checkpoints of a run and reports; returns whether the results can be trusted."""
-    return _evaluate(assemble(config, starts=False), workdir, which, trust=False)
+    experiment = assemble(config, starts=False)
+    evaluation.check(_subject(experiment, workdir))
+    return _evaluate(experiment, workdir, which, trust=False)
 
 
 def _held(folder: epath.Path):
@@ -105,10 +107,8 @@ def _train(experiment: Experiment, workdir: epath.Path) -> None:
 
 def _evaluate(experiment: Experiment, workdir: epath.Path, which: tuple[str, ...], trust: bool) -> bool:
     subject = _subject(experiment, workdir)
-    evaluation.check(subject)
     _prepare()
-    model, replicated = subject.model, meshes.replicated(experiment.mesh)
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    shapes, replicated = subject.model.shapes, meshes.replicated(experiment.mesh)
     begin = time.time()
     with checkpoint.opened(workdir, create=False) as saved:
         steps: dict[int, list[str]] = {}
@@ -116,7 +116,7 @@ def _evaluate(experiment: Experiment, workdir: epath.Path, which: tuple[str, ...
             steps.setdefault(saved.step(name), []).append(name)
         with _held(workdir / "eval"):
             reliable = evaluation.evaluate(
-                subject, steps, lambda step, name: saved.restore_trained(name, abstract, replicated), trust=trust)
+                subject, steps, lambda step, name: saved.restore_trained(name, shapes, replicated), trust=trust)
     if status.read(workdir).state == "trained":
         _set_status(workdir, "finished", time.time() - begin)
     if jax.process_index() == 0:

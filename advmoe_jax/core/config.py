@@ -246,8 +246,7 @@ def _parse(name: str, value: str, kind: type) -> Any:
             raise ValueError
         return kind(value)
     except (ValueError, KeyError, OverflowError):
-        words = {bool: "true or false", int: "a whole number", float: "a number"}
-        raise UserError(f"config field {name} is {value!r}: expected {words.get(kind, kind.__name__)}") from None
+        raise UserError(f"config field {name} is {value!r}: expected {fields.WORDS[kind]}") from None
 
 
 def check(config: ConfigDict) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from advmoe_jax.core.errors import UserError, one_of
 
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +62,14 @@ class Setting:
                   f"{low} or more" if self.least > -math.inf and self.most == math.inf else "",
                   f"{low} to {high}" if self.most < math.inf and self.least > -math.inf else "",
                   f"at most {high}" if self.most < math.inf and self.least == -math.inf else "")
-        return " and ".join(filter(None, bounds)) or _WORDS[type(self.default)]
+        return " and ".join(filter(None, bounds)) or WORDS[type(self.default)]
 
     def check(self, name: str, value: Any) -> None:
         """Raises UserError for a value of another type or out of range."""
         kind = type(self.default)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (number if kind is float else type(value) is kind):
-            raise UserError(f"{name} is {value!r}: expected {_WORDS[kind]}")
+            raise UserError(f"{name} is {value!r}: expected {WORDS[kind]}")
         if kind is float and not math.isfinite(value):
             raise UserError(f"{name} is {value!r}: expected a finite number")
         if self.choices:

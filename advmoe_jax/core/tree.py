@@ -22,6 +22,17 @@ def is_traced(tree: PyTree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
+def first_difference(ours: PyTree, theirs: PyTree) -> tuple[str, Any, Any] | None:
+    """The first leaf, by name, whose shape two trees do not share: its name, our shape and theirs, "nothing" where a
+    tree has no such leaf. None if they share all."""
+    ours, theirs = ({name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()} for tree in (ours, theirs))
+    for name in sorted(ours.keys() | theirs.keys()):
+        shapes = ours.get(name, "nothing"), theirs.get(name, "nothing")
+        if shapes[0] != shapes[1]:
+            return name, *shapes
+    return None
+
+
 def size(tree: PyTree) -> int:
     """Number of scalars in a tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 import advmoe_jax
 from advmoe_jax.core import console, files, tree
+from advmoe_jax.data import split
 from advmoe_jax.data.split import Split
 from advmoe_jax.evaluation import eval_log, measure, plan, results, verdicts
 from advmoe_jax.evaluation.plan import Job
@@ -83,7 +84,8 @@ def _of_checkpoint(subject: Subject, trained: Trained, jobs: Sequence[Job]) -> b
     config, rows, weights = subject.config, subject.rows, trained.variables
     common = _circumstances(subject) | {"step": jobs[0].step}
     about = {
-        "step": jobs[0].step, "weights": _hash(tree.named_leaves(weights)), "images": _images(subject),
+        "step": jobs[0].step, "weights": _hash(tree.named_leaves(weights)),
+        "images": split.fingerprint(subject.test, rows)[:16],
         "versions": common["versions"], "backend": common["backend"]}
     reliable, noticed, earlier = True, None, ()
     for job in jobs:
@@ -130,11 +132,6 @@ def _circumstances(subject: Subject) -> dict[str, Any]:
         "precision": {"verdicts": "float32", "attacks": jax.config.jax_default_matmul_precision or "default"},
         "backend": jax.default_backend(),
         "versions": {"advmoe_jax": advmoe_jax.__version__, "jax": jax.__version__}}
-
-
-def _images(subject: Subject) -> str:
-    """Hash of the test images and labels that are evaluated."""
-    return files.fingerprint(subject.test.take(subject.rows))[:16]
 
 
 def _hash(leaves: Mapping[str, jax.Array]) -> str:

@@ -50,14 +50,17 @@ def _source(split, mesh):
 
 def check(suite: Suite, model: Model) -> None:
     """Raises UserError if an attack of the suite needs what the model does not have."""
-    x = jax.ShapeDtypeStruct((1, *model.image_shape), np.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0))
-    aux = jax.eval_shape(lambda variables, x: model.outputs_fn(variables)(x)[1], variables, x)
+    aux = _aux(model) if any(spec.about.needs for spec in suite.specs) else {}
     for spec in suite.specs:
         missing = [name for name in spec.about.needs if name not in aux]
         if missing or spec.about.takes not in ("logits", "values", "outputs", *model.surfaces):
             what = f"reads {', '.join(missing)}" if missing else f"attacks a {spec.about.takes} model"
             raise UserError(f"{spec.name} {what}, and the model is {model.kind}: expected attacks that it can take")
+
+
+def _aux(model: Model) -> dict[str, jax.ShapeDtypeStruct]:
+    x = jax.ShapeDtypeStruct((1, *model.image_shape), np.float32)
+    return jax.eval_shape(lambda variables, x: model.outputs_fn(variables)(x)[1], model.shapes, x)
 
 
 def suspicions(model: Model, variables: Variables, split: Split, rows: np.ndarray, *, mesh, seed: int

@@ -74,7 +74,7 @@ def to_variables(network: Network, state_dict: Mapping[str, Any],
         UserError: a tensor is missing, unknown or of another shape, or copies of the router differ.
     """
     found = _one_router(state_dict, router_state_dict or {})
-    abstract = jax.eval_shape(network.init, jax.random.key(0))
+    abstract = network.shapes
     expected = tree.named_leaves(abstract)
     names = _torch_names(network, expected)
     unknown = sorted(found.keys() - names.values())

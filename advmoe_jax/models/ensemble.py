@@ -4,6 +4,7 @@ M members, B batch, P passes, K classes. A member is a parameter group, and so i
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,6 +83,10 @@ class Ensemble:
     @property
     def num_classes(self) -> int:
         return self.member.num_classes
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, Any]:
+        return jax.eval_shape(self.init, jax.random.key(0))
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Members that start independently."""

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-import jax
 import numpy as np
 
 from advmoe_jax.core import tree
@@ -22,7 +21,7 @@ def count(network, masks: Mapping[str, Any] | None = None) -> dict[str, int]:
         computed: with `model.dispatch` "all" every expert and the router, else as "total", padding left out. Of the
         network: "params".
     """
-    shapes = tree.named_leaves(jax.eval_shape(network.init, jax.random.key(0))["params"])
+    shapes = tree.named_leaves(network.shapes["params"])
     kept = {name: Fraction(int(np.count_nonzero(np.broadcast_to(mask, shapes[name].shape))), shapes[name].size)
             for name, mask in tree.named_leaves(masks or {}).items()}
 

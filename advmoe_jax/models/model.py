@@ -42,6 +42,7 @@ class Model(Protocol):
         layers: every layer, as traced.
         image_shape: (H, W, C).
         num_classes: K.
+        shapes: of the variables, without computing any.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Model(Protocol):
     layers: tuple[LayerSpec, ...]
     image_shape: tuple[int, int, int]
     num_classes: int
+    shapes: Variables
 
     def init(self, key: jax.Array) -> Variables:
         """Fresh variables."""

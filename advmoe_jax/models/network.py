@@ -129,6 +129,10 @@ class Network:
         return f"experts: model.dispatch={self.module.dispatch.kind}" if self.is_routed else ""
 
     @functools.cached_property
+    def shapes(self) -> dict[str, Any]:
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    @functools.cached_property
     def layers(self) -> tuple[LayerSpec, ...]:
         """Every layer: those of the backbone, of which the routed ones ask for choices in this order, then those of the
         router."""

@@ -107,14 +107,9 @@ def fact_tables(run: Run) -> dict[str, list[Table]]:
     for entries in _by(run, lambda e: (e["checkpoint"], e["n"])):
         first = entries[0]
         where = f"{first['checkpoint']} checkpoint (step {first['step']}), {first['n']} test images"
-        for of_entries in zip(*(map(_table, entry["fact_tables"]) for entry in entries)):
+        for of_entries in zip(*([Table(**stored) for stored in entry["fact_tables"]] for entry in entries)):
             shown.setdefault(of_entries[0].title, []).append(_beside(where, entries, of_entries))
     return shown
-
-
-def _table(stored: dict[str, Any]) -> Table:
-    return Table(stored["title"], tuple(stored["columns"]), stored["rows"], tuple(stored["notes"]),
-                 tuple(stored["varying"]))
 
 
 def _beside(where: str, entries: list[dict[str, Any]], shown: tuple[Table, ...]) -> Table:

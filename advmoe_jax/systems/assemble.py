@@ -63,7 +63,6 @@ def assemble(config: ConfigDict, starts: bool = True) -> Experiment:
     mesh = meshes.make()
     meshes.check_batch_size(mesh, config.data.batch_size, "data.batch_size")
     data = pipeline.load(config.data, config.train.select_on, config.train.select_examples)
-    pipeline.steps_per_epoch(len(data.rows), config.data.batch_size)
     runs = sources.load(config, data.image_shape, data.num_classes) if starts else {}
     model = models.make(config.model, data.image_shape, data.num_classes, mesh)
     module = find.module("systems", config.system.name, defines="make", kind="system.name")

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -48,15 +47,15 @@ def names(config: ConfigDict) -> dict[str, tuple[epath.Path, str]]:
     return found
 
 
-def check(config: ConfigDict) -> None:
-    """Raises UserError unless every run of `config.init_from` is there and finished."""
-    for name, (workdir, which) in names(config).items():
-        if not (workdir / "config.json").exists():
-            raise UserError(f"init_from names {name}: expected the workdir of a run, which has a config.json")
-        own = configs.read(workdir / "config.json")
-        if not status.read(workdir).is_trained:
-            raise UserError(f"init_from names {name}, which has not finished training ({own.name}): expected a "
-                            "finished run; the command that it was started with continues it")
+def _config(name: str, workdir: epath.Path) -> ConfigDict:
+    """The config of a run. Raises UserError unless it is there and finished."""
+    if not (workdir / "config.json").exists():
+        raise UserError(f"init_from names {name}: expected the workdir of a run, which has a config.json")
+    config = configs.read(workdir / "config.json")
+    if not status.read(workdir).is_trained:
+        raise UserError(f"init_from names {name}, which has not finished training ({config.name}): expected a "
+                        "finished run; the command that it was started with continues it")
+    return config
 
 
 def load(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int) -> dict[str, Source]:
@@ -68,14 +67,14 @@ def load(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int
     Raises:
         UserError: one is not there, not finished, or cannot be read.
     """
-    check(config)
-    sources = {}
-    for name, (workdir, which) in names(config).items():
-        own = configs.read(workdir / "config.json")
+    found, sources = names(config), {}
+    of_runs = {name: _config(name, workdir) for name, (workdir, _) in found.items()}  # all, before one is read
+    for name, (workdir, which) in found.items():
+        own = of_runs[name]
         model = models.make(own.model, image_shape, num_classes)
         with checkpoint.opened(workdir, create=False) as saved:
             step = saved.step(which)
-            variables, masks = saved.restore_trained(which, jax.eval_shape(model.init, jax.random.key(0)))
+            variables, masks = saved.restore_trained(which, model.shapes)
         sources[name] = Source(workdir, own, model, variables, masks, step)
     return sources
 
@@ -90,12 +89,9 @@ def initial(model: Model, sources: Mapping[str, Source]) -> tuple[dict[str, Any]
         return None, {}
     runs = list(sources.values())
     variables = {part: model.gather([run.variables[part] for run in runs]) for part in runs[0].variables}
-    expected = tree.named_leaves(jax.eval_shape(model.init, jax.random.key(0)))
-    found = tree.named_leaves(variables)
-    for name in sorted(expected.keys() | found.keys()):
-        ours, theirs = (tuple(leaves[name].shape) if name in leaves else "nothing" for leaves in (expected, found))
-        if ours != theirs:
-            raise UserError(f"init_from names {', '.join(sources)}, of another architecture: {name} is {theirs} there, "
-                            f"the config's model has {ours}")
+    if different := tree.first_difference(model.shapes, variables):
+        name, ours, theirs = different
+        raise UserError(f"init_from names {', '.join(sources)}, of another architecture: {name} is {theirs} there, "
+                        f"the config's model has {ours}")
     masks = model.gather([run.masks for run in runs]) if any(run.masks for run in runs) else {}
     return variables, {group: part for group, part in masks.items() if part}

@@ -205,13 +205,10 @@ def _check_storage(folder):
 
 def _check_architecture(manager, step, params):
     """Raises UserError naming the first parameter whose name or shape is not what the config's model has."""
-    stored = tree.named_leaves(manager.item_metadata(step)["state"].tree["params"])
-    expected = tree.named_leaves(params)
-    for name in sorted(stored.keys() | expected.keys()):
-        ours, theirs = (tuple(t[name].shape) if name in t else "nothing" for t in (expected, stored))
-        if ours != theirs:
-            raise UserError(f"checkpoint {manager.directory}/{step} is of another architecture: "
-                            f"{name} is {theirs} there, the config's model has {ours}")
+    if different := tree.first_difference(params, manager.item_metadata(step)["state"].tree["params"]):
+        name, ours, theirs = different
+        raise UserError(f"checkpoint {manager.directory}/{step} is of another architecture: "
+                        f"{name} is {theirs} there, the config's model has {ours}")
 
 
 def _first_line(error: Exception) -> str:

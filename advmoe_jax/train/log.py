@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from advmoe_jax.core import files, paths, tables
+from advmoe_jax.core import files, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +22,7 @@ class Metrics:
         """Appends a record; arrays become lists."""
         if jax.process_index() == 0:
             record = {"step": step, "split": split} | {k: _plain(v) for k, v in values.items()}
-            if paths.is_remote(self.path):
-                return files.append_json_line(self.path, record)
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            files.append_json_line(self.path, record)
 
     def read(self) -> list[dict[str, Any]]:
         """All whole records."""

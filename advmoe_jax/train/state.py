@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.core import files, tree
 from advmoe_jax.ops import masks as masking
 
 
@@ -42,12 +41,6 @@ class State:
     def replace(self, **changes: Any) -> "State":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
-
-
-def fingerprint(state: State) -> str:
-    """sha256 in hex over the parameters and statistics."""
-    return files.fingerprint({name: leaf.addressable_data(0) for name, leaf in tree.named_leaves(
-        state.variables).items()})
 
 
 def fresh(variables: dict[str, Any], optimizers: dict[str, Any], masks: dict[str, Any] | None = None,

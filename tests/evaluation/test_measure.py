@@ -46,6 +46,10 @@ class _Dense:
     def init(self, key):
         return {"params": {"linear": jax.random.normal(key, (16, CLASSES))}, "batch_stats": {"linear": {}}}
 
+    @property
+    def shapes(self):
+        return jax.eval_shape(self.init, jax.random.key(0))
+
     def gather(self, parts):
         return dict(parts[0])
 

@@ -252,7 +252,7 @@ def test_a_system_trains_against_several(several):
     """Through the compiled programs of the steps, on four devices: images made with the iteration's attack."""
     config = _config(DENSE, f"train.attack={PGD} {OTHER}", f"train.several={several}", "system.loss=madry",
                      "data.pad=0", "data.flip=false")
-    mesh, (net, variables) = meshes.make(), _model()
+    mesh, (net, _) = meshes.make(), _model()
     system = standard.make(config, net, _data(), mesh, {})
     [step] = system.steps
     images = np.asarray(255 * _images()).astype(np.uint8)
