@@ -6,9 +6,9 @@ trained robustly (theta-bar), and then the backbone (theta-double-bar), each by 
 Command:  python -m advmoe_jax.main --config configs/digits_dissection.py
 Hardware: 2 CPU cores.
 Time:     6 minutes.
-Expected: one seed, best checkpoint, PGD-50 at eps 0.1, 500 test images: standard mixture SA 98.0 RA 24.2; theta-bar 97.4,
-          22.6; theta-double-bar 84.8, 38.0. Robust routers alone give nothing here. The paper reports, on CIFAR-10 with
-          r=0.5, an RA of 0 for the standard mixture and 37.64 for theta-bar.
+Expected: one seed, best checkpoint, PGD-50 at eps 0.1, 500 test images: standard mixture SA 98.0 RA 24.2; theta-bar
+          97.4, 22.6; theta-double-bar 84.8, 38.0. Robust routers alone give nothing here. The paper reports,
+          on CIFAR-10 with r=0.5, an RA of 0 for the standard mixture and 37.64 for theta-bar.
 """
 
 import digits_r18
