@@ -61,6 +61,8 @@ def decode_pickle(data: bytes, label_key: str) -> tuple[np.ndarray, np.ndarray]:
     """
     batch = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+    if lacks := [key for key in ("data", label_key) if key not in batch]:
+        raise UserError(f"it has no {lacks[0]!r}, only {', '.join(map(repr, batch))}")
     pixels, labels = np.asarray(batch["data"]), np.asarray(batch[label_key], np.int64)
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), _PIXELS):
         raise UserError(f"data is {pixels.dtype} {pixels.shape}, "
@@ -76,5 +78,5 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in _ALLOWED:
-            raise UserError(f"it asks for {module}.{name}, which no official file does")
+            raise UserError(f"it asks for {f'{module}.{name}'!r}, which no official file does")
         return _ALLOWED[module, name]

@@ -9,7 +9,15 @@ from etils import epath
 from advmoe_jax.core import cli, find, paths
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import raw
-from advmoe_jax.data.source import META, SPLITS, read_prepared, refuse_foreign, refuse_variant, write_prepared
+from advmoe_jax.data.source import (
+    META,
+    SPLITS,
+    read_prepared,
+    refuse_foreign,
+    refuse_variant,
+    remove_leftovers,
+    write_prepared,
+)
 
 
 def prepare(name: str, out: str, raw_path: str | None = None, force: bool = False,
@@ -19,7 +27,7 @@ def prepare(name: str, out: str, raw_path: str | None = None, force: bool = Fals
     Args:
         name: a data set with official files ("cifar10").
         out: where prepared data is kept (`config.data.dir`), local or gs://.
-        raw_path: the official archive, its folder or that folder's parent; None downloads it.
+        raw_path: the official archive, a .zip of its files, or a folder with either; None downloads it.
         force: write even if OUT/NAME/ is there.
         allow_unknown_hash: accept other content than the official, with a warning.
     Returns:
@@ -33,6 +41,7 @@ def prepare(name: str, out: str, raw_path: str | None = None, force: bool = Fals
         raise UserError(source.how_to_prepare(out, variant))
     refuse_variant(base, variant)
     folder = paths.path(out) / base
+    remove_leftovers(folder)
     if (folder / META).is_file() and not force:
         summary = _summary(read_prepared(base, out))
         print(f"{folder} is already prepared: {summary}; --force writes it anew")
@@ -64,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="DIR",
                         help="where prepared data is kept (config.data.dir)")
     parser.add_argument("--raw", metavar="PATH",
-                        help="the official archive, the folder it unpacks to, or that folder's "
-                             "parent; downloaded if not given")
+                        help="the official archive, a .zip of its files, or a folder that holds "
+                             "either; downloaded if not given")
     parser.add_argument("--force", action="store_true", help="write even if DIR/NAME/ is there")
     parser.add_argument("--allow-unknown-hash", action="store_true",
                         help="accept other or fewer files than the official ones, with a warning")

@@ -4,7 +4,9 @@ A source declares one `Official`; everything that is the same for all of them is
 read member by member and never extracted, so that a hostile member name has nowhere to go.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import http.client
 import logging
@@ -13,16 +15,17 @@ import pathlib
 import tarfile
 import time
 import urllib.request
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.data.source import Dataset, in_memory
+from advmoe_jax.data.source import Dataset, in_memory, writing
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 20
+_LARGEST = 1 << 29  # bytes; the files of a data set together are about half of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,22 +75,21 @@ class Official:
 
 
 def read(official: Official, path: str | os.PathLike, allow_unknown_hash: bool = False) -> Dataset:
-    """Reads an official archive, or the folder it unpacks to, or that folder's parent.
+    """Reads an official archive, a .zip of its files, or a folder that holds either up to two folders down.
 
     Args:
         official: the data set.
         path: the archive or the folder.
         allow_unknown_hash: accept files of other content, and fewer training files, with a warning.
     Raises:
-        UserError: nothing of this data set there, a file missing or unreadable, another hash.
+        UserError: nothing of this data set there, a file missing, unreadable, there twice or far too large, another
+            hash.
     """
     path = pathlib.Path(path)
-    if not path.exists():
+    if not (path.is_file() or path.is_dir()):
         raise UserError(f"no file or folder {path}; expected {official.expects}")
-    if path.is_dir():
-        layout, files, verified = *_read_folder(official, path), False
-    else:
-        layout, files, verified = _read_archive(official, path, allow_unknown_hash)
+    read_any = _read_folder if path.is_dir() else _read_archive
+    layout, files, verified = read_any(official, path, allow_unknown_hash)
     _check_complete(layout, files, path, allow_unknown_hash)
     if not verified:
         for name, data in files.items():
@@ -121,43 +123,43 @@ def download(official: Official, folder: str | os.PathLike,
             continue
         part = target.with_name(target.name + ".part")
         try:
-            _fetch(url, part)
+            size, chunks = _fetch(url)
+            with writing(folder, size), part.open("wb") as file:
+                file.writelines(chunks)
             _check_md5(url, _file_md5(part), known[target.name], allow_unknown_hash)
             os.replace(part, target)
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
-            raise UserError(
-                f"could not download {url} ({reason}); fetch it where there is a network, then add "
-                "`--raw PATH` to the command") from None
         finally:
             part.unlink(missing_ok=True)
     return targets[0] if len(targets) == 1 else folder
 
 
-def _read_folder(official, path):
-    """Returns the layout found and bytes by file name, not yet checked."""
+def _read_folder(official, path, allow_unknown_hash):
+    """Returns the layout found, bytes by file name, and whether the hash of an archive vouches for them."""
     for layout in official.layouts:
-        for folder in dict.fromkeys((path, path / layout.folder)):
-            files = {name: (folder / name).read_bytes()
-                     for name in layout.md5 if (folder / name).is_file()}
-            if files:
-                return layout, files
+        for pattern in ("", layout.folder, "*", f"*/{layout.folder}"):
+            found = [file for name in layout.md5 for file in sorted(path.glob(str(pathlib.PurePath(pattern, name))))]
+            members = ((str(file.relative_to(path)), file.stat().st_size, file.read_bytes)
+                       for file in found if file.is_file())
+            if files := _collect(path, members, layout.md5):
+                return layout, files, False
+    for archive in (path / name for name in official.archives):
+        if archive.is_file():
+            return _read_archive(official, archive, allow_unknown_hash)
     raise UserError(f"nothing of {official.name} in {path}; expected {official.expects}")
 
 
 def _read_archive(official, path, allow_unknown_hash):
-    """As `_read_folder`, and whether the archive's own hash vouches for its members."""
-    if not official.archives:
-        raise UserError(f"{path} is a file; expected {official.expects}")
+    """As `_read_folder`."""
     found = _file_md5(path)
     verified = found in official.archives.values()
     if not verified and path.name in official.archives:
         _check_md5(str(path), found, official.archives[path.name], allow_unknown_hash)
-    wanted = {name for layout in official.layouts for name in layout.md5}
     try:
-        files = dict(_members(path, wanted))
-    except (tarfile.TarError, EOFError, OSError, zlib.error):
-        raise UserError(f"{path} is not a readable .tar.gz archive, or not all of it; expected "
+        files = _collect(path, _members(path), {name for layout in official.layouts for name in layout.md5})
+    except UserError:
+        raise
+    except Exception:  # foreign bytes fail in any way: there is no common base class
+        raise UserError(f"{path} is not a readable .tar.gz or .zip archive, or not all of it; expected "
                         f"{official.expects}") from None
     for layout in official.layouts:
         mine = {name: files[name] for name in layout.md5 if name in files}
@@ -166,15 +168,35 @@ def _read_archive(official, path, allow_unknown_hash):
     raise UserError(f"nothing of {official.name} in {path}; expected {official.expects}")
 
 
-def _members(path, wanted) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(path, "r:*") as archive:
-        for member in archive:
-            name = pathlib.PurePosixPath(member.name)
-            if name.is_absolute() or ".." in name.parts:
-                raise UserError(f"{path} holds the unsafe member {member.name!r}: "
-                                "expected an official archive")
-            if member.isfile() and name.name in wanted:
-                yield name.name, archive.extractfile(member).read()
+def _members(path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
+    """The name, size and content of every file in an archive."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for member in (member for member in archive.infolist() if not member.is_dir()):
+                yield member.filename, member.file_size, functools.partial(archive.read, member)
+    else:
+        with tarfile.open(path, "r:*") as archive:
+            for member in filter(tarfile.TarInfo.isfile, archive):
+                yield member.name, member.size, archive.extractfile(member).read
+
+
+def _collect(path, members: Iterable[tuple[str, int, Callable[[], bytes]]], wanted) -> dict[str, bytes]:
+    """Bytes by file name of those `members` of a folder or archive that are `wanted`, wherever in it they are."""
+    files, origins, total = {}, {}, 0
+    for where, size, content in members:
+        name = pathlib.PurePosixPath(where)
+        if name.is_absolute() or ".." in name.parts:
+            raise UserError(f"{path} holds the unsafe member {where!r}: expected an official archive")
+        if name.name not in wanted:
+            continue
+        if name.name in origins:
+            raise UserError(f"{path} holds {name.name} twice, as {origins[name.name]!r} and as {where!r}: expected one")
+        total, origins[name.name] = total + size, where
+        if total > _LARGEST:
+            raise UserError(f"{path}: {where!r} has {size >> 20:,} MB: expected official files, "
+                            f"at most {_LARGEST >> 20} MB together")
+        files[name.name] = content()
+    return files
 
 
 def _check_complete(layout, files, path, allow_unknown_hash):
@@ -210,14 +232,33 @@ def _file_md5(path):
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
-def _fetch(url, path, timeout_s=60):
-    """Downloads with a progress line on the log about every five seconds."""
-    with urllib.request.urlopen(url, timeout=timeout_s) as response, open(path, "wb") as file:
-        total, done, due = int(response.headers.get("Content-Length") or 0), 0, time.monotonic()
+def _fetch(url, timeout_s=60) -> tuple[int, Iterator[bytes]]:
+    """Returns the size of a download, 0 if unknown, and its bytes in chunks."""
+    with _network(url):
+        response = urllib.request.urlopen(url, timeout=timeout_s)
+        size = int(response.headers.get("Content-Length") or 0)
+    return size, _chunks(url, response, size)
+
+
+def _chunks(url, response, size):
+    """Yields what comes, with a progress line on the log about every five seconds."""
+    done, due = 0, time.monotonic()
+    with _network(url), response:
         while chunk := response.read(_CHUNK):
-            done += file.write(chunk)
+            done += len(chunk)
             if time.monotonic() >= due:
-                _log.info("%s: %d MB%s", url, done >> 20, f" of {total >> 20}" if total else "")
+                _log.info("%s: %d MB%s", url, done >> 20, f" of {size >> 20}" if size else "")
                 due = time.monotonic() + 5
-        if done < total:
-            raise OSError(f"the connection ended after {done} of {total} bytes")
+            yield chunk
+        if done < size:
+            raise OSError(f"the connection ended after {done} of {size} bytes")
+
+
+@contextlib.contextmanager
+def _network(url):
+    try:
+        yield
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(f"could not download {url} ({reason}); fetch it where there is a network, then add "
+                        "`--raw PATH` to the command") from None

@@ -3,12 +3,16 @@
 Legend: n images, H height, W width, C channels.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
+import socket
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
@@ -22,6 +26,7 @@ SCHEMA = 1
 SPLITS = ("train", "test")
 META = "meta.json"
 _FILES = tuple(f"{split}_{array}.npy" for split in SPLITS for array in ("images", "labels"))
+_AGES = ("new", "old")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +39,7 @@ class Dataset:
         test: as `train`, with another n.
         class_names: the name of each class, in label order.
     Raises:
-        UserError: the splits have images of two sizes, or a label has no class.
+        UserError: a split is empty, the splits have images of two sizes, or a label has no class.
     """
 
     name: str
@@ -48,7 +53,9 @@ class Dataset:
                             f"{self.test.image_shape}, expected (H, W, C) of one size in both splits")
         for split in SPLITS:
             labels = self.split(split).labels
-            if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
+            if not len(labels):
+                raise UserError(f"{self.name} has no {split} images: expected at least one")
+            if not 0 <= labels.min() <= labels.max() < self.num_classes:
                 raise UserError(f"{self.name}: {split} labels are {labels.min()}..{labels.max()}, "
                                 f"expected 0..{self.num_classes - 1}")
 
@@ -106,7 +113,7 @@ def read_prepared(name: str, root: str | os.PathLike, variant: str = "") -> Data
         meta = json.loads((folder / META).read_text())
         schema, class_names = meta["schema"], tuple(meta["class_names"])
         hashes = {file: meta["sha256"][file] for file in _FILES}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{folder / META} is damaged; {again} --force`") from None
     if schema != SCHEMA:
         raise UserError(f"{folder} has layout {schema!r}, expected {SCHEMA}; {again} --force`")
@@ -119,9 +126,15 @@ def read_prepared(name: str, root: str | os.PathLike, variant: str = "") -> Data
         if found != expected:
             raise UserError(
                 f"{path} is damaged: sha256 {found}, expected {expected}; {again} --force`")
-        with path.open("rb") as opened:
-            arrays.append(np.load(opened, allow_pickle=False))
-    return in_memory(name, {"train": arrays[:2], "test": arrays[2:]}, class_names)
+        try:
+            with path.open("rb") as opened:
+                arrays.append(np.load(opened, allow_pickle=False))
+        except Exception:  # numpy raises what its parser of headers raised, a MemoryError included
+            raise UserError(f"{path} is damaged: it holds no array; {again} --force`") from None
+    try:
+        return in_memory(name, {"train": arrays[:2], "test": arrays[2:]}, class_names)
+    except UserError as error:
+        raise UserError(f"{folder} is damaged: {error}; {again} --force`") from None
 
 
 def write_prepared(dataset: Dataset, root: str | os.PathLike) -> epath.Path:
@@ -132,7 +145,7 @@ def write_prepared(dataset: Dataset, root: str | os.PathLike) -> epath.Path:
     Returns:
         The folder.
     Raises:
-        UserError: the folder holds files that are not of a prepared data set.
+        UserError: the folder holds files that are not of a prepared data set, or the disk has no room.
     """
     folder = paths.path(root) / dataset.name
     refuse_foreign(folder)
@@ -144,9 +157,8 @@ def write_prepared(dataset: Dataset, root: str | os.PathLike) -> epath.Path:
                 (epath.Path(new) / file).copy(folder / file, overwrite=True)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (folder.with_name(f".{dataset.name}.{os.getpid()}.{age}") for age in ("new", "old"))
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(folder)
+    new, old = (folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.{age}") for age in _AGES)
     try:
         new.mkdir()
         _fill(new, dataset)
@@ -161,6 +173,46 @@ def write_prepared(dataset: Dataset, root: str | os.PathLike) -> epath.Path:
     return folder
 
 
+def remove_leftovers(folder: epath.Path) -> None:
+    """Removes what killed processes of this machine left beside a prepared folder; what they set aside comes back."""
+    if paths.is_remote(folder):
+        return
+    for left in folder.parent.glob(f".{folder.name}.{socket.gethostname()}.*"):
+        *_, pid, age = left.name.split(".")
+        if age not in _AGES or not pid.isdigit() or _is_alive(int(pid)):
+            continue
+        if age == "old" and not folder.exists():
+            os.replace(left, folder)
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(pid):
+    """Whether another process has this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return pid != os.getpid()
+
+
+@contextlib.contextmanager
+def writing(folder: os.PathLike, size: int) -> Iterator[None]:
+    """Writes about `size` bytes into a local folder.
+
+    Raises:
+        UserError: the disk has less room, which is said before, or the system refuses a write.
+    """
+    what, free = f"{size / 1e6:,.1f} MB", shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(f"{folder} has no room for {what}: its disk has {free / 1e6:,.1f} MB free")
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder} did not take {what}: {error.strerror or error}") from None
+
+
 def refuse_foreign(folder: epath.Path):
     """Raises a UserError if `folder` holds anything that `write_prepared` does not write."""
     if folder.is_file():
@@ -172,21 +224,24 @@ def refuse_foreign(folder: epath.Path):
 
 
 def _fill(folder, dataset):
-    """Writes all files of a prepared folder."""
-    for split in SPLITS:
-        batch = dataset.split(split).take(np.arange(len(dataset.split(split))))
-        for array in ("image", "label"):
-            with (folder / f"{split}_{array}s.npy").open("wb") as file:
-                np.save(file, np.ascontiguousarray(batch[array]))
-    meta = {
-        "schema": SCHEMA,
-        "name": dataset.name,
-        "class_names": dataset.class_names,
-        "shape": dataset.image_shape,
-        "counts": {split: len(dataset.split(split)) for split in SPLITS},
-        "sha256": {file: _sha256(folder / file) for file in _FILES},
-    }
-    (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
+    """Writes all files of a prepared folder, which is local."""
+    parts = [dataset.split(split) for split in SPLITS]
+    with writing(folder.parent, sum(len(part) * (math.prod(part.image_shape) + 4) for part in parts)):
+        for split, part in zip(SPLITS, parts):
+            batch = part.take(np.arange(len(part)))
+            for array in ("image", "label"):
+                # Open for reading too: only then numpy passes on why the system refuses a write.
+                with open(folder / f"{split}_{array}s.npy", "w+b") as file:
+                    np.save(file, np.ascontiguousarray(batch[array]))
+        meta = {
+            "schema": SCHEMA,
+            "name": dataset.name,
+            "class_names": dataset.class_names,
+            "shape": dataset.image_shape,
+            "counts": {split: len(part) for split, part in zip(SPLITS, parts)},
+            "sha256": {file: _sha256(folder / file) for file in _FILES},
+        }
+        (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
 
 
 def _sha256(path):

@@ -6,17 +6,23 @@ import io
 import os
 import pathlib
 import pickle
+import re
+import resource
+import shutil
+import socket
 import subprocess
 import sys
 import tarfile
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import io as scipy_io
 
 from advmoe_jax.core import find
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import raw
 from advmoe_jax.data.cifar_files import decode_pickle
 from advmoe_jax.data.prepare import main
@@ -85,11 +91,14 @@ def _check(name, out, parts):
 
 
 @pytest.mark.parametrize("name, folder", LAYOUTS)
-def test_every_layout_is_read_from_folder_parent_and_archive(name, folder, tmp_path, capsys):
-    files, parts = _write_folder(tmp_path / "raw", name, folder)
-    paths = [files, tmp_path / "raw"]
+def test_every_layout_is_read_from_folders_above_and_archives(name, folder, tmp_path, capsys):
+    files, parts = _write_folder(tmp_path / "in" / "raw", name, folder)
+    paths = [files, tmp_path / "in" / "raw", tmp_path / "in",
+             shutil.make_archive(tmp_path / "a", "zip", files), _pack(files, tmp_path / "renamed.tar.gz")]
     if folder:
-        paths.append(_pack(files, tmp_path / "renamed.tar.gz"))
+        official = next(iter(importlib.import_module(f"advmoe_jax.data.{name}").OFFICIAL.archives))
+        (tmp_path / "holds").mkdir()
+        paths.append(_pack(files, tmp_path / "holds" / official).parent)
     for number, path in enumerate(paths):
         out = tmp_path / f"out{number}"
         assert _run(name, "--raw", path, "--out", out, "--allow-unknown-hash") == 0
@@ -142,7 +151,7 @@ def test_a_corrupt_archive_is_one_clear_line(content, tmp_path, capsys):
     for flags in ([], ["--allow-unknown-hash"]):
         assert _run("cifar10", "--raw", archive, "--out", tmp_path / "out", *flags) == 2
         message = capsys.readouterr().err
-        assert "not a readable .tar.gz archive" in message and message.count("\n") == 1
+        assert "not a readable .tar.gz or .zip archive" in message and message.count("\n") == 1
     assert not (tmp_path / "out" / "cifar10").exists()
 
 
@@ -155,6 +164,56 @@ def test_an_archive_that_climbs_out_is_refused(name, tmp_path, capsys):
         tar.addfile(member, io.BytesIO(b"abc"))
     assert _run("cifar10", "--raw", archive, "--out", tmp_path / "out", "--allow-unknown-hash") == 2
     assert "unsafe member" in capsys.readouterr().err
+
+
+def _twice_in_folders(files, where):
+    shutil.copytree(files, where / "a")
+    shutil.copytree(files, where / "b")
+    return where
+
+
+def _twice_in_a_tar(files, where):
+    with tarfile.open(where.with_suffix(".tar.gz"), "w:gz") as tar:
+        tar.add(files, arcname="a")
+        tar.add(files, arcname="b")
+    return where.with_suffix(".tar.gz")
+
+
+def _twice_in_a_zip(files, where):
+    _twice_in_folders(files, where)
+    return shutil.make_archive(where, "zip", where)
+
+
+@pytest.mark.parametrize("twice", [_twice_in_folders, _twice_in_a_tar, _twice_in_a_zip])
+def test_files_that_are_there_twice_are_refused(twice, tmp_path, capsys):
+    files, _ = _write_folder(tmp_path / "raw", "cifar10", "cifar-10-batches-bin")
+    path = twice(files, tmp_path / "twice")
+    assert _run("cifar10", "--raw", path, "--out", tmp_path / "out", "--allow-unknown-hash") == 2
+    message = capsys.readouterr().err
+    assert re.search(r"holds (data_batch_\d|test_batch).bin twice, as '[ab]/\1.bin' and as '[ab]/\1.bin'", message)
+    assert message.count("\n") == 1
+
+
+def test_a_huge_member_is_refused_unread():
+    def read():
+        raise AssertionError("it was read")
+
+    with pytest.raises(UserError, match="'x/a' has 3,000 MB: expected official files, at most 512 MB together"):
+        raw._collect("b.tar", [("x/a", 3000 << 20, read)], {"a"})
+    with pytest.raises(UserError, match="'x/c'"):
+        raw._collect("b.tar", [("x/a", 300 << 20, bytes), ("x/c", 300 << 20, read)], {"a", "c"})
+
+
+def test_a_device_is_no_archive(tmp_path, capsys):
+    assert _run("cifar10", "--raw", os.devnull, "--out", tmp_path) == 2  # /dev/zero has no end
+    assert f"no file or folder {os.devnull}" in capsys.readouterr().err
+
+
+def test_coarse_labels_alone(tmp_path, capsys):
+    files, _ = _write_folder(tmp_path, "cifar100", "cifar-100-python")
+    (files / "train").write_bytes(pickle.dumps({b"coarse_labels": [1], b"data": np.zeros((1, 3072), np.uint8)}))
+    assert _run("cifar100", "--raw", files, "--out", tmp_path / "out", "--allow-unknown-hash") == 2
+    assert "train cannot be read: it has no 'fine_labels', only 'coarse_labels', 'data'" in capsys.readouterr().err
 
 
 def test_a_link_in_an_archive_is_not_followed(tmp_path, capsys):
@@ -342,6 +401,50 @@ def test_a_broken_connection_is_an_error(tmp_path, monkeypatch, capsys):
     _serve(monkeypatch, {"cifar-10-binary.tar.gz": b"x"})
     assert _run("cifar10", "--out", tmp_path, "--allow-unknown-hash") == 2
     assert "after 1 of 1000 bytes" in capsys.readouterr().err
+
+
+def test_a_download_that_has_no_room(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(_Response, "headers", {"Content-Length": str(10**18)})
+    _serve(monkeypatch, {"cifar-10-binary.tar.gz": b"x"})
+    assert _run("cifar10", "--out", tmp_path, "--allow-unknown-hash") == 2
+    assert "downloads has no room for 1,000,000,000,000.0 MB: its disk has" in capsys.readouterr().err
+    assert not os.listdir(tmp_path / "downloads")
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_left(tmp_path, monkeypatch, capsys):
+    files, _ = _write_folder(tmp_path / "raw", "cifar10", "cifar-10-batches-bin")
+    arguments = ("cifar10", "--raw", files, "--out", tmp_path / "out", "--allow-unknown-hash")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+        assert _run(*arguments) == 2
+    assert f"{tmp_path / 'out'} has no room for 0.1 MB: its disk has 0.1 MB free" in capsys.readouterr().err
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        assert _run(*arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = capsys.readouterr().err
+    assert "out did not take 0.1 MB: File too large" in message and message.count("\n") == 1
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_leftovers_of_killed_processes_go(tmp_path, capsys):
+    files, parts = _write_folder(tmp_path / "raw", "svhn", "")
+    arguments = ("svhn", "--raw", files, "--out", tmp_path, "--allow-unknown-hash")
+    assert _run(*arguments) == 0
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = [tmp_path / f".svhn.{host}.{pid}.new" for host, pid in (
+        (socket.gethostname(), dead.pid), (socket.gethostname(), os.getppid()), ("elsewhere", dead.pid))]
+    for folder in left:
+        folder.mkdir()
+    assert _run(*arguments) == 0
+    assert [folder.exists() for folder in left] == [False, True, True]
+    (tmp_path / "svhn").rename(left[0].with_suffix(".old"))
+    assert _run(*arguments) == 0
+    assert "already prepared" in capsys.readouterr().out and not left[0].with_suffix(".old").exists()
+    _check("svhn", tmp_path, parts)
 
 
 def test_unwritable_out(tmp_path, capsys):

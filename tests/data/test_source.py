@@ -1,7 +1,9 @@
 """The data set type and its prepared folder."""
 
+import hashlib
 import json
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -78,6 +80,42 @@ def test_damage_is_named(file, damage, tmp_path):
     assert str(path if damage != "remove" or file != "meta.json" else path.parent) in str(error.value)
 
 
+def _header(text):
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "labels.npy is damaged: it holds no array"),
+    (bytes(range(256)), "labels.npy is damaged: it holds no array"),
+    (pickle.dumps([1]), "labels.npy is damaged: it holds no array"),
+    (_header("{'descr': '<i4', 'fortran_order': False, 'shape': (4,)}\n") + bytes(15), "labels.npy is damaged"),
+    (_header("{'descr': '|u1', 'fortran_order': False, 'shape': (307445734561825,)}\n"), "labels.npy is damaged"),
+    (_header("{'descr': '|O', 'fortran_order': False, 'shape': (4,)}\n"), "labels.npy is damaged"),
+    (_header("__import__('os').mkdir('boom')\n"), "labels.npy is damaged"),
+    (_header("{'descr': '<f4', 'fortran_order': False, 'shape': (4,)}\n") + bytes(16), "test: labels are float32 .4,."),
+    (_header("{'descr': '<i4', 'fortran_order': False, 'shape': (0,)}\n"), "labels are int32 .0,., expected int32"),
+])
+def test_damage_that_the_hash_agrees_with(content, message, tmp_path, monkeypatch):
+    folder = source.write_prepared(_dataset(), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (folder / "test_labels.npy").write_bytes(content)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["sha256"]["test_labels.npy"] = hashlib.sha256(content).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=message) as error:
+        source.read_prepared("cifar10", tmp_path)
+    line = str(error.value)
+    assert str(folder) in line and f"prepare cifar10 --out {tmp_path} --force" in line
+    assert "\n" not in line and "pickle" not in line and os.listdir(tmp_path) == ["cifar10"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "7", '{"schema": 1, "class_names": 3}', '{"schema": 1, "sha256": []}'])
+def test_meta_of_something_else(text, tmp_path):
+    (source.write_prepared(_dataset(), tmp_path) / "meta.json").write_text(text)
+    with pytest.raises(UserError, match="meta.json is damaged; run `.*prepare cifar10 --out .* --force`"):
+        source.read_prepared("cifar10", tmp_path)
+
+
 def test_another_schema_is_refused(tmp_path):
     path = source.write_prepared(_dataset(), tmp_path) / "meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
@@ -99,11 +137,11 @@ def test_failed_write_leaves_the_old_folder_alone(tmp_path, monkeypatch):
     def failing(path, array):
         calls.append(path)
         if len(calls) == 3:
-            raise OSError("disk full")
+            raise OSError(28, "disk full")
         save(path, array)
 
     monkeypatch.setattr(np, "save", failing)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=f"{tmp_path} did not take 0.0 MB: disk full"):
         source.write_prepared(_dataset(seed=1), tmp_path)
     assert os.listdir(tmp_path) == ["cifar10"]
     assert _same(_dataset(), source.read_prepared("cifar10", tmp_path))
@@ -124,12 +162,16 @@ def test_foreign_files_are_never_replaced(tmp_path):
     ("train", "labels", np.zeros(5, np.int32), "expected int32"),
     ("train", "labels", np.zeros(6, np.int64), "int64"),
     ("test", "labels", np.array([0, 1, 2, 3], np.int32), "expected 0..2"),
+    ("test", "both", 0, "x has no test images"),
     ("test", "labels", np.array([0, 1, -1, 2], np.int32), "x: test labels are -1..2"),
 ])
 def test_bad_arrays_are_refused(split, field, value, message):
     arrays = {name: {"images": of.images, "labels": of.labels}
               for name, of in (("train", _dataset().train), ("test", _dataset().test))}
-    arrays[split][field] = value
+    if field == "both":
+        arrays[split] = {name: of[:value] for name, of in arrays[split].items()}
+    else:
+        arrays[split][field] = value
     with pytest.raises(UserError, match=message):
         source.in_memory("x", {name: tuple(of.values()) for name, of in arrays.items()}, ("a", "b", "c"))
 
