@@ -9,7 +9,7 @@ import logging
 
 import numpy as np
 
-from advmoe_jax.core import paths
+from advmoe_jax.core import console, paths
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data.source import Dataset, in_memory
 
@@ -17,13 +17,15 @@ _TEST_SPLITS = ("test", "validation")
 
 
 def dataset(root: str, variant: str = "") -> Dataset:
-    """Reads the splits `train` and `test` (or `validation`) in the order of their records.
+    """Reads the splits `train` and `test` in the order of their records.
+
+    `validation` stands in for a test split that is absent or whose labels are hidden.
 
     Args:
         root: the folder of tensorflow-datasets (its `data_dir`); its own default if empty.
         variant: the name of the data set.
     Raises:
-        UserError: unknown, not prepared as ArrayRecord, no such splits or features, or images that
+        UserError: unknown, damaged, not prepared as ArrayRecord, no such splits or features, or images that
             are not uint8 of one size.
     """
     if not variant:
@@ -34,12 +36,16 @@ def dataset(root: str, variant: str = "") -> Dataset:
             raise UserError(f"no prepared tfds:{variant} in {builder.data_dir}; "
                             f"{how_to_prepare(root, variant)}")
         features = builder.info.features
-        class_names = getattr(features["label"] if "label" in features else None, "names", None)
-        if not class_names:
-            raise UserError(f"tfds:{variant} has no feature 'label' with named classes")
-        test = next((split for split in _TEST_SPLITS if split in builder.info.splits), "test")
-        arrays = {"train": _read(builder, "train", variant, root), "test": _read(builder, test, variant, root)}
-        return in_memory(f"tfds:{variant}", arrays, tuple(class_names))
+        label = features["label"] if "label" in features else None
+        class_names = getattr(label, "names", None)
+        if not class_names or label.shape:
+            raise UserError(f"tfds:{variant} has no feature 'label' with one of named classes for an image")
+        tests = [split for split in _TEST_SPLITS if split in builder.info.splits] or ["test"]
+        train, test = (_read(builder, split, variant, root) for split in ("train", tests[0]))
+        if test[1].min() < 0 and len(tests) > 1:
+            console.warn(f"tfds:{variant} hides the labels of {tests[0]!r}: {tests[1]!r} stands in for it")
+            test = _read(builder, tests[1], variant, root)
+        return in_memory(f"tfds:{variant}", {"train": train, "test": test}, tuple(class_names))
 
 
 def how_to_prepare(root: str, variant: str = "") -> str:
@@ -64,8 +70,9 @@ def _builder(variant, root):
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"tensorflow-datasets has no {variant!r}, neither by name nor in "
                         f"{root or 'its default folder'}{hint}") from None
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"tfds:{variant}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # what its parsers of damaged files raise has no common base class
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"tfds:{variant} in {root or 'its default folder'} cannot be read: {reason}") from None
 
 
 def _read(builder, split, variant, root):
@@ -77,18 +84,25 @@ def _read(builder, split, variant, root):
         raise UserError(f"{name} has no feature 'image': it has {', '.join(sorted(info.features))}")
     if not info.splits[split].num_examples:
         raise UserError(f"{name}: split {split!r} is empty")
-    try:
-        records = builder.as_data_source(split=split)
-        images, labels = zip(*((record["image"], record["label"]) for record in records))
-    except NotImplementedError:
-        raise UserError(f"{name} in {builder.data_dir} is not in ArrayRecord format; "
-                        f"{how_to_prepare(root, variant)}") from None
-    except ImportError as error:
-        raise UserError(f"{name}: decoding its images needs {error.name}, "
-                        "which is not installed") from None
-    sizes = sorted({image.shape for image in images})
+    images, labels, sizes = [], [], set()
+    for number, shard in enumerate(info.splits[split].filepaths):
+        part = f"{split}[{number}shard]"
+        try:
+            for record in builder.as_data_source(split=part) if info.splits[part].num_examples else ():
+                sizes.add(record["image"].shape)
+                images.append(record["image"])
+                labels.append(int(record["label"]))
+        except NotImplementedError:
+            raise UserError(f"{name} in {builder.data_dir} is not in ArrayRecord format; "
+                            f"{how_to_prepare(root, variant)}") from None
+        except ImportError as error:
+            raise UserError(f"{name}: decoding its images needs {error.name}, "
+                            "which is not installed") from None
+        except Exception:  # of a damaged record the library gives None, or raises what its decoder raised
+            raise UserError(f"{shard} is {'damaged' if shard.exists() else 'missing'}: delete {builder.data_dir} and "
+                            f"prepare it anew; {how_to_prepare(root, variant)}") from None
     if len(sizes) > 1:
-        raise UserError(f"{name}: {split} images differ in size ({sizes[0]} and {sizes[-1]}): "
+        raise UserError(f"{name}: {split} images differ in size ({min(sizes)} and {max(sizes)}): "
                         "expected one size")
     return np.stack(images), np.asarray(labels, np.int32)
 

@@ -1,5 +1,6 @@
 """Sets that tensorflow-datasets prepared, read without TensorFlow."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -13,8 +14,8 @@ pytest.importorskip("array_record")
 
 
 def prepare(folder, name, splits=("train", "test"), shape=(4, 4, 3), sizes=(4,), dtype=np.uint8,
-             feature="image", num_images=5):
-    """Prepares `folder`/NAME with images that hold their own number."""
+            feature="image", num_images=5, shards=1, hidden=()):
+    """Prepares `folder`/NAME with images that hold their own number; labels of `hidden` splits are -1."""
     features = library.features
 
     class Imitation(library.core.GeneratorBasedBuilder, skip_registration=True):
@@ -27,20 +28,21 @@ def prepare(folder, name, splits=("train", "test"), shape=(4, 4, 3), sizes=(4,),
 
         def _split_generators(self, dl_manager):
             del dl_manager
-            return {split: self._generate_examples() for split in splits}
+            return {split: self._generate_examples(split in hidden) for split in splits}
 
-        def _generate_examples(self):
+        def _generate_examples(self, is_hidden):
             for i in range(num_images):
                 size = sizes[i % len(sizes)]
-                yield i, {feature: np.full((size, 4, 3), i, dtype), "label": i % 2}
+                yield i, {feature: np.full((size, 4, 3), i, dtype), "label": -1 if is_hidden else i % 2}
 
     Imitation.name = name
-    Imitation(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    Imitation(data_dir=str(folder), file_format="array_record").download_and_prepare(
+        download_config=library.download.DownloadConfig(num_shards=shards))
     return str(folder)
 
 
 def test_reads_a_prepared_set_in_record_order(tmp_path, capfd):
-    root = prepare(tmp_path, "tiny_set")
+    root = prepare(tmp_path, "tiny_set", shards=2)
     capfd.readouterr()
     for name in ("tfds:tiny_set", "tfds:tiny_set:1.0.0"):
         dataset = pipeline.open_dataset(name, root)
@@ -49,6 +51,7 @@ def test_reads_a_prepared_set_in_record_order(tmp_path, capfd):
         assert sorted(dataset.train.images[:, 0, 0, 0]) == [0, 1, 2, 3, 4]
         np.testing.assert_array_equal(dataset.train.images[:, 0, 0, 0] % 2, dataset.train.labels)
     records = library.builder("tiny_set", data_dir=root).as_data_source(split="train")
+    np.testing.assert_array_equal([record["image"] for record in records], dataset.train.images)
     np.testing.assert_array_equal([record["label"] for record in records], dataset.train.labels)
     assert "tensorflow" not in sys.modules
     assert capfd.readouterr().err == ""
@@ -57,6 +60,36 @@ def test_reads_a_prepared_set_in_record_order(tmp_path, capfd):
 def test_validation_stands_in_for_test(tmp_path):
     root = prepare(tmp_path, "with_validation", splits=("train", "validation"))
     assert len(pipeline.open_dataset("tfds:with_validation", root).test) == 5
+
+
+def test_validation_stands_in_for_a_test_split_with_hidden_labels(tmp_path, capsys):
+    root = prepare(tmp_path, "hides", splits=("train", "validation", "test"), hidden=("test",))
+    assert pipeline.open_dataset("tfds:hides", root).test.labels.min() == 0
+    assert "warning: tfds:hides hides the labels of 'test': 'validation' stands in" in capsys.readouterr().err
+
+
+def _damage(path, content):
+    """Removes a file (None), cuts it ("half") or writes other bytes."""
+    data = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(data[:len(data) // 2] if content == "half" else content)
+
+
+def test_damaged_files_are_named(tmp_path):
+    whole = prepare(tmp_path / "whole", "tiny_set", shards=2)
+    for number, (file, content, message) in enumerate([
+            ("tiny_set-train.array_record-00001-of-00002", None, "train.array_record-00001-of-00002 is missing"),
+            ("tiny_set-train.array_record-00001-of-00002", "half", "train.array_record-00001-of-00002 is damaged"),
+            ("tiny_set-test.array_record-00000-of-00002", b"", "test.array_record-00000-of-00002 is damaged"),
+            ("dataset_info.json", b"{", "tfds:tiny_set in .* cannot be read"),
+            ("dataset_info.json", b"\xff\xfe", "tfds:tiny_set in .* cannot be read"),
+            ("features.json", b"[]", "tfds:tiny_set in .* cannot be read")]):
+        root = shutil.copytree(whole, tmp_path / str(number))
+        _damage(root / "tiny_set" / "1.0.0" / file, content)
+        with pytest.raises(UserError, match=message) as error:
+            pipeline.open_dataset("tfds:tiny_set", str(root))
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("options, message", [
