@@ -41,7 +41,7 @@ def test_a_local_write_makes_folders_and_leaves_one_file(kind, tmp_path):
     path = tmp_path / "a" / "b" / "x.json"
     for content in ({"n": 1}, {"n": 2}):
         files.write_json(kind(path), content)
-        assert path.read_text() == '{\n  "n": %d\n}\n' % content["n"]
+        assert path.read_text() == f'{{\n  "n": {content["n"]}\n}}\n'
     assert [found.name for found in path.parent.iterdir()] == ["x.json"] and path.stat().st_mode & 0o777 == 0o644
     files.write_text(kind(path), "ä")
     assert path.read_bytes() == b"\xc3\xa4"
