@@ -13,7 +13,6 @@ I input channels, O output channels, k kernel size.
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,37 +23,9 @@ from advmoe_jax.core import find, tree
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.models.network import Network
 
-_WRAPPERS = ("state_dict", "net", "model")
-_DATA_PARALLEL = "module."
 _ROUTER = "router."
 _KERNEL_FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}
 _KERNEL_TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
-
-
-def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads the tensors of a checkpoint file.
-
-    A state dict below "state_dict", "net" or "model" is unwrapped and DataParallel's "module." is stripped.
-
-    Args:
-        path: what `torch.save` wrote (.th, .pth, .pt), which needs PyTorch here too, or an .npz, which does not.
-    Returns:
-        {PyTorch name: array}.
-    Raises:
-        UserError: there is no such file, it cannot be read, or it holds no state dict.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint file {path}: expected a PyTorch checkpoint or an .npz")
-    content = _read_npz(path) if path.suffix == ".npz" else _read_torch(path)
-    while (inner := next((w for w in _WRAPPERS if isinstance(content.get(w), Mapping)), None)) is not None:
-        content = content[inner]
-    other = [name for name, value in content.items() if not (isinstance(name, str) and hasattr(value, "shape"))]
-    if other or not content:
-        found = f"has an entry {other[0]!r} that is no named tensor" if other else "is empty"
-        raise UserError(f"{path} {found}: expected a state dict, alone or under {', '.join(_WRAPPERS)}")
-    prefix = _DATA_PARALLEL if all(name.startswith(_DATA_PARALLEL) for name in content) else ""
-    return {name.removeprefix(prefix): _to_numpy(value) for name, value in content.items()}
 
 
 def to_variables(network: Network, state_dict: Mapping[str, Any],
@@ -71,7 +42,7 @@ def to_variables(network: Network, state_dict: Mapping[str, Any],
     Returns:
         {"params": ..., "batch_stats": ...} as `network.init` makes them.
     Raises:
-        UserError: a tensor is missing, unknown or of another shape, or copies of the router differ.
+        UserError: a tensor is missing, unknown, of another shape or not finite, or copies of the router differ.
     """
     found = _one_router(state_dict, router_state_dict or {})
     abstract = network.shapes
@@ -152,7 +123,14 @@ def _as_leaf(name: str, value: Any, leaf: jax.ShapeDtypeStruct, is_kernel: bool)
     shape = tuple(leaf.shape[axis] for axis in _KERNEL_TO_TORCH[leaf.ndim]) if is_kernel else leaf.shape
     if value.shape != shape:
         raise UserError(f"tensor {name} of the state dict is {value.shape}: expected {shape}")
-    return jnp.asarray(value.transpose(_KERNEL_FROM_TORCH[value.ndim]) if is_kernel else value, leaf.dtype)
+    if not np.can_cast(value.dtype, np.float64, "same_kind"):
+        raise UserError(f"tensor {name} of the state dict is {value.dtype}: expected real numbers")
+    with np.errstate(over="ignore"):
+        value = value.astype(leaf.dtype)
+    if not np.isfinite(value).all():
+        raise UserError(f"tensor {name} of the state dict has {np.sum(~np.isfinite(value))} values that are not "
+                        f"finite in {leaf.dtype}: expected weights of a model that works")
+    return jnp.asarray(value.transpose(_KERNEL_FROM_TORCH[value.ndim]) if is_kernel else value)
 
 
 def _missing(name: str, found: Iterable[str], unknown: Iterable[str]) -> UserError:
@@ -164,38 +142,3 @@ def _missing(name: str, found: Iterable[str], unknown: Iterable[str]) -> UserErr
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"; the nearest name is {near[0]}" if near else ""
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except Exception as error:  # numpy raises what zipfile or its parser raised
-        raise _unreadable(path, error) from None
-
-
-def _read_torch(path: Path) -> Mapping[str, Any]:
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f"reading {path} needs PyTorch: run `pip install advmoe_jax[torch]`, "
-                        "or save its state dict as .npz") from None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what pickle, zipfile or its storage raised
-        raise _unreadable(path, error) from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}: expected a state dict")
-    return content
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return UserError(f"{path} cannot be read as a checkpoint: {reason}")
-
-
-def _to_numpy(value: Any) -> np.ndarray:
-    if isinstance(value, np.ndarray):
-        return value
-    value = value.detach()
-    return (value.float() if value.is_floating_point() and value.element_size() < 4 else value).numpy()

@@ -1,4 +1,4 @@
-"""State dicts of the released AdvMoE code as variables: names, copies of the router, files, messages."""
+"""State dicts of the released AdvMoE code as variables: names, copies of the router, messages."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import pytest
 
 from advmoe_jax.core import config, tree
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.interop.torch_import import layer_names, norm_name, read_state_dict, to_variables
+from advmoe_jax.interop.torch_import import layer_names, norm_name, to_variables
 from advmoe_jax.models import network
 
 ROUTER = "router."
@@ -180,73 +180,13 @@ def test_wrong_shape(name, expected):
     assert refused(dense(), state) == f"tensor {name} of the state dict is {state[name].shape}: expected {expected}"
 
 
-# Files.
-
-
-def test_npz_needs_no_torch(tmp_path):
-    state = parts(dense())[0]
-    np.savez(tmp_path / "dense.npz", **state)
-    read = read_state_dict(tmp_path / "dense.npz")
-    assert_equal(read, state)
-    assert_equal(to_variables(dense(), read), to_variables(dense(), state))
-
-
-def test_data_parallel_prefix(tmp_path):
-    state = released(moe())
-    np.savez(tmp_path / "moe.npz", **{f"module.{name}": value for name, value in state.items()})
-    assert_equal(read_state_dict(tmp_path / "moe.npz"), state)
-
-
-@pytest.mark.parametrize("content", [None, b"no archive"])
-@pytest.mark.parametrize("name", ["a.npz", "a.pth"])
-def test_unreadable_file(tmp_path, name, content):
-    if content is None:
-        message = "no checkpoint file"
-    else:
-        (tmp_path / name).write_bytes(content)
-        message = "cannot be read as a checkpoint|needs PyTorch"
-    with pytest.raises(UserError, match=message) as caught:
-        read_state_dict(tmp_path / name)
-    assert "\n" not in str(caught.value)
-
-
-def test_empty_npz(tmp_path):
-    np.savez(tmp_path / "a.npz")
-    with pytest.raises(UserError, match="is empty: expected a state dict"):
-        read_state_dict(tmp_path / "a.npz")
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("wrap", [
-    lambda state: state, lambda state: {"state_dict": state, "epoch": 3}, lambda state: {"net": state, "acc": .5},
-    lambda state: {"model": {"state_dict": state}}])
-def test_torch_files(tmp_path, wrap, legacy):
-    torch = pytest.importorskip("torch")
-    state = released(moe())
-    tensors = {f"module.{name}": torch.nn.Parameter(torch.tensor(value), requires_grad=value.dtype.kind == "f")
-               for name, value in state.items()}
-    torch.save(wrap(tensors), tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
-    assert_equal(read_state_dict(tmp_path / "a.pth"), state)
-
-
-@pytest.mark.oracle
-def test_torch_files_of_something_else(tmp_path):
-    torch = pytest.importorskip("torch")
-    for content, message in (([1], "holds a list"), ({"epoch": 3}, "'epoch' that is no named tensor"), ({}, "is empty"),
-                             ({0: torch.ones(2)}, "an entry 0 that is no"),
-                             ({"state_dict": np.random.default_rng}, "cannot be read as a checkpoint")):
-        torch.save(content, tmp_path / "a.pth")
-        with pytest.raises(UserError, match=message) as caught:
-            read_state_dict(tmp_path / "a.pth")
-        assert "\n" not in str(caught.value)
-
-
-@pytest.mark.oracle
-def test_half_precision_becomes_float32(tmp_path):
-    torch = pytest.importorskip("torch")
-    torch.save({"a": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "a.pth")
-    assert read_state_dict(tmp_path / "a.pth")["a"].dtype == np.float32
+@pytest.mark.parametrize("value, message", [
+    (np.nan, "has 4 values that are not finite in float32"), (np.inf, "has 4 values that are not finite in float32"),
+    (1e300, "has 4 values that are not finite in float32"), (1j, "is complex128: expected real numbers"),
+    ("x", "is <U1: expected real numbers")])
+def test_values_that_are_no_weights(value, message):
+    assert f"tensor bn1.weight of the state dict {message}" in refused(
+        dense(), parts(dense())[0] | {"bn1.weight": np.full(4, value)})
 
 
 @pytest.mark.oracle
