@@ -15,7 +15,7 @@ from advmoe_jax.data.source import (
     read_prepared,
     refuse_foreign,
     refuse_variant,
-    remove_leftovers,
+    remove_unfinished,
     write_prepared,
 )
 
@@ -41,7 +41,7 @@ def prepare(name: str, out: str, raw_path: str | None = None, force: bool = Fals
         raise UserError(source.how_to_prepare(out, variant))
     refuse_variant(base, variant)
     folder = paths.path(out) / base
-    remove_leftovers(folder)
+    remove_unfinished(folder)
     if (folder / META).is_file() and not force:
         summary = _summary(read_prepared(base, out))
         print(f"{folder} is already prepared: {summary}; --force writes it anew")

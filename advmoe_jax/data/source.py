@@ -5,6 +5,7 @@ Legend: n images, H height, W width, C channels.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -145,7 +146,8 @@ def write_prepared(dataset: Dataset, root: str | os.PathLike) -> epath.Path:
     Returns:
         The folder.
     Raises:
-        UserError: the folder holds files that are not of a prepared data set, or the disk has no room.
+        UserError: the folder holds files that are not of a prepared data set.
+        OSError: the disk is full or cannot be written; what was there is as it was.
     """
     folder = paths.path(root) / dataset.name
     refuse_foreign(folder)
@@ -157,7 +159,7 @@ def write_prepared(dataset: Dataset, root: str | os.PathLike) -> epath.Path:
                 (epath.Path(new) / file).copy(folder / file, overwrite=True)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
+    remove_unfinished(folder)
     new, old = (folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.{age}") for age in _AGES)
     try:
         new.mkdir()
@@ -173,7 +175,7 @@ def write_prepared(dataset: Dataset, root: str | os.PathLike) -> epath.Path:
     return folder
 
 
-def remove_leftovers(folder: epath.Path) -> None:
+def remove_unfinished(folder: epath.Path) -> None:
     """Removes what killed processes of this machine left beside a prepared folder; what they set aside comes back."""
     if paths.is_remote(folder):
         return
@@ -202,15 +204,16 @@ def writing(folder: os.PathLike, size: int) -> Iterator[None]:
     """Writes about `size` bytes into a local folder.
 
     Raises:
-        UserError: the disk has less room, which is said before, or the system refuses a write.
+        OSError: the disk has less room, which is said before, or the system refuses a write. It names both.
     """
     what, free = f"{size / 1e6:,.1f} MB", shutil.disk_usage(folder).free
     if free < size:
-        raise UserError(f"{folder} has no room for {what}: its disk has {free / 1e6:,.1f} MB free")
+        raise OSError(errno.ENOSPC, f"no room for {what}: its disk has {free / 1e6:,.1f} MB free", str(folder))
     try:
         yield
     except OSError as error:
-        raise UserError(f"{folder} did not take {what}: {error.strerror or error}") from None
+        code = error.errno or errno.EIO
+        raise OSError(code, f"{what} were to be written: {error.strerror or error}", str(folder)) from None
 
 
 def refuse_foreign(folder: epath.Path):

@@ -141,7 +141,7 @@ def test_failed_write_leaves_the_old_folder_alone(tmp_path, monkeypatch):
         save(path, array)
 
     monkeypatch.setattr(np, "save", failing)
-    with pytest.raises(UserError, match=f"{tmp_path} did not take 0.0 MB: disk full"):
+    with pytest.raises(OSError, match=f"0.0 MB were to be written: disk full: '{tmp_path}'"):
         source.write_prepared(_dataset(seed=1), tmp_path)
     assert os.listdir(tmp_path) == ["cifar10"]
     assert _same(_dataset(), source.read_prepared("cifar10", tmp_path))
