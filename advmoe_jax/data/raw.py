@@ -75,7 +75,7 @@ class Official:
 
 
 def read(official: Official, path: str | os.PathLike, allow_unknown_hash: bool = False) -> Dataset:
-    """Reads an official archive, a .zip of its files, or a folder that holds either up to two folders down.
+    """Reads an official archive, a .zip of its files, a folder that holds the archive, or files up to two folders down.
 
     Args:
         official: the data set.
