@@ -48,7 +48,7 @@ def report(flags: argparse.Namespace, overrides: list[str]) -> None:
     if flags.config or flags.checkpoint or overrides:
         raise UserError("--mode report shows what was measured: expected --workdir and no other flag")
     folders = []
-    for pattern in filter(None, flags.workdir.split(",")):
+    for pattern in paths.listed(flags.workdir):
         folders += [pattern] if "://" in pattern or epath.Path(pattern).exists() else sorted(glob.glob(pattern))
     if not folders:
         raise UserError(f"no workdir matches {flags.workdir!r}: expected --workdir 'runs/*', for example")
