@@ -44,8 +44,9 @@ def room(path: epath.PathLike, size: int = 0) -> Iterator[None]:
         folder = next(folder for folder in epath.Path(path).absolute().parents if folder.exists())
         entries = os.statvfs(folder)
         few = " and no more files" if entries.f_files and not entries.f_favail else ""
-        raise NoSpace(f"no space left for {path}: {size:,} bytes were to be written, and the disk of {folder} takes "
-                      f"{shutil.disk_usage(folder).free:,}{few}; the same command continues when there is room"
+        wanted = f"{size:,} bytes were to be written, and " if size else ""
+        raise NoSpace(f"no space left for {path}: {wanted}the disk of {folder} takes "
+                      f"{shutil.disk_usage(folder).free:,} bytes{few}; the same command continues when there is room"
                       ) from None
 
 

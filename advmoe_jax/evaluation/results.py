@@ -32,6 +32,11 @@ def entry_id(record: dict[str, Any]) -> str:
     return re.sub(r"[^\w.-]+", "_", "-".join(map(str, (*parts, f"{settings:08x}"))))
 
 
+def is_kept(workdir: epath.PathLike) -> bool:
+    """Whether anything was measured."""
+    return (epath.Path(workdir) / "results.json").exists()
+
+
 def read(workdir: epath.Path) -> list[dict[str, Any]]:
     """All measurements of a workdir, oldest first.
 

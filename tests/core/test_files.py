@@ -60,7 +60,7 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(fails, tmp_p
         patch.setattr(os, fails, fail)
         files.write_text(path, "new")
     assert re.fullmatch(rf"no space left for {path}: 3 bytes were to be written, and the disk of {tmp_path} takes "
-                        r"[\d,]+; the same command continues when there is room", str(error.value))
+                        r"[\d,]+ bytes; the same command continues when there is room", str(error.value))
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
