@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import advmoe_jax
-from advmoe_jax.core import console, files, locks, paths, status, xla
+from advmoe_jax.core import cache, console, files, locks, paths, status, xla
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import NoSpace, Preempted, UserError
@@ -173,5 +173,5 @@ def _subject(experiment: Experiment, workdir: epath.Path) -> evaluation.Subject:
 
 def _prepare() -> None:
     """What is set once the devices are known."""
-    xla.use_compilation_cache()
+    cache.use()
     xla.keep_memory()
