@@ -90,7 +90,7 @@ def test_results(method, run):
         order.sort(key=lambda pair: pair[1])
     assert [(entry["checkpoint"], entry["attack"]) for entry in found] == order
     for entry in found:
-        assert results.FIELDS <= entry.keys()
+        assert results.FIELDS.keys() <= entry.keys()
         assert (entry["n"], entry["norm"], entry["eps"], entry["eps_value"]) == (20, "linf", "0.1", 0.1)
         assert entry["seed"] == entry["train_seed"] == 0 and entry["data"] == "digits"
         assert entry["precision"] == {"verdicts": "float32", "attacks": "default"}
