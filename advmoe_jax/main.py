@@ -9,8 +9,8 @@
                                                                        several at once; --list shows how far they are
 
 Any field of the config can be set: --config.model.width=32 --config.attack.eps=8/255. The same command continues a
-run that was stopped. Exit codes: 0; 2 bad input; 3 unreliable evaluation, with --strict; 4 non-finite training; 75
-stopped by SIGTERM, run me again; 130 Ctrl-C.
+run that was stopped. Exit codes: 0; 2 bad input; 3 unreliable evaluation, with --strict; 4 non-finite training; 74
+no space left on a disk, run me again when there is; 75 stopped by SIGTERM, run me again; 130 Ctrl-C.
 """
 
 import argparse

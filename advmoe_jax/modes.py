@@ -1,7 +1,6 @@
 """What the program does in each mode: train, evaluate, report; for one run or for those of a recipe."""
 
 import argparse
-import contextlib
 import glob
 import traceback
 
@@ -11,16 +10,20 @@ from ml_collections import ConfigDict
 
 from advmoe_jax import run as runs
 from advmoe_jax.core import config as configs
-from advmoe_jax.core import console, locks, paths, recipe, status, tables
+from advmoe_jax.core import console, locks, paths, recipe, status, stop, tables
 from advmoe_jax.core import mesh as meshes
-from advmoe_jax.core.errors import Preempted, UnreliableError, UserError, one_of
+from advmoe_jax.core.errors import NoSpace, Preempted, UnreliableError, UserError, one_of
 from advmoe_jax.core.recipe import Planned, Recipe
 from advmoe_jax.report import reports
-from advmoe_jax.train import preemption
 
 
 def start(flags: argparse.Namespace, overrides: list[str]) -> None:
-    """Runs the mode that the flags name."""
+    """Runs the mode that the flags name. SIGTERM and Ctrl-C end it where nothing is lost."""
+    with stop.noted():
+        _start(flags, overrides)
+
+
+def _start(flags: argparse.Namespace, overrides: list[str]) -> None:
     if flags.mode == "report":
         return report(flags, overrides)
     _check(flags)
@@ -48,7 +51,7 @@ def report(flags: argparse.Namespace, overrides: list[str]) -> None:
     if flags.config or flags.checkpoint or overrides:
         raise UserError("--mode report shows what was measured: expected --workdir and no other flag")
     folders = []
-    for pattern in filter(None, flags.workdir.split(",")):
+    for pattern in paths.listed(flags.workdir):
         folders += [pattern] if "://" in pattern or epath.Path(pattern).exists() else sorted(glob.glob(pattern))
     if not folders:
         raise UserError(f"no workdir matches {flags.workdir!r}: expected --workdir 'runs/*', for example")
@@ -68,6 +71,8 @@ def of_recipe(flags: argparse.Namespace, chosen: Recipe, overrides: list[str]) -
     taken = [run for run in recipe.plan(chosen, root) if run.name in names]
     if flags.list:
         return tables.show([_states(taken)])
+    if not (root / recipe.FILE).exists():
+        runs.refuse_foreign(root, chosen.runs)
     for run in taken:
         runs.check_workdir(run.config, run.workdir, exists=False)
     with _cluster(flags):
@@ -113,7 +118,7 @@ def _carry_out(taken: list[Planned]) -> tuple[bool, list[str]]:
             held.clear()  # they may be free by now
         except locks.Held:
             held.add(run.name)
-        except Preempted:
+        except (Preempted, NoSpace):
             raise
         except UserError as error:
             failed.append(run.name)
@@ -189,10 +194,8 @@ def _with(config: ConfigDict, overrides: list[str], where: str = "") -> ConfigDi
     return config
 
 
-@contextlib.contextmanager
 def _cluster(flags: argparse.Namespace):
-    with preemption.stops(), meshes.cluster(flags.coordinator, flags.num_processes, flags.process_id):
-        yield
+    return meshes.cluster(flags.coordinator, flags.num_processes, flags.process_id)
 
 
 def _end(flags: argparse.Namespace, reliable: bool) -> None:

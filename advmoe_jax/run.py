@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Collection
 
 import jax
 from etils import epath
@@ -9,10 +10,10 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import advmoe_jax
+from advmoe_jax.core import cache, console, files, locks, paths, status, xla
 from advmoe_jax.core import config as configs
-from advmoe_jax.core import console, locks, paths, status, xla
 from advmoe_jax.core import mesh as meshes
-from advmoe_jax.core.errors import EXIT_PREEMPTED, UserError
+from advmoe_jax.core.errors import NoSpace, Preempted, UserError
 from advmoe_jax.evaluation import evaluate as evaluation
 from advmoe_jax.evaluation import results
 from advmoe_jax.report import reports
@@ -20,23 +21,46 @@ from advmoe_jax.systems.assemble import Experiment, assemble
 from advmoe_jax.train import checkpoint, loop
 
 _BOTH = ("best", "last")
+_OWN = ("checkpoints", "config.json", "eval", "metrics.jsonl", "report.md", "results.json", "status.json")
 
 
 def check_workdir(config: ConfigDict, workdir: epath.Path, exists: bool) -> None:
-    """Raises UserError for a workdir of another config, or one that is not there and should be."""
+    """Raises UserError for a workdir of another config or of other things, or one that is not there and should be.
+
+    A run of which nothing is saved may begin anew with another config, unless it `exists` for an evaluation.
+    """
     if paths.is_remote(workdir):
         paths.path(workdir)
     else:
         standing = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
         if not standing.is_dir():
             raise UserError(f"--workdir {workdir}: {standing} is a file: expected a folder, or a name that is free")
-    if (workdir / "config.json").exists():
-        changed = configs.differences(config, configs.read(workdir / "config.json"))
-        if changed:
-            raise UserError(f"{workdir} holds a run of another config: {', '.join(changed)}; "
-                            "choose another --workdir, or the config that it was started with")
+    written, saved = workdir / "config.json", checkpoint.metas(workdir)
+    known = {folder: configs.from_json(meta["config"], folder) for folder, meta in saved.items() if "config" in meta}
+    if written.exists():
+        stored = configs.read(written)
+        if saved or exists or results.is_kept(workdir):
+            known = {written: stored} | known
     elif exists:
         raise UserError(f"no run in {workdir}: it has no config.json")
+    elif not saved:
+        refuse_foreign(workdir, _OWN)
+    for stored in known.values():
+        if changed := configs.differences(config, stored):
+            raise UserError(f"{workdir} holds a run of another config: {', '.join(changed)}; "
+                            "choose another --workdir, or the config that it was started with")
+    for folder, meta in saved.items():
+        if meta.get("step", int(folder.name)) != int(folder.name):
+            raise UserError(f"{folder} holds the checkpoint of step {meta['step']}: expected it under its own name, or "
+                            "none; move it away")
+
+
+def refuse_foreign(workdir: epath.Path, own: Collection[str]) -> None:
+    """Raises UserError if a folder holds anything, hidden files apart, that has another name."""
+    names = sorted(path.name for path in workdir.iterdir()) if workdir.is_dir() else []
+    if foreign := [name for name in names if name not in own and not name.startswith(".")]:
+        raise UserError(f"--workdir {workdir} holds {foreign[0]}, and no run or recipe: expected a folder that is new, "
+                        "empty, or of this run or recipe")
 
 
 def train(config: ConfigDict, workdir: epath.Path) -> bool:
@@ -51,12 +75,18 @@ def train(config: ConfigDict, workdir: epath.Path) -> bool:
     evaluation.check(_subject(experiment, workdir))
     with _held(workdir):
         check_workdir(config, workdir, exists=False)
+        if jax.process_index() == 0:
+            checkpoint.remove_unfinished(workdir)
+            files.remove_leftovers(workdir)
         begin, was_trained = time.time(), status.read(workdir).is_trained
         try:
             _train(experiment, workdir)
+        except NoSpace:
+            raise
         except UserError as error:
-            state, why = ("training", "") if error.exit_code == EXIT_PREEMPTED else ("failed", str(error))
-            _set_status(workdir, state, time.time() - begin, why)
+            state, why = ("training", "") if isinstance(error, Preempted) else ("failed", str(error))
+            if not was_trained:
+                _set_status(workdir, state, time.time() - begin, why)
             raise
         if not was_trained:
             _set_status(workdir, "trained", time.time() - begin)
@@ -87,8 +117,9 @@ def _set_status(workdir: epath.Path, state: str, seconds: float = 0.0, why: str 
 
 def _train(experiment: Experiment, workdir: epath.Path) -> None:
     config, system = experiment.config, experiment.system
-    if jax.process_index() == 0 and not (workdir / "config.json").exists():
-        configs.write(config, workdir / "config.json")
+    written = workdir / "config.json"
+    if jax.process_index() == 0 and not (written.exists() and not configs.differences(config, configs.read(written))):
+        configs.write(config, written)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("workdir")
     if status.read(workdir).state in ("new", "failed"):
@@ -106,22 +137,32 @@ def _train(experiment: Experiment, workdir: epath.Path) -> None:
 
 
 def _evaluate(experiment: Experiment, workdir: epath.Path, which: tuple[str, ...], trust: bool) -> bool:
-    subject = _subject(experiment, workdir)
     _prepare()
-    shapes, replicated = subject.model.shapes, meshes.replicated(experiment.mesh)
     begin = time.time()
-    with checkpoint.opened(workdir, create=False) as saved:
-        steps: dict[int, list[str]] = {}
-        for name in which:
-            steps.setdefault(saved.step(name), []).append(name)
-        with _held(workdir / "eval"):
-            reliable = evaluation.evaluate(
-                subject, steps, lambda step, name: saved.restore_trained(name, shapes, replicated), trust=trust)
+    while True:
+        try:
+            reliable = _evaluate_saved(experiment, workdir, which, trust)
+            break
+        except checkpoint.Gone:  # training goes on; what was measured is kept, and the newer ones are taken
+            if jax.process_count() > 1:
+                raise
     if status.read(workdir).state == "trained":
         _set_status(workdir, "finished", time.time() - begin)
     if jax.process_index() == 0:
         reports.write_run(workdir)
     return reliable
+
+
+def _evaluate_saved(experiment: Experiment, workdir: epath.Path, which: tuple[str, ...], trust: bool) -> bool:
+    subject = _subject(experiment, workdir)
+    shapes, replicated = subject.model.shapes, meshes.replicated(experiment.mesh)
+    with checkpoint.opened(workdir, create=False) as saved:
+        steps: dict[int, list[str]] = {}
+        for name in which:
+            steps.setdefault(saved.step(name), []).append(name)
+        with _held(workdir / "eval"):
+            return evaluation.evaluate(
+                subject, steps, lambda step, name: saved.restore_trained(name, shapes, replicated), trust=trust)
 
 
 def _subject(experiment: Experiment, workdir: epath.Path) -> evaluation.Subject:
@@ -132,5 +173,5 @@ def _subject(experiment: Experiment, workdir: epath.Path) -> evaluation.Subject:
 
 def _prepare() -> None:
     """What is set once the devices are known."""
-    xla.use_compilation_cache()
+    cache.use()
     xla.keep_memory()

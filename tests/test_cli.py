@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny import DIGITS, REPO, flags, listing
+from tiny import DIGITS, REPO, flags, forget_configs, listing
 
 from advmoe_jax import main
 from advmoe_jax.bench import __main__ as bench
@@ -16,7 +16,7 @@ from advmoe_jax.core import cli, mesh
 from advmoe_jax.core.errors import NonFiniteError, Preempted
 from advmoe_jax.data import prepare
 from advmoe_jax.evaluation import flags as suspicions
-from advmoe_jax.train import loop
+from advmoe_jax.train import checkpoint, loop
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 NATURAL = dict(eval__attacks="fgsm", train__length="1 steps")
@@ -56,7 +56,7 @@ BAD_FIELDS = {
     "router_loss": ("system.router_loss=label", "system.router_loss 'label'", "label_mod"),
     "model_name": ("model.name=resnt", "model.name 'resnt'", "did you mean 'resnet'"),
     "model_depth": ("model.depth=19", "model.depth", "'19'", "18"),
-    "width_of_a_million": ("model.width=99999999999", "model.width is 99999999999", "65536"),
+    "width_of_a_million": ("model.width=99999999999", "model.width is 99999999999", "16384"),
     "model_stem": ("model.stem=cifer", "model.stem 'cifer'", "did you mean 'cifar'"),
     "model_scale": ("model.model_scale=2", "model.model_scale is 2"),
     "routing": ("model.routing=layr", "model.routing 'layr'", "did you mean 'layer'"),
@@ -75,6 +75,9 @@ BAD_FIELDS = {
     "eval_every": ("train.eval_every=often", "train.eval_every", "'often'"),
     "save_every": ("train.save_every=often", "train.save_every", "'often'"),
     "log_every": ("train.log_every=often", "train.log_every", "'often'"),
+    "length_of_ages": ("train.length=999999999999 epochs", "train.length", "at most 2147483647"),
+    "warmup_of_twice_the_length": ("optim.router.warmup=200%", "optim.router.warmup", "100%"),
+    "schedule_to_infinity": ("optim.router.schedule=multistep(50%:1e300)", "schedule", "1000000"),
     "warmup": ("optim.router.warmup=slow", "warmup", "'slow'"),
     "schedule": ("optim.router.schedule=cosin", "'cosin'", "did you mean 'cosine'"),
     "select_on": ("train.select_on=tset", "train.select_on 'tset'", "did you mean 'test'"),
@@ -157,6 +160,21 @@ BAD_CONFIGS = {
                               "    c.model.width = 'wide'\n    return c\n", "mine.py"),
     "new_field": ("mine.py", "from advmoe_jax.core import config\ndef get_config():\n    c = config.default()\n"
                              "    c.model.update({'widht': 3})\n    return c\n", "mine.py", "widht"),
+    "exits": ("mine.py", "def get_config():\n    raise SystemExit(0)\n", "mine.py, line 2", "SystemExit"),
+    "cannot_say": ("mine.py", "class Odd(Exception):\n    def __str__(self):\n        return 1\n"
+                              "def get_config():\n    raise Odd\n", "mine.py, line 5", "Odd"),
+    "true_for_a_number": ("mine.py", "from advmoe_jax.core import config\ndef get_config():\n"
+                                     "    c = config.default()\n    c.system.beta = True\n    return c\n",
+                          "mine.py, line 4", "beta is True: expected a number"),
+    "far_from_any_field": ("mine.py", "from advmoe_jax.core import config\ndef get_config():\n"
+                                      "    c = config.default()\n    c.colour = 1\n    return c\n",
+                           "mine.py, line 4", 'Key "colour" does not exist'),
+    "none": ("mine.py", "from advmoe_jax.core import config\ndef get_config():\n"
+                        "    c = config.default()\n    c.seed = None\n    return c\n", "mine.py: seed is None"),
+    "out_of_range": ("mine.py", "from advmoe_jax.core import config\ndef get_config():\n"
+                                "    c = config.default()\n    c.seed = -1\n    return c\n", "mine.py: seed is -1"),
+    "recipe_of_a_list": ("mine.py", "from advmoe_jax.core.recipe import Recipe\ndef get_recipe():\n"
+                                    "    return Recipe([1])\n", "mine.py"),
     "no_get_config": ("mine.py", "x = 1\n", "mine.py", "get_config"),
     "returns_nothing": ("mine.py", "def get_config():\n    pass\n", "mine.py", "get_config"),
     "no_argument_taken": ("mine.py:advmoe", "from advmoe_jax.core.config import default\n"
@@ -276,26 +294,103 @@ def test_unknown_checkpoint(refused, trained, tmp_path):
         refused(["--mode", "evaluate", "--workdir", "w", "--checkpoint", name], *said)
 
 
-def test_checkpoint_of_another_architecture(refused, trained, tmp_path):
+@pytest.fixture
+def mixed(trained, tmp_path):
+    """The workdir "w" of a finished run, with the checkpoints of another."""
     shutil.copytree(trained["small"], tmp_path / "w")
     shutil.rmtree(tmp_path / "w" / "checkpoints")
     shutil.copytree(trained["wide"] / "checkpoints", tmp_path / "w" / "checkpoints")
+    return tmp_path / "w"
+
+
+def test_checkpoint_of_another_config(refused, mixed):
+    """It knows its config, whatever config.json says, or if there is none: the other run is not continued."""
+    for mode in ("train", "evaluate"):
+        refused([*flags("w", "natural", **NATURAL), "--mode", mode], "another config: model.width 4 (was 8)")
+    (mixed / "config.json").unlink()
+    refused(flags("w", "natural", **NATURAL), "another config: model.width 4 (was 8)")
+
+
+def test_checkpoint_under_the_name_of_another_step(refused, trained, tmp_path):
+    shutil.copytree(trained["small"], tmp_path / "w")
+    (tmp_path / "w" / "checkpoints" / "last" / "1").rename(tmp_path / "w" / "checkpoints" / "last" / "7")
+    refused(flags("w", "natural", **NATURAL), "checkpoints/last/7 holds the checkpoint of step 1")
+
+
+@pytest.mark.parametrize("known", ["config.json", "results.json"])
+def test_a_run_of_which_nothing_is_saved_may_begin_anew(known, trained, tmp_path, refused):
+    """With a corrected config; not where results of the other one would be taken for its own."""
+    (tmp_path / "w").mkdir()
+    for name in {"config.json", known}:
+        shutil.copy(trained["small"] / name, tmp_path / "w")
+    other = flags("w", "natural", model__width=8, **NATURAL)
+    if known == "results.json":
+        refused(other, "another config: model.width 8 (was 4)")
+    else:
+        with pytest.raises(AssertionError, match="^accepted$"):
+            main.main(other)
+        assert json.loads((tmp_path / "w" / "config.json").read_text())["model"]["width"] == 8
+
+
+def test_a_folder_of_other_things(refused, trained, tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "thesis.tex").write_text("mine")
+    refused(flags("w", "natural", **NATURAL), "--workdir w holds thesis.tex, and no run")
+    (tmp_path / "three.py").write_text("from advmoe_jax.core.recipe import Recipe\n"
+                                       "from advmoe_jax.core.config import default\n"
+                                       "def get_recipe():\n    return Recipe(dict(a=default(data='digits')))\n")
+    refused(["--config", "three.py", "--workdir", "w"], "--workdir w holds thesis.tex, and no run or recipe")
+
+
+def test_only_the_best_checkpoint_is_left(trained, tmp_path):
+    """It can be evaluated."""
+    shutil.copytree(trained["small"], tmp_path / "w")
+    shutil.rmtree(tmp_path / "w" / "checkpoints" / "last")
+    assert main.main(["--mode", "evaluate", "--workdir", str(tmp_path / "w"), "--checkpoint", "best"]) == 0
+    assert not (tmp_path / "w" / "checkpoints" / "last").exists()
+
+
+def test_a_checkpoint_that_is_rotated_away_while_it_is_read(trained, tmp_path, monkeypatch, capfd):
+    """The run goes on and saves newer ones: the newest is evaluated."""
+    shutil.copytree(trained["small"], tmp_path / "w")
+    last, read = tmp_path / "w" / "checkpoints" / "last", checkpoint._read_arrays
+    forget_configs(tmp_path / "w")
+
+    def rotated(folder):
+        if (last / "1").exists():
+            (last / "1").rename(last / "2")
+        return read(folder)
+
+    monkeypatch.setattr(checkpoint, "_read_arrays", rotated)
+    monkeypatch.setattr(suspicions, "of_model", lambda *_: ())
+    assert main.main(["--mode", "evaluate", "--workdir", str(tmp_path / "w"), "--checkpoint", "last"]) == 0
+    assert "the last checkpoint (step 2)" in capfd.readouterr().out
+
+
+def test_what_killed_saves_left_is_removed(trained, tmp_path):
+    shutil.copytree(trained["small"], tmp_path / "w")
+    before = listing(tmp_path / "w").keys()
+    (tmp_path / "w" / "checkpoints" / "last" / "5.orbax-checkpoint-tmp-0" / "state").mkdir(parents=True)
+    (tmp_path / "w" / ".metrics.jsonl.abcdefgh.part").write_text("half")
+    assert main.main(flags(tmp_path / "w", "natural", **NATURAL)) == 0
+    assert listing(tmp_path / "w").keys() == before
+
+
+def test_checkpoint_of_another_architecture(refused, mixed, tmp_path):
+    forget_configs(mixed)
     said = ("another architecture", "backbone/", "(8,)", "(4,)")
     refused(["--mode", "evaluate", "--workdir", "w"], *said)
     refused(["--mode", "evaluate", "--workdir", "w", "--checkpoint", "1"], *said)
 
 
-def test_training_refuses_a_checkpoint_of_another_architecture(trained, tmp_path, capfd):
-    shutil.copytree(trained["small"], tmp_path / "w")
-    shutil.rmtree(tmp_path / "w" / "checkpoints")
-    shutil.copytree(trained["wide"] / "checkpoints", tmp_path / "w" / "checkpoints")
+def test_training_refuses_a_checkpoint_of_another_architecture(mixed, tmp_path, capfd):
+    """What was finished stays so."""
+    forget_configs(mixed)
     before = listing(tmp_path)
     assert main.main(flags(tmp_path / "w", "natural", **NATURAL)) == 2
     error = capfd.readouterr().err
     assert re.fullmatch(r"error: [^\n]+another architecture[^\n]+\n", error), error
-    after = listing(tmp_path)
-    assert {**after, "w/status.json": None} == {**before, "w/status.json": None}
-    assert json.loads((tmp_path / "w" / "status.json").read_text())["state"] == "failed"
+    assert listing(tmp_path) == before
 
 
 def test_damaged_checkpoint(refused, trained, tmp_path):
@@ -339,7 +434,8 @@ def test_the_other_commands_refuse_in_one_line(tool, argv, said, capfd, monkeypa
 
 @pytest.mark.parametrize("raised, code, said", [
     (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
-    (OSError(28, "No space left on device", "runs/x"), 2, "error: runs/x: No space left on device"),
+    (OSError(28, "No space left on device", "runs/x"), 74, "error: runs/x: No space left on device"),
+    (PermissionError(13, "Permission denied", "runs/x"), 2, "error: runs/x: Permission denied"),
     (Preempted("stopped"), 75, "error: stopped"), (NonFiniteError("NaN"), 4, "error: NaN")])
 def test_endings(raised, code, said, capfd):
     def action():

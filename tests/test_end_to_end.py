@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from tiny import REPO, entries, flags, listing, metrics, saved_steps
+from tiny import REPO, entries, flags, forget_configs, listing, metrics, saved_steps
 
 from advmoe_jax import main
 from advmoe_jax.attacks import parse
@@ -90,7 +90,7 @@ def test_results(method, run):
         order.sort(key=lambda pair: pair[1])
     assert [(entry["checkpoint"], entry["attack"]) for entry in found] == order
     for entry in found:
-        assert results.FIELDS <= entry.keys()
+        assert results.FIELDS.keys() <= entry.keys()
         assert (entry["n"], entry["norm"], entry["eps"], entry["eps_value"]) == (20, "linf", "0.1", 0.1)
         assert entry["seed"] == entry["train_seed"] == 0 and entry["data"] == "digits"
         assert entry["precision"] == {"verdicts": "float32", "attacks": "default"}
@@ -376,6 +376,7 @@ def test_a_look_in_between_is_not_the_result(tmp_path):
     stored = json.loads((workdir / "config.json").read_text())
     stored["train"]["length"] = "4 steps"
     (workdir / "config.json").write_text(json.dumps(stored))
+    forget_configs(workdir)
     assert main.main(flags(workdir, "natural")) == 0
     found = entries(workdir)
     assert {entry["step"] for entry in found if entry["checkpoint"] == "last"} == {4}

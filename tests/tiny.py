@@ -68,6 +68,13 @@ def saved_steps(workdir, which="last"):
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
 
+def forget_configs(workdir):
+    """Makes the checkpoints of a run those of a version that kept no config beside them."""
+    for path in (pathlib.Path(workdir) / "checkpoints").glob("*/*/meta/metadata"):
+        meta = json.loads(path.read_text())
+        path.write_text(json.dumps({name: value for name, value in meta.items() if name not in ("config", "step")}))
+
+
 def arrays(workdir, which="last"):
     """{name: array} of the newest checkpoint, whatever devices wrote it."""
     path = pathlib.Path(workdir).absolute() / "checkpoints" / which / str(saved_steps(workdir, which)[-1]) / "state"

@@ -22,6 +22,7 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from advmoe_jax.core import mesh as meshes
+from advmoe_jax.core import stop
 from advmoe_jax.core import tree as trees
 from advmoe_jax.core.errors import one_of
 
@@ -234,8 +235,10 @@ def _run_in_chunks(program, inputs, carry, num_steps, on_host):
         if ledger := _ledger.get():
             ledger.add(program.cost, end - i, needed, batch)
         batch_inputs = inputs._replace(rows=rows)
+        stop.check()
         if on_host:
             for step in range(i, end):
+                stop.check()
                 carry = _step(program, batch_inputs, carry, np.int32(step))
         else:
             carry = _steps(program, batch_inputs, carry, np.int32(i), np.int32(end))

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from advmoe_jax.core.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PIPE_CLOSED, UserError
+from advmoe_jax.core.errors import EXIT_INTERRUPTED, EXIT_NO_SPACE, EXIT_OK, EXIT_PIPE_CLOSED, FULL, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,8 +35,8 @@ def ending(action: Callable[[], None]) -> int:
     except OSError as error:
         if error.errno is None:
             raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-        return UserError.exit_code
+        print(f"error: {error.filename or 'standard output or a file'}: {error.strerror}", file=sys.stderr)
+        return EXIT_NO_SPACE if error.errno in FULL else UserError.exit_code
     return EXIT_OK
 
 

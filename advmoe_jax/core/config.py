@@ -6,11 +6,13 @@ where values of several fields must fit. A group that has a name ("model.name") 
 named, so that a new module brings its own.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import json
 import math
+import re
 import runpy
 import sys
 import traceback
@@ -23,9 +25,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from advmoe_jax.core import fields, find
-from advmoe_jax.core.errors import UserError, unknown_name
+from advmoe_jax.core.errors import UserError, shown, unknown_name
 from advmoe_jax.core.fields import Setting, setting
-from advmoe_jax.core.files import write_text
+from advmoe_jax.core.files import write_json
 
 _OWNERS = {
     "data": ("data.pipeline:Config",), "model": ("models.model:Config",), "attack": ("systems.adversary:Config",),
@@ -49,6 +51,15 @@ class Run:
     seed: int = setting(0, "of everything random in training", least=0, most=2**32 - 1)
     init_from: str = setting("", "finished runs that it starts from: workdirs, or names of runs of the same recipe, "
                                  "with commas; NAME@last in place of the best checkpoint")
+
+
+class _Fields(ConfigDict):
+    """A ConfigDict that refuses true and false for a number, which it would make 1.0 and 0.0."""
+
+    def __setitem__(self, key, value):
+        if isinstance(value, bool) and isinstance(self.get(key), float):
+            raise TypeError(f"{key} is {value}: expected {fields.WORDS[float]}")
+        super().__setitem__(key, value)
 
 
 def default(**names: str) -> ConfigDict:
@@ -104,44 +115,67 @@ def load(text: str) -> Any:
         What its `get_config` gives, a ConfigDict with all fields, whose `name` is the file's name, with the argument
         behind an underscore; or what its `get_recipe` gives.
     Raises:
-        UserError: there is no such file, it fails, or it sets a field that does not exist.
+        UserError: there is no such file, it fails, or it sets a field that does not exist or to what it cannot be.
     """
     path, _, argument = text.partition(":")
     if not Path(path).is_file():
         near = sorted(str(p) for p in Path(path).parent.glob("*.py")) if Path(path).parent.is_dir() else ()
         raise unknown_name("config file", path, near) if near else UserError(
             f"no config file {path}: expected a path such as configs/digits_r18.py")
-    arguments = [argument] if argument else []
+    folder = str(Path(path).parent)
+    with blamed(path):
+        try:
+            sys.path.insert(0, folder)  # a recipe may import the config beside it
+            content = runpy.run_path(path)
+            maker = next((name for name in ("get_recipe", "get_config") if callable(content.get(name))), None)
+            if maker is None:
+                raise UserError(f"config file {path} has no get_config: expected a function that returns a ConfigDict, "
+                                "from default()")
+            made = content[maker](*[argument] if argument else [])
+        finally:
+            with contextlib.suppress(ValueError):
+                sys.path.remove(folder)
+        if isinstance(made, ConfigDict):
+            return finished(made, path, argument)
+    if maker == "get_config":
+        raise UserError(f"get_config of {path} returns {type(made).__name__}: expected a ConfigDict, from default()")
+    return made
+
+
+@contextlib.contextmanager
+def blamed(path: str) -> Iterator[None]:
+    """Makes one line, with that of the file, of whatever a config file and what it returned raise."""
     try:
-        sys.path.insert(0, str(Path(path).parent))  # a recipe may import the config beside it
-        content = runpy.run_path(path)
-        if "get_recipe" in content:
-            return content["get_recipe"](*arguments)
-        config = content["get_config"](*arguments)
+        yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f"{path}, line {lines[-1]}," if lines else path
-        raise UserError(f"config file {where} fails: {type(error).__name__}: {_last_line(error)}") from None
-    finally:
-        sys.path.remove(str(Path(path).parent))
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"get_config of {path} returns {type(config).__name__}: expected a ConfigDict, from default()")
-    return named(complete(config), path, argument)
+        raise UserError(f"config file {where} fails: {type(error).__name__}: {_said(error)}") from None
 
 
-def named(config: ConfigDict, path: str, argument: str) -> ConfigDict:
-    """The config with the file and the argument that it came from, and the name that they give it."""
-    config.file, config.argument = path, argument
-    config.name = "_".join(filter(None, (Path(path).stem, argument)))
+def finished(config: ConfigDict, path: str, argument: str, run: str = "") -> ConfigDict:
+    """What a file returned with all fields, each checked, and the file, argument and run that give it its name."""
+    try:
+        config = complete(config)
+        _check_values(flatten(config))
+    except UserError as error:
+        raise UserError(f"config file {path}: {run and f'run {run}: '}{error}") from None
+    config.file, config.argument, config.run = path, argument, run
+    config.name = "/".join(filter(None, ("_".join(filter(None, (Path(path).stem, argument))), run)))
     return config
 
 
-def _last_line(error: Exception) -> str:
-    """What an exception says; ml_collections explains at length and ends with the point, and KeyError quotes."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return (text.splitlines() or [""])[-1]
+def _said(error: BaseException) -> str:
+    """What an exception says, in one line. Of a name that does not exist ml_collections says all that do."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    try:
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    except Exception:  # of a class of the file
+        return "it cannot say what"
+    return " ".join(re.sub(r" Other fields present: .*\}\"", "", text, flags=re.DOTALL).split())[:300]
 
 
 def complete(config: ConfigDict) -> ConfigDict:
@@ -214,9 +248,17 @@ def override(config: ConfigDict, text: str) -> None:
 
 
 def override_all(config: ConfigDict, texts: list[str]) -> None:
-    """`override` by each of several texts, those that name modules first."""
-    wanted = table(flatten(config))
-    for text in sorted(texts, key=lambda text: not getattr(wanted.get(text.partition("=")[0]), "room", None)):
+    """`override` by each of several texts, those that name modules first, of which one may bring another."""
+    left = list(texts)
+
+    def chooser():
+        wanted = table(flatten(config))
+        return next((text for text in left if getattr(wanted.get(text.partition("=")[0]), "room", None)), None)
+
+    while text := chooser():
+        override(config, text)
+        left.remove(text)
+    for text in left:
         override(config, text)
 
 
@@ -253,14 +295,20 @@ def check(config: ConfigDict) -> None:
     """Raises UserError for everything that can be refused without building anything: a value out of its range, a field
     that would have no effect, values that do not fit together."""
     values = flatten(config)
-    wanted = table(values)
-    for name, of in wanted.items():
-        if not of.room:
-            of.check(name, values[name])
+    wanted = _check_values(values)
     for module in owners(config):
         if hasattr(module, "check"):
             module.check(config)
     fields.check_effects(wanted, values, config)
+
+
+def _check_values(values: Mapping[str, Any]) -> dict[str, Setting]:
+    """The table of a whole config, once each of its values is of the right type and in range."""
+    wanted = table(values)
+    for name, of in wanted.items():
+        if not of.room:
+            of.check(name, values[name])
+    return wanted
 
 
 def describe(config: ConfigDict) -> Iterator[tuple[str, Any, str, str]]:
@@ -290,7 +338,11 @@ def _nested(values: Mapping[str, Any]) -> ConfigDict:
         for group in groups:
             place = place.setdefault(group, {})
         place[last] = value
-    return ConfigDict(tree).lock()
+    return _locked(tree)
+
+
+def _locked(tree: Mapping[str, Any]) -> ConfigDict:
+    return _Fields({name: _locked(value) if isinstance(value, dict) else value for name, value in tree.items()}).lock()
 
 
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
@@ -300,22 +352,32 @@ def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
             if not name.startswith(_FREE) and a.get(name) != b.get(name)]
 
 
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """What is stored of a config."""
+    return {"version": _VERSION} | config.to_dict()
+
+
 def write(config: ConfigDict, path: epath.Path) -> None:
     """Writes it as JSON."""
-    write_text(path, json.dumps({"version": _VERSION} | config.to_dict(), indent=2) + "\n")
+    write_json(path, to_json(config))
 
 
 def read(path: epath.Path) -> ConfigDict:
     """Reads what `write` wrote; fields that have come since have their defaults."""
     try:
         stored = json.loads(path.read_text())
-        version = stored.pop("version", 1)
-        if version != _VERSION:
-            raise UserError(f"{path} is of version {version}, expected {_VERSION}: runs of older versions of "
-                            "advmoe_jax are evaluated with those")
-        return complete(ConfigDict(stored))
-    except UserError as error:
-        raise UserError(str(error) if str(path) in str(error) else f"{path} is no config of this version: {error}"
-                        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no config of this version: {_last_line(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no config of this version: {_said(error)}") from None
+    return from_json(stored, path)
+
+
+def from_json(stored: dict[str, Any], where: epath.Path) -> ConfigDict:
+    """The config of which `to_json` gave this, found in the file `where`."""
+    try:
+        version = stored.get("version", 1)
+        if version == _VERSION:
+            return complete(ConfigDict({name: value for name, value in stored.items() if name != "version"}))
+    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where} is no config of this version: {_said(error)}") from None
+    raise UserError(f"{where} is of version {shown(version)}, expected {_VERSION}: runs of older versions of "
+                    "advmoe_jax are evaluated with those")

@@ -1,15 +1,21 @@
 """Errors that a person caused and can mend: one line, an exit code, no traceback."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+from typing import Any
 
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2
 EXIT_UNRELIABLE = 3
 EXIT_NON_FINITE = 4
+EXIT_NO_SPACE = 74
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
 EXIT_PIPE_CLOSED = 141
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a disk, or a quota, that is full."""
 
 
 class UserError(Exception):
@@ -30,10 +36,25 @@ class NonFiniteError(UserError):
     exit_code = EXIT_NON_FINITE
 
 
+class NoSpace(UserError):
+    """A disk is full; nothing that was saved is lost, and the same command continues when there is room."""
+
+    exit_code = EXIT_NO_SPACE
+
+
 class Preempted(UserError):
     """The process was asked to stop; its state is saved and the same command continues."""
 
     exit_code = EXIT_PREEMPTED
+
+
+def shown(value: Any) -> str:
+    """A value in one short line, whatever it is."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of a config file's own classes
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import UserError, one_of, shown
 
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -69,7 +69,9 @@ class Setting:
         kind = type(self.default)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (number if kind is float else type(value) is kind):
-            raise UserError(f"{name} is {value!r}: expected {WORDS[kind]}")
+            raise UserError(f"{name} is {shown(value)}: expected {WORDS[kind]}")
+        if kind is str and not value.isprintable():
+            raise UserError(f"{name} is {shown(value)}: expected text without line breaks or control characters")
         if kind is float and not math.isfinite(value):
             raise UserError(f"{name} is {value!r}: expected a finite number")
         if self.choices:

@@ -3,17 +3,60 @@
 A path is text, a pathlib.Path or an epath.Path, local or in an object store ("gs://bucket/runs/a").
 """
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import os
+import pathlib
+import shutil
 import tempfile
+from collections.abc import Iterator, Set
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from advmoe_jax.core import paths
+from advmoe_jax.core.errors import FULL, NoSpace, UserError
+
+_PART = ".part"
+
+
+@contextlib.contextmanager
+def room(path: epath.PathLike, size: int = 0) -> Iterator[None]:
+    """For a write: raises NoSpace, which names the disk, if there is no room. Other errors of the system name the path.
+
+    Args:
+        path: what is written.
+        size: how many bytes, about.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # orbax raises whatever its storage raised
+        if not is_full(error):
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = os.fspath(path)
+            raise
+        folder = next(folder for folder in epath.Path(path).absolute().parents if folder.exists())
+        entries = os.statvfs(folder)
+        few = " and no more files" if entries.f_files and not entries.f_favail else ""
+        wanted = f"{size:,} bytes were to be written, and " if size else ""
+        raise NoSpace(f"no space left for {path}: {wanted}the disk of {folder} takes "
+                      f"{shutil.disk_usage(folder).free:,} bytes{few}; the same command continues when there is room"
+                      ) from None
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that a disk or a quota is full."""
+    while error is not None:
+        if getattr(error, "errno", None) in FULL or any(os.strerror(code) in str(error) for code in FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
@@ -22,18 +65,30 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
     if paths.is_remote(path):
         path.write_bytes(content)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with room(path, len(content)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # see `remove_leftovers`
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(temporary, 0o644)
+                os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def remove_leftovers(folder: epath.PathLike) -> None:
+    """Removes what writes that were killed left in a folder and below; those that are under way hold locks."""
+    for path in [] if paths.is_remote(folder) else pathlib.Path(folder).rglob(f".*{_PART}"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
 
 
 def write_text(path: epath.PathLike, content: str) -> None:
@@ -77,8 +132,7 @@ def append_json_line(path: epath.PathLike, record: dict[str, Any]) -> None:
         content = path.read_bytes() if path.exists() else b""
         path.write_bytes(content[:content.rfind(b"\n") + 1] + line)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
+    with room(path, len(line)), _opened(path) as file:
         if end := file.seek(0, os.SEEK_END):
             file.seek(end - 1)
             if file.read() != b"\n":
@@ -89,17 +143,32 @@ def append_json_line(path: epath.PathLike, record: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def _opened(path: epath.Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "ab+")
+
+
 def read_json_lines(path: epath.PathLike) -> list[dict[str, Any]]:
     """The whole lines of a JSON Lines file; a last line that was cut off is left out."""
+    return check_json_lines(path)[0]
+
+
+def check_json_lines(path: epath.PathLike, keys: Set[str] = frozenset()) -> tuple[list[dict[str, Any]], bool]:
+    """The lines of a JSON Lines file before the first that is damaged, and whether none is.
+
+    A line is an object with all `keys`. A last line that was cut off is left out, and is no damage.
+    """
     path, records = epath.Path(path), []
-    if not path.exists():
-        return []
-    for line in path.read_text().splitlines():
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for line in lines:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+            record = json.loads(line)
+            if not keys <= record.keys():
+                raise ValueError
+        except (ValueError, TypeError, AttributeError):
+            return records, line is lines[-1] and not line.endswith(b"\n")
+        records.append(record)
+    return records, True
 
 
 def fingerprint(arrays: dict[str, Any]) -> str:

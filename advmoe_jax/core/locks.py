@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from advmoe_jax.core import files
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.paths import is_remote
 
@@ -35,7 +36,8 @@ def hold(folder: epath.PathLike) -> Iterator[None]:
     if is_remote(folder):
         yield
         return
-    descriptor = _take(epath.Path(folder))
+    with files.room(epath.Path(folder) / NAME):
+        descriptor = _take(epath.Path(folder))
     try:
         yield
     finally:

@@ -27,6 +27,27 @@ def path(text: str | os.PathLike) -> epath.Path:
     return epath.Path(text)
 
 
+def listed(text: str) -> list[str]:
+    """Names with commas between them, each perhaps with "@best" or "@last". What exists is one name, commas and all."""
+    parts, found = text.split(","), []
+    while parts:
+        heads = [",".join(parts[:count]).strip() for count in range(len(parts), 0, -1)]
+        name = next((head for head in heads if _is_there(source(head)[0])), heads[-1])
+        found.append(name)
+        del parts[:len(parts) - heads.index(name)]
+    return [name for name in found if name]
+
+
+def source(name: str) -> tuple[str, str]:
+    """("runs/a", "last") of "runs/a@last"; (name, "") of a name that exists, or that has no @."""
+    folder, at, which = name.rpartition("@")
+    return (folder, which) if at and not _is_there(name) else (name, "")
+
+
+def _is_there(name: str) -> bool:
+    return "://" not in name and os.path.exists(name)
+
+
 def is_remote(where: str | os.PathLike) -> bool:
     """Whether a path is in a bucket, where nothing can be renamed at once."""
     return "://" in os.fspath(where)

@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from advmoe_jax.core import config as configs
-from advmoe_jax.core import files
+from advmoe_jax.core import files, paths
 from advmoe_jax.core.errors import UserError, unknown_name
 
 FILE = "recipe.json"
@@ -70,15 +70,18 @@ def load(text: str) -> ConfigDict | Recipe:
     if not isinstance(loaded, Recipe) or not loaded.runs:
         raise UserError(f"get_recipe of {path} returns {type(loaded).__name__}: "
                         "expected a core.recipe.Recipe with runs")
+    with configs.blamed(path):
+        return _checked(loaded, path, argument)
+
+
+def _checked(loaded: Recipe, path: str, argument: str) -> Recipe:
     runs = {}
     for name, config in loaded.runs.items():
         if not isinstance(config, ConfigDict):
             raise UserError(f"run {name} of {path} is a {type(config).__name__}: expected a ConfigDict, from default()")
         if not isinstance(name, str) or not name or set(name) & set("/\\@,*?[]") or name.startswith("."):
             raise UserError(f"{path} has a run {name!r}: expected a name that can be a folder's, without / @ , * ? [ ]")
-        runs[name] = configs.named(configs.complete(config), path, argument)
-        runs[name].run = name
-        runs[name].name = f"{runs[name].name}/{name}"
+        runs[name] = configs.finished(config, path, argument, name)
         for need in _named(config.init_from):
             if need not in runs and need in loaded.runs:
                 raise UserError(f"run {name} of {path} starts from {need}, which comes later: expected it before")
@@ -90,11 +93,12 @@ def load(text: str) -> ConfigDict | Recipe:
     if loaded.paper.keys() - loaded.rows.keys():
         raise unknown_name(f"row in the paper's numbers of {path}", min(loaded.paper.keys() - loaded.rows.keys()),
                            loaded.rows)
+    json.dumps(_content(loaded))  # what cannot be written is not carried out
     return dataclasses.replace(loaded, runs=runs)
 
 
 def _named(init_from: str) -> list[str]:
-    return [text.strip().partition("@")[0] for text in init_from.split(",") if text.strip()]
+    return [paths.source(text)[0] for text in paths.listed(init_from)]
 
 
 def plan(recipe: Recipe, root: epath.Path) -> list[Planned]:
@@ -103,15 +107,14 @@ def plan(recipe: Recipe, root: epath.Path) -> list[Planned]:
     for name, config in recipe.runs.items():
         needs = tuple(need for need in _named(config.init_from) if need in recipe.runs)
         config = config.copy_and_resolve_references()
-        config.init_from = ", ".join(_placed(text.strip(), recipe, root) for text in config.init_from.split(",")
-                                     if text.strip())
+        config.init_from = ", ".join(_placed(text, recipe, root) for text in paths.listed(config.init_from))
         planned.append(Planned(name, config, root / name, needs))
     return planned
 
 
 def _placed(text: str, recipe: Recipe, root: epath.Path) -> str:
-    name, at, which = text.partition("@")
-    return f"{root / name if name in recipe.runs else name}{at}{which}"
+    name, which = paths.source(text)
+    return f"{root / name if name in recipe.runs else name}{which and f'@{which}'}"
 
 
 def only(planned: Iterable[Planned], patterns: str) -> list[Planned]:
@@ -135,9 +138,12 @@ def only(planned: Iterable[Planned], patterns: str) -> list[Planned]:
 
 def write(recipe: Recipe, root: epath.Path) -> None:
     """Writes what a report needs of a recipe to ROOT/recipe.json."""
-    content = {"title": recipe.title, "runs": list(recipe.runs), "rows": {k: list(v) for k, v in recipe.rows.items()},
-               "paper": {k: dict(v) for k, v in recipe.paper.items()}, "notes": list(recipe.notes)}
-    files.write_json(root / FILE, content)
+    files.write_json(root / FILE, _content(recipe))
+
+
+def _content(recipe: Recipe) -> dict[str, Any]:
+    return {"title": recipe.title, "runs": list(recipe.runs), "rows": {k: list(v) for k, v in recipe.rows.items()},
+            "paper": {k: dict(v) for k, v in recipe.paper.items()}, "notes": list(recipe.notes)}
 
 
 def read(root: epath.PathLike) -> dict[str, Any] | None:

@@ -1,9 +1,13 @@
 """Numbers as people write them: eps as "8/255", lengths in steps, epochs or percent."""
 
 import math
+import re
 from fractions import Fraction
 
 from advmoe_jax.core.errors import UserError
+
+MOST_STEPS = 2**31 - 1  # they are counted in int32
+_MOST_EPS = 1e6  # above the l1 norm of any image
 
 
 def number(value: str | float, what: str = "value") -> float:
@@ -13,8 +17,10 @@ def number(value: str | float, what: str = "value") -> float:
         UserError: it is none of these, or not finite.
     """
     try:
+        if isinstance(value, str) and re.search(r"e[+-]?\d{4}", value, re.IGNORECASE):  # too long a Fraction
+            raise ValueError
         result = float(Fraction(value.strip())) if isinstance(value, str) else float(value)
-    except (ValueError, TypeError, ZeroDivisionError):
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
         raise UserError(f"{what} is {value!r}: expected a number or a fraction, such as '8/255'") from None
     if not math.isfinite(result):
         raise UserError(f"{what} is {value!r}: expected a finite number")
@@ -25,16 +31,17 @@ def eps(value: str | float, norm: str, what: str = "eps") -> float:
     """Reads an attack budget in pixel units of [0, 1].
 
     Raises:
-        UserError: negative, or above 1 for linf (which is a budget in 0-255 units).
+        UserError: negative, absurd, or above 1 for linf (which is a budget in 0-255 units).
     """
     result = number(value, what)
-    if result < 0:
-        raise UserError(f"{what} is {value!r}: expected 0 or more")
+    if not 0 <= result <= _MOST_EPS:
+        raise UserError(f"{what} is {value!r}: expected {'0 or more' if result < 0 else f'at most {_MOST_EPS:g}'}")
     if norm == "linf" and result > 1:
         raise UserError(
             f"{what} is {value!r} for linf, but images are in [0, 1]: write '{result:g}/255' for {result:g} grey levels"
         )
     return result
+
 
 _LENGTHS = {"steps": "steps", "step": "steps", "epochs": "epochs", "epoch": "epochs", "%": "%", "": "epochs"}
 
@@ -43,7 +50,7 @@ def length(amount: str | int | float, what: str = "length") -> tuple[float, str]
     """Reads "300 steps", "12 epochs", "5%", or a bare number of epochs, as a number and "steps", "epochs" or "%".
 
     Raises:
-        UserError: it is none of these, negative or not finite.
+        UserError: it is none of these, negative, above 100 %, or more than the steps that can be counted.
     """
     text = str(amount).strip()
     ending = next(ending for ending in _LENGTHS if text.endswith(ending))
@@ -53,6 +60,8 @@ def length(amount: str | int | float, what: str = "length") -> tuple[float, str]
         value = -1.0
     if not 0 <= value < math.inf:
         raise UserError(f"{what} is {amount!r}: expected for example '300 steps', '12 epochs' or '5%'")
+    if value > (100 if _LENGTHS[ending] == "%" else MOST_STEPS):
+        raise UserError(f"{what} is {amount!r}: expected at most {MOST_STEPS} steps or epochs, or 100%")
     return value, _LENGTHS[ending]
 
 
@@ -68,7 +77,10 @@ def steps(amount: str | int | float, steps_per_epoch: int, total_steps: int = 0,
         A number of steps, at least 0, rounded to the nearest.
     """
     value, unit = length(amount, what)
-    return round(value * {"steps": 1, "epochs": steps_per_epoch, "%": total_steps / 100}[unit])
+    found = round(value * {"steps": 1, "epochs": steps_per_epoch, "%": total_steps / 100}[unit])
+    if found > MOST_STEPS:
+        raise UserError(f"{what} is {amount!r}, {found} steps: expected at most {MOST_STEPS}")
+    return found
 
 
 def whole(value: int, least: int, what: str) -> int:

@@ -1,4 +1,4 @@
-"""Settings of XLA, of its compilation cache, and of the memory under it."""
+"""Settings of XLA, and of the memory under it."""
 
 import ctypes
 import importlib.metadata
@@ -34,19 +34,6 @@ def keep_memory() -> None:
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_TOP_PAD, 2**28)
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that a second start of a run compiles nothing.
-
-    The folder is `JAX_COMPILATION_CACHE_DIR`, or ~/.cache/advmoe_jax.
-    """
-    import jax
-
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/advmoe_jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def run_once_options() -> dict[str, int] | None:

@@ -14,7 +14,10 @@ from advmoe_jax.core.errors import UserError
 def is_about(folder: epath.Path, about: dict[str, Any]) -> bool | None:
     """Whether what is in eval/<id> was measured on the same model, images and versions; None if nothing is there."""
     stored = epath.Path(folder) / "about.json"
-    return json.loads(stored.read_text()) == json.loads(json.dumps(about)) if stored.exists() else None
+    try:
+        return json.loads(stored.read_text()) == json.loads(json.dumps(about)) if stored.exists() else None
+    except ValueError:  # it is damaged
+        return False
 
 
 class FileLog:
@@ -37,7 +40,9 @@ class FileLog:
             raise UserError(f"{self.folder} holds an unfinished evaluation of another model, other images or versions: "
                             f"expected {', '.join(f'{k} {v}' for k, v in about.items())}; delete the folder to start "
                             "it anew")
-        self._records = files.read_json_lines(self.folder / "log.jsonl")
+        self._records, intact = files.check_json_lines(self.folder / "log.jsonl", {"attempt", "passes", "seconds"})
+        if writes and not intact:  # what comes behind the damage is measured again
+            files.write_text(self.folder / "log.jsonl", "".join(f"{json.dumps(record)}\n" for record in self._records))
         whole = all(self._part(number).exists() for number in range(len(self._records)))
         if finished and not (whole and is_about(self.folder, about)):
             self._records = []
@@ -52,8 +57,12 @@ class FileLog:
     def read(self) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
         """All that was added, oldest first."""
         for number, record in enumerate(self._records):
-            with self._part(number).open("rb") as file, np.load(file) as arrays:
-                yield record, dict(arrays)
+            try:
+                with self._part(number).open("rb") as file, np.load(file) as arrays:
+                    part = dict(arrays)
+            except Exception:  # numpy raises what zipfile or its parser raised
+                raise UserError(f"{self._part(number)} is damaged: delete {self.folder} to measure it again") from None
+            yield record, part
 
     def add(self, record: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Keeps a record and its arrays: the line follows when the arrays are there."""

@@ -17,11 +17,12 @@ from advmoe_jax.evaluation import examples
 from advmoe_jax.evaluation.verdicts import Found
 
 SCHEMA = 3  # 1 had no "asked", 2 no "facts"
-FIELDS = frozenset((
-    "id", "checkpoint", "step", "seed", "train_seed", "config", "method", "selected_on", "data", "macs", "precision",
-    "backend", "versions", "attack", "norm", "eps", "eps_value", "settings", "asked", "n", "sa", "sa_interval", "ra",
-    "ra_interval", "ra_by_view", "attempts", "flags", "unreliable", "facts", "fact_tables"))
-"""What every measurement says of itself; "facts" and their tables are the model's."""
+FIELDS = {name: kind for kind, names in (
+    (str, ("id", "checkpoint", "config", "method", "selected_on", "data", "backend", "attack", "norm", "eps")),
+    (int, ("step", "seed", "train_seed", "n")), (float, ("eps_value", "sa", "ra")), (bool, ("unreliable",)),
+    (list, ("sa_interval", "ra_interval", "attempts", "flags", "fact_tables")),
+    (dict, ("macs", "precision", "versions", "settings", "asked", "ra_by_view", "facts"))) for name in names}
+"""What every measurement says of itself, and of which type; "facts" and their tables are the model's."""
 
 
 def entry_id(record: dict[str, Any]) -> str:
@@ -30,6 +31,11 @@ def entry_id(record: dict[str, Any]) -> str:
     parts = [record[k] for k in ("checkpoint", "attack", "norm", "eps", "n", "seed")]
     settings = zlib.crc32(json.dumps(record["settings"], sort_keys=True).encode())
     return re.sub(r"[^\w.-]+", "_", "-".join(map(str, (*parts, f"{settings:08x}"))))
+
+
+def is_kept(workdir: epath.PathLike) -> bool:
+    """Whether anything was measured."""
+    return (epath.Path(workdir) / "results.json").exists()
 
 
 def read(workdir: epath.Path) -> list[dict[str, Any]]:
@@ -46,12 +52,13 @@ def read(workdir: epath.Path) -> list[dict[str, Any]]:
         schema, entries = stored["schema"], stored["entries"]
         if schema != SCHEMA:
             raise UserError(f"{path} is of another version (schema {schema}, expected {SCHEMA}): {advice}")
-        missing = [(i, name) for i, entry in enumerate(entries) for name in sorted(FIELDS - entry.keys())]
+        wrong = [(i, name) for i, entry in enumerate(entries) for name, kind in FIELDS.items()
+                 if not isinstance(entry.get(name), int | float if kind is float else kind)]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: {advice}") from None
-    if missing:
-        index, name = missing[0]
-        raise UserError(f"{path} is damaged: entry {index} has no {name!r}; {advice}")
+    if wrong:
+        index, name = wrong[0]
+        raise UserError(f"{path} is damaged: entry {index} has no {name!r} that could be; {advice}")
     return entries
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from advmoe_jax.attacks import driver, objectives
 from advmoe_jax.attacks.parse import Spec
 from advmoe_jax.core import mesh as meshes
-from advmoe_jax.core import rng
+from advmoe_jax.core import rng, stop
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls, losses
 
@@ -202,6 +202,7 @@ class Fitting:
         """Yields work(rows, size) for at most `size` of `index` after the other."""
         first = 0
         while first < len(index):
+            stop.check()
             yield self.largest(lambda size, first=first: work(index[first:first + size], size))
             first += self.size
 

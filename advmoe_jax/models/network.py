@@ -41,6 +41,7 @@ class Config:
     num_experts: int = setting(2, "N, experts of a routed layer; 1 for a dense network", least=1, most=64)
     model_scale: float = setting(0.5, "r, the share of the dense network's channels that an expert has", above=0,
                                  most=1)
+    width: int = setting(64, "channels of the first stage of the dense network", least=1, most=16384)
     experts: str = setting("shared", "channels of the experts: windows of the dense layer's, or each its own",
                            choices=("shared", "disjoint"), only=ROUTED)
     expert_init: str = setting("equal", "experts start as one, or independently", choices=("equal", "independent"),

@@ -37,7 +37,6 @@ class Config(network.Config):
     depth: int = setting(18, f"layers: {', '.join(DEPTHS)}",
                          read=lambda depth, name: one_of(f"{name} of a resnet", str(depth), DEPTHS))
     stem: str = setting("cifar", "a 3x3 convolution, or a 7x7 one and a pool", choices=STEMS)
-    width: int = setting(64, "channels of the first stage of the dense network", least=1, most=65536)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,16 +57,9 @@ def _entries(folder: epath.Path) -> tuple[dict[str, Any], ...]:
 
 
 def _metrics(path: epath.Path) -> tuple[dict[str, Any], ...]:
-    if not path.exists():
-        return ()
-    try:
-        records = files.read_json_lines(path)
-        whole = len(records) >= len(path.read_text().splitlines()) - 1 and all(
-            record.keys() >= ({"step", "epoch"} if record["split"] == "train" else {"step", "sa", "ra"})
-            for record in records)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
+    records, whole = files.check_json_lines(path, {"step", "split"})
+    if not whole or not all(record.keys() >= ({"epoch"} if record["split"] == "train" else {"sa", "ra"})
+                            for record in records):
         raise UserError(f"{path} is damaged: expected one record a line with step, split and epoch, or sa and ra; "
                         "delete it to report without training curves")
     return tuple(records)

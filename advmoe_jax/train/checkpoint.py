@@ -5,6 +5,7 @@ Two managers, since one that keeps the best by a metric forgets the newest.
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -16,11 +17,15 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from advmoe_jax.core import paths, tree
+from advmoe_jax.core import files, paths, tree
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.train.state import State
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it then raises
+
+
+class Gone(UserError):
+    """A checkpoint went away while it was read, since the run saved newer ones."""
 
 
 class Trained(NamedTuple):
@@ -42,22 +47,36 @@ class Checkpoints:
     Attributes:
         last: keeps the two newest.
         best: keeps the one that was saved last, which the caller chose.
+        about: {name: what JSON holds} that is kept beside every state.
     """
 
     last: ocp.CheckpointManager
     best: ocp.CheckpointManager
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self, which: str, step: int, state: State, meta: dict[str, Any]) -> None:
-        """Saves to "last" or "best", whole or not at all; every process calls it."""
-        getattr(self, which).save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True)
+        """Saves to "last" or "best", whole or not at all; every process calls it.
+
+        Args:
+            which: "last" or "best".
+            step: of the state.
+            state: all of it.
+            meta: {name: what JSON holds}, kept beside it with the step and with `about`.
+        Raises:
+            NoSpace: the disk is full; what was saved before is there.
+        """
+        manager, arguments = getattr(self, which), dict(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"step": step} | self.about | meta))
+        with files.room(manager.directory / str(step), sum(leaf.nbytes for leaf in jax.tree.leaves(state))):
+            manager.save(step, args=ocp.args.Composite(**arguments), force=True)
 
     def steps(self, which: str) -> list[int]:
         """Saved steps, oldest first."""
         return sorted(getattr(self, which).all_steps())
 
     def restore_newest(self, abstract: State, warn) -> State | None:
-        """The newest state of "last" that can be read; unreadable ones are skipped with a warning.
+        """The newest state of "last" that can be read; unreadable ones are skipped with a warning. If "last" is empty,
+        that of "best".
 
         What is newer than the state that was read is deleted, in "best" too: the run will come to it again.
 
@@ -65,16 +84,17 @@ class Checkpoints:
             UserError: none can be read, or it is of another architecture; nothing is deleted.
         """
         state, restored = None, -1
-        for step in reversed(self.steps("last")):
+        source = self.last if self.steps("last") else self.best
+        for step in sorted(source.all_steps(), reverse=True):
             try:
-                state, restored = _read(self.last, step, abstract), step
+                state, restored = _read(source, step, abstract), step
                 break
             except UserError:
                 raise
             except Exception as error:  # orbax raises whatever its storage raised
                 warn(f"checkpoint {step} cannot be read and is skipped: {_first_line(error)}")
-        if state is None and self.steps("last"):
-            raise UserError(f"no checkpoint in {self.last.directory} can be read: "
+        if state is None and source.all_steps():
+            raise UserError(f"no checkpoint in {source.directory} can be read: "
                             "expected one that can; to train from the start choose another --workdir")
         for manager in (self.last, self.best):
             for step in manager.all_steps():
@@ -119,6 +139,7 @@ class Checkpoints:
             abstract: {"params": ..., "batch_stats": ...} shapes of the model's variables.
             sharding: of the arrays; None: numpy.
         Raises:
+            Gone: it went away.
             UserError: there is none, it cannot be read, or it is of another architecture.
         """
         step = self.step(which)
@@ -131,7 +152,10 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:  # orbax raises whatever its storage raised
-            raise UserError(f"checkpoint {manager.directory}/{step} cannot be read: {_first_line(error)}") from None
+            before = manager.all_steps()
+            manager.reload()
+            kind = UserError if manager.all_steps() == before else Gone
+            raise kind(f"checkpoint {manager.directory}/{step} cannot be read: {_first_line(error)}") from None
         if sharding is not None:
             found = jax.tree.map(lambda leaf: jax.make_array_from_callback(
                 leaf.shape, sharding, lambda index, leaf=leaf: leaf[index]), found)
@@ -142,7 +166,8 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when all that was saved is on disk."""
         for manager in (self.last, self.best):
-            manager.wait_until_finished()
+            with files.room(manager.directory / "0"):
+                manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and closes."""
@@ -152,31 +177,55 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def opened(workdir: epath.PathLike, create: bool = True) -> Iterator[Checkpoints]:
+def opened(workdir: epath.PathLike, create: bool = True, about: dict[str, Any] | None = None) -> Iterator[Checkpoints]:
     """`open_checkpoints`, closed at the end."""
-    saved = open_checkpoints(workdir, create)
+    saved = open_checkpoints(workdir, create, about)
     try:
         yield saved
     finally:
         saved.close()
 
 
-def open_checkpoints(workdir: epath.PathLike, create: bool = True) -> Checkpoints:
+def metas(workdir: epath.PathLike) -> dict[epath.Path, dict[str, Any]]:
+    """{folder of a checkpoint: what was saved beside its state}; {} where that cannot be read."""
+    found = {}
+    for folder in sorted((epath.Path(workdir) / "checkpoints").glob("*/*")):
+        if folder.name.isdigit():
+            try:
+                found[folder] = dict(json.loads((folder / "meta" / "metadata").read_text()))
+            except (OSError, ValueError, TypeError):
+                found[folder] = {}
+    return found
+
+
+def remove_unfinished(workdir: epath.PathLike) -> None:
+    """Removes what saves that were killed left. Nobody may be saving."""
+    for folder in (epath.Path(workdir) / "checkpoints").glob("*/*.orbax-checkpoint-tmp*"):
+        files.remove_folder(folder)
+
+
+def open_checkpoints(workdir: epath.PathLike, create: bool = True, about: dict[str, Any] | None = None) -> Checkpoints:
     """Opens `workdir/checkpoints/last` and `workdir/checkpoints/best`.
 
+    Args:
+        workdir: of a run.
+        create: whether to make them.
+        about: as of Checkpoints.
     Raises:
-        UserError: they are not there, and `create` is false.
+        UserError: neither is there, and `create` is false.
     """
     workdir = epath.Path(workdir)
     where = workdir if paths.is_remote(workdir) else epath.Path(os.path.abspath(workdir))
     folders = [where / "checkpoints" / name for name in ("last", "best")]
-    if not create and not all(folder.is_dir() for folder in folders):
+    if not create and not any(folder.is_dir() for folder in folders):
         raise UserError(f"no best checkpoint and no last one in {workdir}: train first")
     # On CPU a state that is donated to the next step may be the very memory that an asynchronous save reads.
     options = [ocp.CheckpointManagerOptions(
         max_to_keep=keep, enable_async_checkpointing=jax.default_backend() != "cpu", create=create) for keep in (2, 1)]
     handlers = dict(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
-    return Checkpoints(*(ocp.CheckpointManager(f, options=o, item_handlers=handlers) for f, o in zip(folders, options)))
+    with files.room(folders[0]):
+        return Checkpoints(*(ocp.CheckpointManager(folder, options=of, item_handlers=handlers)
+                             for folder, of in zip(folders, options)), about or {})
 
 
 def _read(manager: ocp.CheckpointManager, step: int, abstract: State) -> State:

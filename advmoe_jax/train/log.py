@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from advmoe_jax.core import files, tables
+from advmoe_jax.core import console, files, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +29,17 @@ class Metrics:
         return files.read_json_lines(self.path)
 
     def cut_back(self, step: int) -> None:
-        """Drops the records after `step`, which a resumed run writes again."""
+        """Drops the records after `step`, which a resumed run writes again.
+
+        A damaged file is set aside with a warning; the records before the damage stay.
+        """
         if jax.process_index() == 0:
-            kept = [json.dumps(r) for r in self.read() if r["step"] <= step]
+            records, whole = files.check_json_lines(self.path, {"step", "split"})
+            if not whole:
+                aside = self.path.with_name(f"{self.path.name}.damaged")
+                self.path.replace(aside)
+                console.warn(f"{self.path} is damaged and was moved to {aside}; {len(records)} records of it are kept")
+            kept = [json.dumps(record) for record in records if record["step"] <= step]
             files.write_text(self.path, "".join(line + "\n" for line in kept))
 
 

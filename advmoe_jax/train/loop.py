@@ -7,16 +7,18 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from advmoe_jax.core import console, rng, units
+from advmoe_jax.core import config as configs
+from advmoe_jax.core import console, rng, stop, units
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import NonFiniteError, Preempted, UserError
 from advmoe_jax.core.fields import setting
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.split import Split
 from advmoe_jax.models.model import Model
-from advmoe_jax.train import checkpoint, log, preemption
+from advmoe_jax.train import checkpoint, log
 from advmoe_jax.train.checkpoint import Checkpoints
 from advmoe_jax.train.state import State
 from advmoe_jax.train.system import Batch, System
@@ -78,7 +80,8 @@ def run(config: ConfigDict, workdir: epath.Path, system: System, train: Split, s
     total, batch_size = system.length, config.data.batch_size
     per_epoch = pipeline.steps_per_epoch(len(system.rows), batch_size)
     metrics = log.Metrics(workdir / "metrics.jsonl")
-    with checkpoint.opened(workdir) as saved, preemption.watch() as notice:
+    about = {"config": configs.to_json(config)}
+    with checkpoint.opened(workdir, about=about) as saved, stop.saved_first():
         state = _begin(config, system, saved, metrics, mesh)
         first, best = int(state.step), saved.best_rates()
         window, pending, told = [], None, {}
@@ -101,7 +104,7 @@ def run(config: ConfigDict, workdir: epath.Path, system: System, train: Split, s
                 window, window_start = [], time.perf_counter()
             if step == total:
                 break
-            if notice.reached(step):
+            if _is_to_stop(step):
                 _settle(window, pending, system, saved)
                 if step not in saved.steps("last"):
                     saved.save("last", step, state, {})
@@ -151,6 +154,13 @@ def _count(state: State) -> State:
 _next = jax.jit(lambda step: step + 1, donate_argnums=0)
 
 
+def _is_to_stop(step: int) -> bool:
+    """Whether to save and stop before iteration `step`; every process asks at every step. In a cluster all learn of it
+    at the same one, whoever was asked."""
+    is_asked = stop.is_asked()
+    return is_asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+
+
 def _begin(config: ConfigDict, system: System, saved: Checkpoints, metrics: log.Metrics, mesh) -> State:
     state = saved.restore_newest(abstract_state(system, mesh), console.warn)
     if state is None:
@@ -158,6 +168,8 @@ def _begin(config: ConfigDict, system: System, saved: Checkpoints, metrics: log.
     step = int(state.step)
     metrics.cut_back(step)
     if step:
+        if step not in saved.steps("last"):  # it was the best one
+            saved.save("last", step, state, {})
         console.say(f"continuing from the checkpoint of step {step}")
     return state
 

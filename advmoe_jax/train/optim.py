@@ -14,6 +14,7 @@ from advmoe_jax.core.fields import Only, group, setting
 from advmoe_jax.models.network import HAS_ROUTER
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
+_MOST_FACTOR = 10**6
 SCHEDULES = ("cosine", "cosine_epoch", "constant", "multistep", "piecewise")
 
 _EXAMPLES = {"multistep": "multistep(50%:0.1,75%:0.1)", "piecewise": "piecewise(0:0,40%:1,100%:0)"}
@@ -30,7 +31,7 @@ class Config:
     weight_decay: float = setting(5e-4, "on all parameters", least=0, most=1e4)
     schedule: str = setting("cosine", "cosine, cosine_epoch, constant, multistep(50%:0.1,75%:0.1) or "
                                       "piecewise(0:0,40%:1,100%:0)")
-    warmup: str = setting("0%", "length over which the rate starts linearly")
+    warmup: str = setting("0%", "length over which the rate starts linearly", read=units.length)
     clip_norm: float = setting(0.0, "largest global norm of the gradients; 0 for no clipping", least=0, most=1e9)
 
 
@@ -63,10 +64,13 @@ def schedule(cfg, steps_per_epoch: int, total_steps: int) -> Callable:
             Lengths are as `core.units.steps` reads them, in steps, epochs or percent of the training.
         steps_per_epoch, total_steps: of training.
     Raises:
-        UserError: the schedule or the warm-up cannot be read.
+        UserError: the schedule or the warm-up cannot be read, or the warm-up is longer than the training.
     """
     base = _base(cfg, steps_per_epoch, total_steps)
     warmup = units.steps(cfg.warmup, steps_per_epoch, total_steps, "optim warmup")
+    if warmup > total_steps:
+        raise UserError(f"optim warmup is {cfg.warmup!r}, {warmup} steps: expected at most the {total_steps} of "
+                        "training")
     return lambda step: base(step) * (jnp.minimum(1, (step + 1) / warmup) if warmup else 1)
 
 
@@ -102,11 +106,12 @@ def _read(text: str, steps_per_epoch: int, total_steps: int) -> tuple[str, list[
     try:
         pairs = [pair.split(":") for pair in re.fullmatch(r"\((.*)\)\s*", rest, re.DOTALL)[1].split(",")]
         knots = [(units.steps(at, steps_per_epoch, total_steps), units.number(factor)) for at, factor in pairs]
-        if any(factor < 0 for _, factor in knots) or knots != sorted(knots, key=lambda knot: knot[0]):
+        is_rising = knots == sorted(knots, key=lambda knot: knot[0])
+        if not is_rising or any(not 0 <= factor <= _MOST_FACTOR for _, factor in knots):
             raise ValueError
     except (UserError, TypeError, ValueError):
         raise UserError(f"optim schedule is {text!r}: expected rising lengths, each with a factor of the learning rate "
-                        f"that is 0 or more, such as {_EXAMPLES[name]!r}") from None
+                        f"from 0 to {_MOST_FACTOR}, such as {_EXAMPLES[name]!r}") from None
     return name, knots
 
 

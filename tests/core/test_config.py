@@ -7,8 +7,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from advmoe_jax.core import config as configs
-from advmoe_jax.core import find
+from advmoe_jax.core import find, units
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.train import loop
 
 
 def _cases(*chosen):
@@ -80,6 +81,10 @@ def _outside(of):
         yield -1
     if type(of.default) is float:
         yield from (float("nan"), float("inf"))
+    if type(of.default) is str:
+        yield from ("a\nb", "a\0b")
+    if of.read in (units.length, loop._length_of_training):
+        yield from ("999999999999 epochs", "1e300 steps", "200%", "1e999")
     if of.choices or (of.read is not None and type(of.default) is str):
         yield from ("no such value", "\n")
 
@@ -88,7 +93,7 @@ def _outside(of):
 def test_a_value_of_another_type_or_out_of_range_is_refused_by_name(chosen, name, of):
     """Else a typing error in a config file would end in the middle of a run, or not at all."""
     for value in (*_wrong(of), *_outside(of)):
-        config = _config(*chosen)
+        config = ConfigDict(_config(*chosen).to_dict())  # which takes more than a config's own kind
         group, _, last = name.rpartition(".")
         place = config
         for part in filter(None, group.split(".")):
@@ -97,6 +102,7 @@ def test_a_value_of_another_type_or_out_of_range_is_refused_by_name(chosen, name
             place[last] = value
         with pytest.raises(UserError) as error:
             configs.check(config) if not of.room else configs.complete(config)
+        assert "\n" not in str(error.value)
         assert re.search(rf"(^|\s){re.escape(name)}\b", str(error.value)), (value, str(error.value))
         assert "expected" in str(error.value)
 
@@ -159,11 +165,25 @@ def test_names_choose_fields():
         configs.choose(config, system="standard")
 
 
+@pytest.mark.parametrize("name, of", [(name, of) for name, of in configs.table({}).items()
+                                      if type(of.default) is float])
+def test_true_is_no_number(name, of):
+    """A plain ConfigDict would make it 1.0."""
+    config = configs.default()
+    for copy in (config, config.copy_and_resolve_references()):
+        with pytest.raises(TypeError, match="is True: expected a number"):
+            copy.update_from_flattened_dict({name: True})
+        assert configs.flatten(copy)[name] == of.default
+
+
 def test_overrides_name_modules_first():
-    config = _config("system.trains=router", "model.num_members=4", "system.name=standard", "model.width=32",
-                     "model.name=ensemble", "attack.eps=4/255")
-    assert (config.system.name, config.system.trains) == ("standard", "router")
-    assert (config.model.num_members, config.model.width, config.attack.eps) == (4, 32, "4/255")
+    """In any order: of an ensemble "member" names a module too, and is there when the ensemble is."""
+    texts = ["system.trains=router", "model.num_members=4", "model.depth=10", "model.member=resnet",
+             "system.name=standard", "model.width=32", "model.name=ensemble", "attack.eps=4/255"]
+    for order in (texts, texts[::-1]):
+        config = _config(*order)
+        assert (config.system.name, config.system.trains, config.model.member) == ("standard", "router", "resnet")
+        assert (config.model.num_members, config.model.width, config.attack.eps) == (4, 32, "4/255")
 
 
 @pytest.mark.parametrize("text, field, value", [

@@ -6,7 +6,8 @@ from advmoe_jax.core import errors
 
 
 @pytest.mark.parametrize("kind, code", [
-    (errors.UserError, 2), (errors.UnreliableError, 3), (errors.NonFiniteError, 4), (errors.Preempted, 75)])
+    (errors.UserError, 2), (errors.UnreliableError, 3), (errors.NonFiniteError, 4), (errors.NoSpace, 74),
+    (errors.Preempted, 75)])
 def test_exit_codes(kind, code):
     assert kind("x").exit_code == code and isinstance(kind("x"), errors.UserError)
 

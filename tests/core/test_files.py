@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from etils import epath
 from etils.epath.testing import mock_epath
 
 from advmoe_jax.core import files
+from advmoe_jax.core.errors import NoSpace
 
 KINDS = pytest.mark.parametrize("kind", [str, pathlib.Path, epath.Path])
 
@@ -54,10 +56,58 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(fails, tmp_p
 
     path = tmp_path / "x"
     files.write_text(path, "old")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(NoSpace) as error:
         patch.setattr(os, fails, fail)
         files.write_text(path, "new")
+    assert re.fullmatch(rf"no space left for {path}: 3 bytes were to be written, and the disk of {tmp_path} takes "
+                        r"[\d,]+ bytes; the same command continues when there is room", str(error.value))
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def _raised(error, cause=None):
+    try:
+        raise error from cause
+    except type(error) as caught:
+        return caught
+
+
+@pytest.mark.parametrize("error, full", [
+    (OSError(28, "No space left on device"), True), (OSError(122, "Disk quota exceeded"), True),
+    (ValueError("RESOURCE_EXHAUSTED: write [OS error 28: No space left on device]"), True),  # as storages say it
+    (_raised(RuntimeError("the save failed"), OSError(28, "")), True),
+    (OSError(5, "Input/output error"), False), (ValueError("x"), False)])
+def test_a_full_disk_is_named_and_other_errors_stay(error, full, tmp_path):
+    with pytest.raises(NoSpace if full else type(error)) as caught, files.room(tmp_path / "new" / "x", 12345678):
+        raise error
+    said = str(caught.value)
+    assert "\n" not in said and (not full or f"{tmp_path}/new/x: 12,345,678 bytes" in said)
+    if isinstance(error, OSError) and not full:
+        assert str(tmp_path) in said, "the system does not always say which file"
+
+
+def test_what_killed_writes_left_is_removed_and_what_is_being_written_stays(tmp_path, monkeypatch):
+    left = tmp_path / "eval" / "id" / ".examples.csv.x1y2z3_w.part"
+    left.parent.mkdir(parents=True)
+    left.write_text("half")
+    (tmp_path / ".mine").write_text("")
+    fsync = os.fsync
+
+    def meanwhile(handle):
+        files.remove_leftovers(tmp_path)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    files.write_text(tmp_path / "x", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "eval", "x"] and not left.exists()
+
+
+@pytest.mark.parametrize("content, steps, whole", [
+    (b'{"step": 0}\n{"step": 1}\n', [0, 1], True), (b'{"step": 0}\n{"st', [0], True), (b"", [], True),
+    (b'{"step": 0}\n{"st\n{"step": 2}\n', [0], False), (b'{"step": 0}\n[1]\n', [0], False),
+    (b'{"step": 0}\n{"epoch": 1}\n', [0], False), (b'{"step": 0}\n\xff\xfe\n', [0], False)])
+def test_damage_of_json_lines(content, steps, whole, tmp_path):
+    (tmp_path / "log").write_bytes(content)
+    assert files.check_json_lines(tmp_path / "log", {"step"}) == ([{"step": step} for step in steps], whole)
 
 
 def test_the_content_is_on_disk_before_its_name(tmp_path, monkeypatch):

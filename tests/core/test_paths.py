@@ -43,6 +43,16 @@ def test_other_schemes_are_refused(text):
         paths.path(text)
 
 
+def test_a_comma_or_an_at_in_a_name_that_exists_belongs_to_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("lr=0.1,bs=32", "a", "x@y"):
+        (tmp_path / name).mkdir()
+    assert paths.listed("lr=0.1,bs=32, a,,gs://b/c,runs/*") == ["lr=0.1,bs=32", "a", "gs://b/c", "runs/*"]
+    assert paths.listed("a, lr=0.1,bs=32@last") == ["a", "lr=0.1,bs=32@last"] and paths.listed("") == []
+    assert [paths.source(name) for name in ("lr=0.1,bs=32@last", "x@y", "x@y@best", "b@", "gs://b/c")] == [
+        ("lr=0.1,bs=32", "last"), ("x@y", ""), ("x@y", "best"), ("b", ""), ("gs://b/c", "")]
+
+
 @pytest.mark.parametrize("path, remote", [
     ("runs/a", False), (pathlib.Path("/runs/a"), False), (epath.Path("runs") / "a", False), ("gs://bucket/a", True),
     (epath.Path("gs://bucket") / "a", True), ("s3://bucket/a", True)])

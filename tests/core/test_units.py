@@ -22,7 +22,8 @@ def test_number(text, value):
     assert found == value and isinstance(found, float)
 
 
-@pytest.mark.parametrize("text", ["", "eight", "8/0", "8 / 255", "1/2/3", None, "nan", [1]])
+@pytest.mark.parametrize("text", ["", "eight", "8/0", "8 / 255", "1/2/3", None, "nan", [1], "1e999", "1e999999999",
+                                  "1e-999999999/3"])
 def test_what_is_no_number(text):
     assert _refused(units.number, text, "attack.eps") == (
         f"attack.eps is {text!r}: expected a number or a fraction, such as '8/255'")
@@ -41,6 +42,7 @@ def test_eps(text, norm, value):
 
 def test_eps_that_is_refused():
     assert _refused(units.eps, -1, "l2") == "eps is -1: expected 0 or more"
+    assert _refused(units.eps, "1e30", "l2") == "eps is '1e30': expected at most 1e+06"
     assert _refused(units.eps, "8", "linf", "attack.eps") == (
         "attack.eps is '8' for linf, but images are in [0, 1]: write '8/255' for 8 grey levels")
 
@@ -65,6 +67,11 @@ def test_what_is_no_length(text):
 def test_steps(text, value):
     found = units.steps(text, steps_per_epoch=39, total_steps=100)
     assert found == value and isinstance(found, int)
+
+
+@pytest.mark.parametrize("text", ["999999999999 epochs", "1e300 steps", "2147483648 steps", "100000000 epochs", "200%"])
+def test_more_steps_than_can_be_counted_or_than_there_are(text):
+    assert "expected at most" in _refused(units.steps, text, 39, 100)
 
 
 def test_whole():

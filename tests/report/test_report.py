@@ -1,5 +1,6 @@
 """The report of one run: its numbers, its plots, its commands, and damaged files."""
 
+import json
 import shlex
 import sys
 
@@ -12,7 +13,7 @@ from advmoe_jax.attacks import adaptive, parse
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import recipe
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.evaluation import suites
+from advmoe_jax.evaluation import results, suites
 from advmoe_jax.report import commands, plots, reports, runs, workdir_report
 
 
@@ -98,6 +99,17 @@ def test_damaged_results(tmp_path, content):
     with pytest.raises(UserError, match=r"results\.json is damaged: .*--mode evaluate again") as caught:
         reports.write([folder])
     assert "\n" not in str(caught.value)
+
+
+def test_a_result_of_which_a_field_is_damaged_is_named(tmp_path):
+    results.add(tmp_path, [entry(), entry("last")])
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert len(results.read(tmp_path)) == 2
+    for name in results.FIELDS:
+        damaged = {"schema": stored["schema"], "entries": [stored["entries"][0], stored["entries"][1] | {name: None}]}
+        (tmp_path / "results.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=f"results.json is damaged: entry 1 has no '{name}'"):
+            results.read(tmp_path)
 
 
 @pytest.mark.parametrize("content", ['{"st\n{"step": 1, "split": "train", "epoch": 1}\n{}\n', "[1]\n", '{"step": 1}\n'])

@@ -12,13 +12,14 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from tiny import listing
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
-from advmoe_jax.core import tree
-from advmoe_jax.core.errors import NonFiniteError, Preempted, UserError
+from advmoe_jax.core import stop, tree
+from advmoe_jax.core.errors import NonFiniteError, NoSpace, Preempted, UserError
 from advmoe_jax.evaluation import measure, verdicts
 from advmoe_jax.ops import routing
 from advmoe_jax.systems.assemble import assemble
@@ -232,13 +233,64 @@ def test_without_a_readable_checkpoint_nothing_is_trained_or_deleted(experiment,
     assert listing(tmp_path) == before
 
 
+def test_sigterm_while_the_best_is_chosen_waits_and_ctrl_c_does_not(experiment, whole, tmp_path, monkeypatch):
+    """What is saved of an evaluated step is evaluated. Ctrl-C is not raised from where the signal came, which may
+    swallow it."""
+    for number, raised, steps in ((signal.SIGINT, KeyboardInterrupt, []), (signal.SIGTERM, Preempted, [2])):
+        def asked(state, number=number):
+            signal.raise_signal(number)
+            return experiment.select(state)
+
+        with pytest.raises(raised), stop.noted():
+            _train(experiment, tmp_path, select=asked)
+        assert _steps(tmp_path, "last") == steps
+    _train(experiment, tmp_path)
+    _assert_same(_outcome(experiment, tmp_path), whole[1])
+
+
+def test_without_a_last_checkpoint_it_goes_on_from_the_best(experiment, whole, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "last")
+    _train(experiment, workdir)
+    found = _outcome(experiment, workdir)
+    for which in ("last", "best"):
+        assert found[which] == whole[1][which]
+
+
+def test_a_full_disk_loses_nothing(experiment, whole, tmp_path, monkeypatch):
+    """Storages say it in their own errors; the checkpoint, its size and the disk are named."""
+    def full(self, step, **_):
+        raise ValueError("RESOURCE_EXHAUSTED: ... [OS error 28: No space left on device]")
+
+    with monkeypatch.context() as patch, pytest.raises(NoSpace, match=r"checkpoints/last/3: [\d,]{5,} bytes") as error:
+        save = ocp.CheckpointManager.save
+        patch.setattr(ocp.CheckpointManager, "save", lambda self, step, **more: (
+            full if step == 3 else save)(self, step, **more))
+        _train(experiment, tmp_path)
+    assert error.value.exit_code == 74 and "\n" not in str(error.value)
+    _train(experiment, tmp_path)
+    _assert_same(_outcome(experiment, tmp_path), whole[1])
+
+
+def test_a_damaged_log_is_set_aside(experiment, whole, tmp_path, capfd):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole[0], workdir)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text("".join([*lines[:3], "\0\n", *lines[4:]]))
+    _train(experiment, workdir)
+    assert "metrics.jsonl.damaged; 3 records of it are kept" in capfd.readouterr().err
+    assert (workdir / "metrics.jsonl").read_text().splitlines(keepends=True) == lines[:3]
+    assert (workdir / "metrics.jsonl.damaged").read_text().count("\n") == len(lines)
+
+
 @pytest.mark.parametrize("step, stream", [(2, "data/upper"), (4, "data/lower")])
 def test_sigterm_saves_and_the_same_command_continues(experiment, whole, tmp_path, step, stream):
     """Where a checkpoint is due anyway, and where none is."""
     before = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         _at_step(patch, step, stream, lambda: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(Preempted, match=f"saved at step {step + 1} of {TOTAL}") as caught:
+        with pytest.raises(Preempted, match=f"saved at step {step + 1} of {TOTAL}") as caught, stop.noted():
             _train(experiment, tmp_path)
     assert caught.value.exit_code == 75
     assert signal.getsignal(signal.SIGTERM) is before
@@ -249,8 +301,10 @@ def test_sigterm_saves_and_the_same_command_continues(experiment, whole, tmp_pat
 
 
 def test_sigterm_in_the_last_iteration_ends_the_run_as_usual(experiment, whole, tmp_path, monkeypatch):
+    """Which is told behind it."""
     _at_step(monkeypatch, TOTAL - 1, "data/upper", lambda: signal.raise_signal(signal.SIGTERM))
-    _train(experiment, tmp_path)
+    with pytest.raises(Preempted, match="the same command continues"), stop.noted():
+        _train(experiment, tmp_path)
     _assert_same(_outcome(experiment, tmp_path), whole[1])
 
 

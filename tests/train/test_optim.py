@@ -71,7 +71,7 @@ def test_warm_up_multiplies_every_schedule():
 @pytest.mark.parametrize("text", [
     "multistep", "multistep()", "multistep(50%)", "multistep(50%:x)", "multistep(50%:-1)", "multistep(75%:0.1,50%:0.1)",
     "multistep(50%:0.1", "multistep(50%:0.1:2)", "multistep(50%:0.1,)", "multistep(5 hours:0.1)", "multistep 50%:0.1",
-    "multistep(50%:inf)"])
+    "multistep(50%:inf)", "multistep(50%:1e300)", "multistep(200%:0.1)"])
 def test_knots_that_cannot_be_read(text):
     for name in ("multistep", "piecewise"):
         text = text.replace("multistep", name)
@@ -79,8 +79,8 @@ def test_knots_that_cannot_be_read(text):
         with pytest.raises(UserError) as error:
             optim.make(_cfg(schedule=text), 5, 20)
         assert str(error.value) == (
-            f"optim schedule is {text!r}: expected rising lengths, each with a factor of the learning rate that is 0 "
-            f"or more, such as {example!r}")
+            f"optim schedule is {text!r}: expected rising lengths, each with a factor of the learning rate from 0 "
+            f"to 1000000, such as {example!r}")
 
 
 @pytest.mark.parametrize("field, value, message", [
@@ -90,6 +90,8 @@ def test_knots_that_cannot_be_read(text):
     ("schedule", "cosine epoch", "optim schedule is 'cosine epoch': expected 'cosine' alone"),
     ("schedule", "cosine(50%:0.1)", r"optim schedule is 'cosine\(50%:0.1\)': expected 'cosine' alone"),
     ("warmup", "slow", "optim warmup is 'slow': expected for example"),
+    ("warmup", "200%", "optim warmup is '200%': expected at most"),
+    ("warmup", "21 steps", "optim warmup is '21 steps', 21 steps: expected at most the 20 of training"),
     ("optimizer", "adamax", "unknown optim optimizer 'adamax': expected one of adam, adamw, sgd; did you mean 'adam"),
 ])
 def test_other_fields_that_cannot_be_read(field, value, message):
