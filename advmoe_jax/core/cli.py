@@ -1,6 +1,7 @@
 """What the command lines share: usage errors of one line, and endings without a traceback."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -41,9 +42,11 @@ def ending(action: Callable[[], None]) -> int:
 
 
 def leave(code: int) -> None:
-    """Ends the process. After Ctrl-C at once: threads that still write or compute crash an interpreter that exits."""
-    if code == EXIT_INTERRUPTED:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    """Ends the process. One that was stopped or failed ends at once: threads that still write or compute crash an
+    interpreter that exits, and jax would wait for the other processes of a cluster."""
+    if code:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
