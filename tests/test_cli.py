@@ -360,12 +360,25 @@ def test_endings(raised, code, said, capfd):
 
 def test_a_reader_that_went_away():
     """As in `python -m advmoe_jax.main ... | head -1`."""
-    script = "from advmoe_jax.core import cli; cli.leave(cli.ending(lambda: print('x' * 10**6)))"
+    script = "from advmoe_jax.core import cli; cli.leave(lambda: cli.ending(lambda: print('x' * 10**6)))"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           cwd=REPO) as running:
         running.stdout.close()
         assert running.stderr.read() == b""
     assert running.returncode == 141
+
+
+def test_what_fails_ends_at_once(capfd, monkeypatch):
+    """With its traceback; nothing that waits at exit is waited for."""
+    def ends(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cli.os, "_exit", ends)
+    for main_, code in ((lambda: 75, 75), (lambda: 1 / 0, 1), (lambda: 0, None)):
+        with pytest.raises(SystemExit) as ended:
+            cli.leave(main_)
+        assert ended.value.code == code
+    assert capfd.readouterr().err.count("ZeroDivisionError") == 1
 
 
 def test_a_backend_that_is_not_there(tmp_path):

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 EXIT_OK = 0
+EXIT_BUG = 1
 EXIT_BAD_INPUT = 2
 EXIT_UNRELIABLE = 3
 EXIT_NON_FINITE = 4

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from advmoe_jax.core.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, UserError
+from advmoe_jax.core.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, UserError
 
 _BETWEEN_LINES = 30  # seconds
 _PAUSE = 0.3  # seconds between two tries to reach process 0
@@ -59,8 +59,8 @@ def together(host: str, port: int, count: int, index: int, facts: Mapping[str, s
     except BaseException as error:
         if not isinstance(error, (UserError, KeyboardInterrupt)):
             time.sleep(2 * _GRACE)  # it may be what jax says of a process that is gone: the watch ends this one then
-        say(EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1),
-            f"process {index}: {error or type(error).__name__}")
+        say(EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", EXIT_BUG),
+            f"process {index}: {(str(error) or type(error).__name__).splitlines()[0]}")
         if index == 0:
             watch.join(2 * _GRACE)  # jax aborts the others if process 0 goes first
         raise
