@@ -10,7 +10,8 @@
 
 Any field of the config can be set: --config.model.width=32 --config.attack.eps=8/255. The same command continues a
 run that was stopped. Exit codes: 0; 2 bad input; 3 unreliable evaluation, with --strict; 4 non-finite training; 74
-no space left on a disk, run me again when there is; 75 stopped by SIGTERM, run me again; 130 Ctrl-C.
+no space left on a disk, run me again when there is; 75 stopped by SIGTERM, or another process is gone: run me again;
+130 Ctrl-C.
 """
 
 import argparse
@@ -39,8 +40,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--strict", action="store_true", help="exit code 3 if an evaluation cannot be trusted")
     parser.add_argument("--coordinator", default="", metavar="HOST:PORT",
                         help="process 0 of a run of several; auto on a TPU pod")
-    parser.add_argument("--num_processes", type=int, default=1, metavar="N", help="processes of the run")
-    parser.add_argument("--process_id", type=int, default=0, metavar="I", help="which of them this is")
+    parser.add_argument("--num_processes", type=int, metavar="N", help="processes of the run")
+    parser.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
+    parser.add_argument("--join_timeout", type=int, default=300, metavar="S", help="seconds to wait for them; 300")
     flags, rest = parser.parse_known_args(argv)
     known = [option for action in parser._actions for option in action.option_strings]
     for word, following in itertools.pairwise([*rest, "--"]):
@@ -65,4 +67,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.leave(main)

@@ -2,12 +2,16 @@
 
 import argparse
 import glob
+import hashlib
 import traceback
+from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+import advmoe_jax
 from advmoe_jax import run as runs
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import console, locks, paths, recipe, status, stop, tables
@@ -38,7 +42,7 @@ def _start(flags: argparse.Namespace, overrides: list[str]) -> None:
                         f"and {flags.config or 'this run'} is one run")
     workdir = paths.path(flags.workdir or f"runs/{config.name}")
     runs.check_workdir(config, workdir, exists=flags.mode == "evaluate")
-    with _cluster(flags):
+    with _cluster(flags, workdir, {"": config}):
         if flags.mode == "train":
             reliable = runs.train(config, workdir)
         else:
@@ -75,7 +79,7 @@ def of_recipe(flags: argparse.Namespace, chosen: Recipe, overrides: list[str]) -
         runs.refuse_foreign(root, chosen.runs)
     for run in taken:
         runs.check_workdir(run.config, run.workdir, exists=False)
-    with _cluster(flags):
+    with _cluster(flags, root, {f"{name}: ": config for name, config in chosen.runs.items()}):
         if jax.process_index() == 0:
             recipe.write(chosen, root)
         if flags.mode == "train":
@@ -194,8 +198,21 @@ def _with(config: ConfigDict, overrides: list[str], where: str = "") -> ConfigDi
     return config
 
 
-def _cluster(flags: argparse.Namespace):
-    return meshes.cluster(flags.coordinator, flags.num_processes, flags.process_id)
+def _cluster(flags: argparse.Namespace, workdir: epath.Path, planned: Mapping[str, ConfigDict]):
+    facts = _facts(flags, workdir, planned) if flags.coordinator else {}
+    return meshes.cluster(flags.coordinator, flags.num_processes, flags.process_id, facts, flags.join_timeout)
+
+
+def _facts(flags: argparse.Namespace, workdir: epath.Path, planned: Mapping[str, ConfigDict]) -> dict[str, str]:
+    """What must be the same in every process of a cluster; the fields of a recipe's runs have their names in front."""
+    code = b"".join(path.read_bytes() for path in sorted(Path(advmoe_jax.__file__).parent.rglob("*.py")))
+    facts = {"advmoe_jax": f"{advmoe_jax.__version__} ({hashlib.sha256(code).hexdigest()[:8]})", "jax": jax.__version__,
+             "--workdir": str(workdir.resolve())}
+    facts |= {f"--{name}": getattr(flags, name) for name in ("mode", "checkpoint", "only")}
+    for where, config in planned.items():
+        facts |= {f"{where}{name}": str(value) for name, value in configs.flatten(config).items()
+                  if name not in configs.OF_A_HOST}
+    return facts
 
 
 def _end(flags: argparse.Namespace, reliable: bool) -> None:

@@ -113,6 +113,16 @@ def test_reference(monkeypatch):
     assert len(rows) == 13 and all(row["torch / ours"] == row["torch ms"] / row["ours ms"] for row in rows)
 
 
+@pytest.mark.parametrize("logs, backbone, router", [(False, 2, 4), (True, 4, 6)])
+def test_the_torch_side_updates_batch_norm_as_often_as_the_released_code(logs, backbone, router):
+    torch = pytest.importorskip("torch", reason="needs the torch extra")
+    from advmoe_jax.bench import released
+
+    net = released.ResNet18(2, 0.125).train()
+    released.trainer(net, logs)(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
+    assert (net.bn.num_batches_tracked, net.router.bn.num_batches_tracked) == (backbone, router)
+
+
 def test_macs_on_both_sides(monkeypatch):
     torch = pytest.importorskip("torch", reason="needs the torch extra")
     from advmoe_jax.bench import released

@@ -117,8 +117,16 @@ BAD_FLAGS = {
     "processes_without_coordinator": (["--num_processes", "2"], "--coordinator"),
     "process_id_without_coordinator": (["--process_id", "1"], "--coordinator"),
     "num_processes": (["--num_processes", "two"], "--num_processes", "'two'"),
-    "num_processes_of_none": (["--coordinator", "localhost:1", "--num_processes", "0"], "--num_processes"),
+    "num_processes_of_none": (["--coordinator", "localhost:1", "--num_processes", "0", "--process_id", "0"],
+                              "--num_processes is 0"),
     "coordinator_without_port": (["--coordinator", "localhost", "--num_processes", "2"], "--coordinator", "host:port"),
+    "coordinator_without_host": (["--coordinator", ":80", "--num_processes", "2"], "--coordinator is ':80'"),
+    "port": (["--coordinator", "localhost:99999", "--num_processes", "2", "--process_id", "1"], "1 to 65535"),
+    "coordinator_alone": (["--coordinator", "localhost:1"], "--num_processes None", "expected all three"),
+    "which_process": (["--coordinator", "localhost:1", "--num_processes", "2"], "--process_id None", "all three"),
+    "no_cluster": (["--coordinator", "auto"], "no TPU pod and no SLURM job"),
+    "join_timeout": (["--coordinator", "localhost:1", "--num_processes", "2", "--process_id", "0",
+                      "--join_timeout", "0"], "--join_timeout is 0"),
     "norm_with_default_eps": (["--config.attack.norm=l2", "--config.attack.eps=8/255"], "attack.norm is l2", "8/255"),
     "router_loss_of_standard": (["--config.system.name=standard", "--config.system.router_loss=label_mod"],
                                 "system.router_loss is a field of system.name=advmoe", "system.name is standard"),
@@ -448,12 +456,25 @@ def test_endings(raised, code, said, capfd):
 
 def test_a_reader_that_went_away():
     """As in `python -m advmoe_jax.main ... | head -1`."""
-    script = "from advmoe_jax.core import cli; cli.leave(cli.ending(lambda: print('x' * 10**6)))"
+    script = "from advmoe_jax.core import cli; cli.leave(lambda: cli.ending(lambda: print('x' * 10**6)))"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           cwd=REPO) as running:
         running.stdout.close()
         assert running.stderr.read() == b""
     assert running.returncode == 141
+
+
+def test_what_fails_ends_at_once(capfd, monkeypatch):
+    """With its traceback; nothing that waits at exit is waited for."""
+    def ends(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cli.os, "_exit", ends)
+    for main_, code in ((lambda: 75, 75), (lambda: 1 / 0, 1), (lambda: 0, None)):
+        with pytest.raises(SystemExit) as ended:
+            cli.leave(main_)
+        assert ended.value.code == code
+    assert capfd.readouterr().err.count("ZeroDivisionError") == 1
 
 
 def test_a_backend_that_is_not_there(tmp_path):

@@ -1,7 +1,9 @@
 """Who may import whom, and what importing the program starts."""
 
 import ast
+import configparser
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -21,8 +23,8 @@ def _room(name):
     return name.split(".")[1] if "." in name else "__init__"
 
 
-def _imports(path):
-    """Dotted names of what a file imports from advmoe_jax, inside functions too."""
+def _imports(path, of="advmoe_jax"):
+    """Dotted names of what a file imports from a package, inside functions too; of="" from all."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -31,7 +33,7 @@ def _imports(path):
             assert node.level == 0, f"{path.name}:{node.lineno} imports relatively"
             names |= ({f"{node.module}.{alias.name}" for alias in node.names} if node.module == "advmoe_jax"
                       else {node.module})
-    return {name for name in names if name.split(".")[0] == "advmoe_jax"}
+    return {name for name in names if of in ("", name.split(".")[0])}
 
 
 def _breaches(file, imports):
@@ -62,6 +64,19 @@ def test_imports_lower_floors_only(file):
     ("main.py", "advmoe_jax.modes", True), ("__init__.py", "advmoe_jax.ops.balls", False)])
 def test_the_rule_itself(file, name, allowed):
     assert not _breaches(file, {name}) == allowed
+
+
+def test_what_is_imported_is_required_and_what_is_required_imported():
+    required = configparser.ConfigParser()
+    required.read(ROOT.parent / "setup.cfg")
+    extras = dict(required["options.extras_require"])
+    packages, optional = ({re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in text.split()} for text in (
+        required["options"]["install_requires"], " ".join(extras[name] for name in ("quickstart", "tfds", "oracle"))))
+    imported = {name.split(".")[0] for file in MODULES for name in _imports(ROOT / file, of="")}
+    imported = {{"sklearn": "scikit_learn"}.get(name, name).replace("orbax", "orbax_checkpoint") for name in imported}
+    assert packages <= imported
+    by_hand = {"torchattacks"}  # its own requirements would downgrade others
+    assert imported - sys.stdlib_module_names - {"advmoe_jax"} <= packages | optional | by_hand
 
 
 @pytest.mark.parametrize("module", ["advmoe_jax.main", "advmoe_jax.modes"])

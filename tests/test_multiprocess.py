@@ -6,7 +6,11 @@ import signal
 import socket
 
 import pytest
-from tiny import TIMEOUT, entries, flags, logged, metrics, process, saved_steps, wait_until
+from tiny import TIMEOUT, assert_same_bits, entries, flags, logged, metrics, process, saved_steps, wait_until
+
+from advmoe_jax import main, modes
+from advmoe_jax.core import mesh
+from advmoe_jax.core.paths import path
 
 pytestmark = pytest.mark.multiprocess
 STEPS = 16
@@ -17,14 +21,15 @@ FIELDS = dict(model__depth=10, train__length=f"{STEPS} steps", train__eval_every
 
 
 @contextlib.contextmanager
-def cluster(workdir, method, name):
+def cluster(workdir, method, name, second_seed=0):
     """Two processes of two devices each; both are killed in the end."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     joined = [*flags(workdir, method, **FIELDS), "--coordinator", f"localhost:{port}", "--num_processes", "2"]
+    second = [*joined, "--process_id", "1", f"--config.seed={second_seed}"]
     with (process([*joined, "--process_id", "0"], folder=workdir.parent, devices=2, name=f"{name}0") as first,
-          process([*joined, "--process_id", "1"], folder=workdir.parent, devices=2, name=f"{name}1") as second):
+          process(second, folder=workdir.parent, devices=2, name=f"{name}1") as second):
         yield first, second
 
 
@@ -48,6 +53,8 @@ def test_two_processes_train_save_stop_restore_and_evaluate(method, tmp_path):
     assert codes == (75, 75), errors
     stopped = [re.search(r"error: stopped by SIGTERM; saved at step (\d+) of", error) for error in errors]
     assert all(stopped) and len({match[1] for match in stopped}) == 1
+    for i in (0, 1):
+        assert re.match(rf"process {i} of 2: meets the others at localhost:\d+, waits up to 300 s", errors[i])
     step = int(stopped[0][1])
     assert 3 <= step < STEPS and saved_steps(workdir)[-1] == step
     assert not any("Traceback" in error for error in errors)
@@ -62,6 +69,48 @@ def test_two_processes_train_save_stop_restore_and_evaluate(method, tmp_path):
     assert saved_steps(workdir)[-1] == STEPS
     assert not any("Traceback" in error for error in errors)
     compare(workdir, alone, ("lower", "upper") if method == "advmoe" else ("train",))
+
+
+@pytest.mark.slow
+def test_kill_and_another_config(tmp_path):
+    """Whoever is killed, the other says so in a line, and the same command goes on to the same bits."""
+    whole, workdir = tmp_path / "whole", tmp_path / "w"
+    with cluster(whole, "at_sdense", "whole") as processes:
+        assert [running.wait(TIMEOUT) for running in processes] == [0, 0]
+    with cluster(workdir, "at_sdense", "other", second_seed=1) as processes:
+        assert [running.wait(TIMEOUT) for running in processes] == [2, 2]
+    for error in output(workdir, "other", "err"):
+        assert error.splitlines()[1:] == ["error: processes 0 and 1 differ: seed 0 and 1; expected the same command "
+                                          "and the same code in every process"]
+    for victim, step in (1, 3), (0, 10):
+        with cluster(workdir, "at_sdense", "killed") as processes:
+            wait_until(logged(workdir, step), processes[0], f"step {step}")
+            processes[victim].kill()
+            assert processes[1 - victim].wait(60) == 75
+        said = output(workdir, "killed", "err")[1 - victim]
+        assert f"error: process {victim} is gone; the same command in every process continues\n" in said
+        assert victim == 0 or said.count("\n") == 2  # jax sees process 0 go as soon, and may say so
+    with cluster(workdir, "at_sdense", "finished") as processes:
+        assert [running.wait(TIMEOUT) for running in processes] == [0, 0]
+    assert_same_bits(workdir, whole)
+
+
+@pytest.mark.parametrize("change, name", [
+    (["--config.seed=1"], "seed"), (["--config.eval.n=19"], "eval.n"), (["--workdir", "elsewhere"], "--workdir"),
+    (["--mode", "evaluate"], "--mode"), (["--config.data.dir=data"], None)])
+def test_what_must_be_the_same_in_every_process(change, name, tmp_path):
+    def facts(*more):
+        parsed, overrides = main.parse([*flags(tmp_path, model__depth=10), *more])
+        return modes._facts(parsed, path(parsed.workdir), {"": modes._with(modes._load(parsed), overrides)})
+
+    ours, theirs = facts(), facts(*change)
+    assert [key for key in ours if ours[key] != theirs[key]] == ([name] if name else [])
+
+
+def test_auto_under_slurm(monkeypatch):
+    for name, value in dict(JOB_ID="7", STEP_NODELIST="node[03-05]", NTASKS="3", PROCID="2", LOCALID="0").items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert mesh._place("auto", None, None, 1) == ("node03", 61447, 3, 2)
 
 
 def compare(ours, theirs, updates):

@@ -49,4 +49,4 @@ def _show(flags):
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.leave(main)

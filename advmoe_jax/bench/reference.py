@@ -1,9 +1,9 @@
 """This package against PyTorch: forward passes, TRADES iterations, and AdvMoE's against that of its released code.
 
-ResNet-18 at CIFAR shapes, random weights and images. "as released" trains by the same algorithm as the PyTorch side
-(configs/paper/advmoe_cifar10_r18_released.py), "as the paper" by that of the paper: a router in every layer, TRADES for
-both levels. The dense networks also run with the channels last in PyTorch's memory. Needs `pip install
-advmoe_jax[torch]`.
+ResNet-18 at CIFAR shapes, random weights and images. "released losses" has the router, losses and order of the PyTorch
+side (configs/paper/advmoe_cifar10_r18_released.py, which says what still differs), "as the paper" those of the paper: a
+router in every layer, TRADES for both levels. The dense networks also run with the channels last in PyTorch's memory.
+Needs `pip install advmoe_jax[torch]`.
 """
 
 import functools
@@ -99,9 +99,9 @@ def _training(rounds):
               for name, net in _torch_nets().items()}
     theirs["MoE, with its passes for logs"] = functools.partial(
         released.trainer(_torch_nets()["MoE"].train(), logs=True), x, y)
-    ours = {"Dense": ("at_dense", {}), "S-Dense": ("at_sdense", {}), "AdvMoE, as released": ("advmoe", _RELEASED),
+    ours = {"Dense": ("at_dense", {}), "S-Dense": ("at_sdense", {}), "AdvMoE, released losses": ("advmoe", _RELEASED),
             "AdvMoE, as the paper": ("advmoe", {})}
-    pairs = [*_DENSE, *((name, other) for name in ("AdvMoE, as released", "AdvMoE, as the paper")
+    pairs = [*_DENSE, *((name, other) for name in ("AdvMoE, released losses", "AdvMoE, as the paper")
                         for other in ("MoE", "MoE, with its passes for logs"))]
     ours = {name: (functools.partial(train.program(*what), 1), train.count(*what)) for name, what in ours.items()}
     return _rows("iteration", _TRAINING, theirs, ours, pairs, rounds)

@@ -1,11 +1,21 @@
 """What the command lines share: usage errors of one line, and endings without a traceback."""
 
 import argparse
+import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
-from advmoe_jax.core.errors import EXIT_INTERRUPTED, EXIT_NO_SPACE, EXIT_OK, EXIT_PIPE_CLOSED, FULL, UserError
+from advmoe_jax.core.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_NO_SPACE,
+    EXIT_OK,
+    EXIT_PIPE_CLOSED,
+    FULL,
+    UserError,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,10 +50,20 @@ def ending(action: Callable[[], None]) -> int:
     return EXIT_OK
 
 
-def leave(code: int) -> None:
-    """Ends the process. After Ctrl-C at once: threads that still write or compute crash an interpreter that exits."""
-    if code == EXIT_INTERRUPTED:
-        sys.stdout.flush()
-        sys.stderr.flush()
+def leave(main: Callable[[], int]) -> None:
+    """Ends the process with the exit code that `main` returns, or 1 and a traceback.
+
+    A process that was stopped or failed ends at once: threads that still write or compute crash an interpreter that
+    exits, and jax waits there for the other processes of a cluster, which may be gone.
+    """
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_BUG
+    if code:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)
+    sys.exit()

@@ -37,6 +37,8 @@ _OWNERS = {
 
 # These say where things are, how they are computed and what is measured afterwards, not what is trained.
 _FREE = ("eval.", "data.dir", "name", "file", "argument", "run", "model.dispatch")
+OF_A_HOST = ("data.dir", "file")
+"""Fields that may differ between the hosts of a run: where they find things."""
 _VERSION = 2  # of config.json
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 EXIT_OK = 0
+EXIT_BUG = 1
 EXIT_BAD_INPUT = 2
 EXIT_UNRELIABLE = 3
 EXIT_NON_FINITE = 4

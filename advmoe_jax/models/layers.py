@@ -11,8 +11,8 @@ from jax import lax
 from advmoe_jax.ops import batch_norm, conv, dispatch, routing
 from advmoe_jax.ops.dispatch import Choice
 
-# Kaiming normal, fan out: the initialiser of the released AdvMoE code. For a routed kernel the fan counts all
-# stored channels.
+# Kaiming normal, fan out: the initialiser of the released AdvMoE code's backbones. The fan of a routed kernel counts
+# all stored channels, or those of one expert where experts start equal.
 kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 _MOMENTUM = 0.9  # what an update keeps of running statistics; PyTorch's 0.1

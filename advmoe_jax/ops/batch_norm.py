@@ -54,8 +54,8 @@ def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, passes: int = 1
 
 def _forward(x, scale, bias, passes):
     u = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean, square = _mean(u, passes), _mean(u * u, passes)
-    var = jnp.maximum(square - mean * mean, 0)
+    mean = _mean(u, passes)
+    var = _mean(_centred(u, mean)**2, passes)  # the mean of squares less that of the mean loses far from 0 what counts
     inverse = lax.rsqrt(var + EPSILON)
     y = scaled(u, mean, inverse * scale[None], bias).astype(x.dtype)
     return (y, mean, var), (x, scale, bias, mean, inverse)
@@ -64,8 +64,7 @@ def _forward(x, scale, bias, passes):
 def _backward(passes, saved, cotangents):
     x, scale, bias, mean, inverse = saved
     u, dy = (v.astype(mean.dtype) for v in (x, cotangents[0]))
-    dy_mean, dy_x_mean = _mean(dy, passes), _mean(dy * u, passes)
-    slope = (dy_x_mean - mean * dy_mean) * inverse
+    dy_mean, slope = _mean(dy, passes), _mean(dy * _centred(u, mean), passes) * inverse
     through = scaled(u, mean, inverse * slope, dy_mean)  # what the statistics take away
     zero, count = jnp.zeros_like(mean), _count(x, passes)
     dx = scaled(dy - through, zero, inverse * scale[None], zero)
@@ -74,6 +73,10 @@ def _backward(passes, saved, cotangents):
 
 
 normalize.defvjp(_forward, _backward)
+
+
+def _centred(x, mean):
+    return scaled(x, mean, jnp.ones_like(mean), jnp.zeros_like(mean))
 
 
 def _mean(x, passes):

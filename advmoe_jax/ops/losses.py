@@ -99,12 +99,12 @@ def trades(clean: jax.Array, adv: jax.Array, y: jax.Array, beta: float) -> jax.A
 def mart(clean: jax.Array, adv: jax.Array, y: jax.Array, beta: float) -> jax.Array:
     """BCE(adv, y) + beta * KL(clean || adv) * (1 - p_clean(y)); Wang et al., ICLR 2020, eq. 9.
 
-    BCE is the boosted cross-entropy CE(adv, y) - log(1 - max of p_adv over the other classes), eq. 8. With soft labels
-    BCE and p_clean(y) are expectations over y ~ soft labels.
+    BCE is the boosted cross-entropy CE(adv, y) - log(1.0001 - max of p_adv over the other classes), eq. 8 with the
+    guard of the authors' code. With soft labels BCE and p_clean(y) are expectations over y ~ soft labels.
     """
     # Gradients are added up in the reverse order of what follows: another order is another rounding.
     log_other = _log_other(jax.nn.log_softmax(adv), y)
-    boosted = cross_entropy(adv, y) - _expected(jnp.log1p(-jnp.exp(jnp.minimum(log_other, -1e-6))), y)
+    boosted = cross_entropy(adv, y) - _expected(jnp.log(1.0001 - jnp.exp(log_other)), y)
     return boosted + beta * kl(clean, adv) * (1 - _probability(clean, y))
 
 

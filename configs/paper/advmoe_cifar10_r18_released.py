@@ -1,8 +1,12 @@
-"""AdvMoE on CIFAR-10 as the released code (OPTML-Group/Robust-MoE-CNN) trains it, which is not what the paper says.
+"""AdvMoE on CIFAR-10 nearly as the released code (OPTML-Group/Robust-MoE-CNN) trains it: not what the paper says.
 
 One ResNet-20 on the image chooses for all layers; experts are disjoint; the router is a classifier of the label modulo
 N, so that labels steer the routing; both updates take the same batch, the backbone's first; the training attack also
 attacks the router; one learning rate, stepped by epoch; the best epoch is chosen on test images.
+
+Three things still differ. There, the router's convolutions start from PyTorch's uniform distribution, here from
+Kaiming's normal one; the router's scores that attacks move away from are of a training pass, here of an evaluation
+pass; and BatchNorm is updated 4 times an iteration in the backbone and 6 times in the router, here twice in each.
 
 Command:  python -m advmoe_jax.main --config configs/paper/advmoe_cifar10_r18_released.py
 Hardware: one accelerator.

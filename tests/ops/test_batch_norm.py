@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from advmoe_jax.models.layers import BatchNorm
 from advmoe_jax.ops import batch_norm
@@ -104,3 +105,25 @@ def test_half_precision_is_summed_in_single():
 def test_the_sum_over_pixels(shape):
     x = _normal(0, shape)
     np.testing.assert_allclose(batch_norm.sum_pixels(x), x.reshape(shape[0], -1, shape[-1]).sum(1), rtol=1e-13)
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_values_far_from_zero(passes, devices):
+    """Mean 50, standard deviation 0.01: squares in float32 would hold nothing of the variance."""
+    x, dy = (np.asarray(jax.random.normal(jax.random.key(seed), (24, 8, 8, 4))) for seed in (0, 1))
+    x = np.float32(50 + 0.01 * x)
+    place = NamedSharding(Mesh(jax.devices()[:devices], "data"), PartitionSpec("data"))
+
+    @jax.jit
+    def found(x, dy):
+        scale, bias = jnp.full(4, 2, x.dtype), jnp.ones(4, x.dtype)
+        (y, mean, var), pull = jax.vjp(lambda *inputs: batch_norm.normalize(*inputs, passes), x, scale, bias)
+        return y, mean, var, *pull((dy, jnp.zeros_like(mean), jnp.zeros_like(var)))
+
+    ours = found(*(jax.device_put(v.astype(np.float32), place) for v in (x, dy)))
+    exact = found(*(v.astype(np.float64) for v in (x, dy)))
+    for name, a, b in zip(("y", "mean", "var", "dx", "dscale", "dbias"), ours, exact):
+        assert a.dtype == np.float32 and b.dtype == np.float64
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.abs(b).max(), err_msg=name)
+    np.testing.assert_allclose(np.var(exact[0].reshape(-1, passes, 64, 4), (0, 2)), 4 / 1.1, rtol=0.1)

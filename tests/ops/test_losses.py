@@ -67,8 +67,19 @@ def test_mart(case):
     clean, adv, y = case
     p, q, rows = _p(clean), _p(adv), np.arange(32)
     other = np.array([max(np.delete(row, k)) for row, k in zip(q, y)])
-    boosted = -np.log(q[rows, y]) - np.log(1 - other)
+    boosted = -np.log(q[rows, y]) - np.log(1.0001 - other)
     _close(losses.mart(clean, adv, y, 6.), boosted + 6 * _kl(clean, adv) * (1 - p[rows, y]))
+
+
+def test_mart_of_saturated_logits_has_the_guard_of_its_authors():
+    """Another class at probability 1 costs -log 0.0001, and no more."""
+    clean, adv = np.float32([[0, 0, 0, 0], [25, 0, 0, 0]]), np.float32([[0, 30, 0, 0], [0, 60, 0, 0]])
+    cross_entropies, kls = np.float64([30, 60]), np.float64([22.5 - np.log(4), 60])
+    wrong = 1 - np.float64([.25, 1 / (1 + 3 * np.exp(-25))])
+    expected = cross_entropies - np.log(.0001) + 6 * kls * wrong
+    y = np.zeros(2, int)
+    for labels in (y, losses.one_hot(y, 4)):
+        _close(losses.mart(clean, adv, labels, 6.), expected)
 
 
 def test_label_mod():
@@ -94,7 +105,11 @@ def test_gradients_flow_through_both_forward_passes(case, name):
 def test_confident_logits_give_finite_losses_and_gradients(size):
     clean = size * jnp.array([[1., 0., 0.], [0., 1., 0.], [0., 0., 1.]])
     adv, y = clean[:, ::-1], jnp.array([0, 1, 0])
-    for loss in (losses.trades, losses.mart):
+
+    def routers(clean, adv, y, beta):
+        return losses.label_mod(clean[:, None], adv[:, None], y, beta, beta)
+
+    for loss in (losses.trades, losses.mart, routers):
         value, gradients = jax.value_and_grad(lambda a, b: jnp.sum(loss(a, b, y, 6.)), argnums=(0, 1))(clean, adv)
         assert np.isfinite(value) and all(np.all(np.isfinite(g)) for g in gradients)
 
@@ -103,7 +118,7 @@ def test_gradients_of_labels_keep_their_bits(case):
     """Of eq. 9 in one expression: a gradient is a sum over the uses of the logits, and rounds as they are ordered."""
     def plain(clean, adv, y, beta):
         log_other = losses.best_other(jax.nn.log_softmax(adv), y)
-        boosted = losses.cross_entropy(adv, y) - jnp.log1p(-jnp.exp(jnp.minimum(log_other, -1e-6)))
+        boosted = losses.cross_entropy(adv, y) - jnp.log(1.0001 - jnp.exp(log_other))
         return boosted + beta * losses.kl(clean, adv) * (1 - jnp.exp(-losses.cross_entropy(clean, y)))
 
     clean, adv, y = case
@@ -133,7 +148,7 @@ def test_soft_labels_by_hand():
     y = jnp.array([[.5, 0., .5]])
     ce_clean, ce_adv = 1.5 * np.log(2), .5 * np.log(8) + .5 * np.log(4 / 3)
     kl = .5 * np.log(2) + .5 * np.log(2 / 3)
-    boosted = ce_adv - .5 * np.log(1 - .75) - .5 * np.log(1 - .125)
+    boosted = ce_adv - .5 * np.log(1.0001 - .75) - .5 * np.log(1.0001 - .125)
     _close(losses.cross_entropy(clean, y), [ce_clean])
     _close(losses.trades(clean, adv, y, 6.), [ce_clean + 6 * kl])
     _close(losses.mart(clean, adv, y, 6.), [boosted + 6 * kl * (1 - 3 / 8)])
