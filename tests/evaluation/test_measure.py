@@ -68,7 +68,7 @@ class _Dense:
     def progress(self, means):
         return ""
 
-    def watch(self, means):
+    def watch(self, means, batch_size, iterations):
         return ()
 
     def observe(self, aux):
