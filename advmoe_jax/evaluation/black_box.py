@@ -56,7 +56,7 @@ def flags(found: Found) -> tuple[Flag, ...]:
         return ()
     share, most = won.sum() / tried.sum(), max(1, _MOST_WON * tried.sum())
     names = " and ".join(dict.fromkeys(attempt.spec.label for attempt in added))
-    return (Flag("black_box_wins", f"{names}, which see no gradient of the model, broke {won.sum()} of {tried.sum()} "
+    return (Flag("black_box_wins", f"without the model's own gradients {names} broke {won.sum()} of {tried.sum()} "
                                    f"images that the other attacks had left: expected at most {_MOST_WON:.0%}; they "
                                    f"count as broken, and at that rate RA is {left.mean() * (1 - share):.1%}: attack "
                                    "with suite=standard", unreliable=bool(won.sum() > most)),)

@@ -27,7 +27,7 @@ _APART = 1e-4  # of logits scaled to norm 1
 _DIRECTIONS = 32
 _DIRECTIONS_ON_THE_WAY = 8
 _STEPS = (1e-2, 4e-2, 0.16, 0.64)  # l2 lengths of finite differences: coarse logits need longer ones
-_MOST_A_PIXEL = 0.02  # of such a step, root mean square
+_MOST_A_PIXEL = 0.03  # of such a step, root mean square
 _NEAR = (1e-3, 4e-3, 1.6e-2)  # linf sizes of steps that should change a gradient little
 _BUDGETS = (0.003, 0.01, 0.03, 0.1, 0.3)
 _DRAWS = 10
@@ -139,7 +139,7 @@ def of_attempts(found: Found) -> tuple[Flag, ...]:
 _noisy = jax.jit(lambda keys, x, eps: balls.random_start(keys, x, eps, "linf"))
 _call = jax.jit(lambda logits_fn, x: logits_fn(x))
 _finite = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree))
-_margin = jax.jit(losses.margin)
+_margin = jax.jit(lambda logits, y: losses.margin(losses.unmasked(logits), y))
 
 
 @jax.jit
@@ -251,8 +251,8 @@ def _cosine(a, b):
 
 
 def _agreement(logits_fn, x, y, key, count, of_images):
-    """The share of `count` random directions in which the gradient has the sign of finite differences, as
-    `of_images` sums it up; of the first step that is long enough for it, else the largest."""
+    """The share of `count` random directions in which the gradient has the sign of finite differences, where there are
+    any, as `of_images` sums it up; of the first step that is long enough for it, else the largest."""
     most = 0.0
     for step in (step for step in _STEPS if step == _STEPS[0] or step <= _MOST_A_PIXEL * x[0].size ** 0.5):
         inner, agree = jnp.clip(x, step, 1 - step), []
@@ -260,8 +260,9 @@ def _agreement(logits_fn, x, y, key, count, of_images):
         for k in jax.random.split(rng.stream(key, "directions"), count):
             way = _direction(k, x, step)
             ahead, behind = (meshes.fetch(_margin(_call(logits_fn, u), y)) for u in _both_ways(inner, way))
-            agree.append(np.sign(ahead - behind) == np.sign(meshes.fetch(_cosine(grad, way))))
-        most = max(most, float(of_images(np.mean(agree, 0))))
+            agree.append(np.sign(ahead - behind) * np.sign(meshes.fetch(_cosine(grad, way))))
+        tied = np.equal(agree, 0)
+        most = max(most, float(of_images(np.sum(np.greater(agree, 0), 0) / np.maximum(np.sum(~tied, 0), 1))))
         if most >= _LEAST_AGREEMENT:
             break
     return most
