@@ -15,7 +15,7 @@ import numpy as np
 
 from advmoe_jax.attacks import objectives
 from advmoe_jax.attacks.parse import Spec
-from advmoe_jax.core import rng, units
+from advmoe_jax.core import find, rng, units
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.split import Split
@@ -53,13 +53,16 @@ def _source(split, mesh):
 
 
 def check(suite: Suite, model: Model) -> None:
-    """Raises UserError if an attack of the suite needs what the model does not have."""
+    """Raises UserError if an attack of the suite needs what the model does not have, or cannot take its images."""
     aux = _aux(model) if any(spec.about.needs for spec in suite.specs) else {}
     for spec in suite.specs:
         missing = [name for name in spec.about.needs if name not in aux]
         if missing or spec.about.takes not in ("logits", "values", "outputs", *model.surfaces):
             what = f"reads {', '.join(missing)}" if missing else f"attacks a {spec.about.takes} model"
             raise UserError(f"{spec.name} {what}, and the model is {model.kind}: expected attacks that it can take")
+        of_images = getattr(find.module("attacks", spec.name, defines="make"), "check", None)
+        if of_images is not None:
+            of_images(spec.config, model.image_shape[-1])
 
 
 def _aux(model: Model) -> dict[str, jax.ShapeDtypeStruct]:
