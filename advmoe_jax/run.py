@@ -133,6 +133,9 @@ def _train(experiment: Experiment, workdir: epath.Path) -> None:
         f"MACs pathway {cost['pathway']:,} router {cost['router']:,} total {cost['total']:,}", system.model.about))))
     if config.train.select_on == "test":
         console.warn("train.select_on=test: the best checkpoint is chosen on test images, which is optimistic")
+    if batch == 1 and any(spec.norm for spec in system.model.layers):
+        console.warn("data.batch_size=1: BatchNorm normalises every image by itself, which leaves routers nothing to "
+                     "choose by: expected 2 or more images, better 32")
     loop.run(config, workdir, system, experiment.data.train, experiment.select, experiment.mesh)
 
 

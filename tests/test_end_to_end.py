@@ -195,12 +195,13 @@ def test_an_unreliable_evaluation_says_so(run, monkeypatch, capsys):
     monkeypatch.setattr(network.Network, "apply", probabilities)
     known = {entry["id"] for entry in entries(workdir)}
     command = ["--mode", "evaluate", "--workdir", str(workdir), "--checkpoint", "last", "--config.eval.attacks=fgsm",
-               "--config.eval.n=9"]
+               "--config.eval.n=9", "--config.eval.black_box=true"]
     capsys.readouterr()
     assert main.main([*command, "--strict"]) == 3
     said = capsys.readouterr()
     assert "evaluation UNRELIABLE: the outputs are probabilities" in said.out + said.err
     [added] = [entry for entry in entries(workdir) if entry["id"] not in known]
+    assert [attempt["attack"] for attempt in added["attempts"]] == ["fgsm", "square-300"]
     assert added["unreliable"] and "probabilities" in [flag["name"] for flag in added["flags"]]
     assert "the outputs are probabilities" in (workdir / "report.md").read_text()
 

@@ -22,7 +22,8 @@ FIELDS = {
     "model.width": 4, "model.depth": 4, "data.batch_size": 32, "train.select_attack": "fgsm",
     "train.select_examples": 20,
     "train.length": "4 steps", "train.eval_every": "2 steps", "train.save_every": "2 steps",
-    "train.log_every": "1 steps", "eval.attacks": "fgsm pgd(num_steps=2)", "eval.n": 20, "eval.batch_size": 16}
+    "train.log_every": "1 steps", "eval.attacks": "fgsm pgd(num_steps=2)", "eval.n": 20, "eval.batch_size": 16,
+    "eval.black_box": False}
 ATTACKED = {"train.attack": "pgd(num_steps=1,step_size=0.625 eps,start=gaussian,keep=last)"}
 ROUTED = {"model.router_width": 4}
 

@@ -48,6 +48,14 @@ def label(config: Config) -> str:
     return f"{'fgsm' if config.num_steps == 1 else f'pgd-{config.num_steps}'}-{config.eps_sd}sd"
 
 
+def check(config: Config, channels: int) -> None:
+    """Raises UserError if `std` is for images of other channels."""
+    count = len(str(config.std).split())
+    if count not in (1, channels):
+        raise UserError(f"normalized has {count} numbers in std and images {channels} channels: expected as many, or "
+                        "one")
+
+
 def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does: no random start, the last iterate is kept.
 
@@ -64,9 +72,7 @@ def make(config: Config = Config()) -> build.Attack:
     program = pgd.Search("linf", "none", objectives.get("ce"), keep_best=False, stops=False)
 
     def attack(logits_fn, key, x, y):
-        if std.size not in (1, x.shape[-1]):
-            raise UserError(f"normalized has {std.size} numbers in std and images {x.shape[-1]} channels: expected as "
-                            "many, or one")
+        check(config, x.shape[-1])
         logits_fn = objectives.partial(logits_fn, x)
         if config.labels == "predicted":
             driver.count((1, 0), x.shape[0])

@@ -15,7 +15,7 @@ import numpy as np
 from advmoe_jax.attacks import objectives
 from advmoe_jax.core import rng, units
 from advmoe_jax.core.errors import UserError, one_of
-from advmoe_jax.evaluation import flags, suites, verdicts
+from advmoe_jax.evaluation import black_box, flags, suites, verdicts
 from advmoe_jax.evaluation.flags import Flag
 from advmoe_jax.ops import balls
 
@@ -91,12 +91,14 @@ def run_report(logits_fn: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax
     noticed = flags.of_model(judged, *head, key)
     log = verdicts.Memory()
     found = verdicts.run({"none": outputs_fn}, source, np.arange(len(x)), y, chosen.specs, key=key,
-                         batch_size=batch_size, survivors_only=True, log=log, is_random=is_random)
+                         batch_size=batch_size, survivors_only=True, log=log, is_random=is_random,
+                         checks=() if is_random else black_box.checks(chosen.specs))
     broken = verdicts.adversarial(found, log)
     x_adv = x.copy()
     if len(broken["index"]):
         x_adv[broken["index"]] = broken["x_adv"]
-    robust, noticed = found.survivors(), noticed + flags.of_attempts(found)
+    robust, noticed = found.survivors(), noticed + flags.not_finite(found) + (
+        black_box.flags(found) + flags.of_attempts(found))
     for flag in noticed:
         if flag.unreliable:
             warnings.warn(f"evaluation UNRELIABLE: {flag.reason}", stacklevel=2)

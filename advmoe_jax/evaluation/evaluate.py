@@ -15,7 +15,7 @@ import advmoe_jax
 from advmoe_jax.core import console, files, tree
 from advmoe_jax.data import split
 from advmoe_jax.data.split import Split
-from advmoe_jax.evaluation import eval_log, measure, plan, results, verdicts
+from advmoe_jax.evaluation import black_box, eval_log, measure, plan, results, verdicts
 from advmoe_jax.evaluation.plan import Job
 from advmoe_jax.models.model import Model, Variables
 
@@ -86,7 +86,8 @@ def _of_checkpoint(subject: Subject, trained: Trained, jobs: Sequence[Job]) -> b
     about = {
         "step": jobs[0].step, "weights": _hash(tree.named_leaves(weights)),
         "images": split.fingerprint(subject.test, rows)[:16],
-        "versions": common["versions"], "backend": common["backend"]}
+        "versions": common["versions"], "backend": common["backend"]} | (
+            {} if config.eval.black_box else {"black_box": False})
     reliable, noticed, earlier = True, None, ()
     for job in jobs:
         folder = subject.workdir / "eval" / job.entry
@@ -100,8 +101,9 @@ def _of_checkpoint(subject: Subject, trained: Trained, jobs: Sequence[Job]) -> b
                                          seed=config.eval.seed)
         console.say(" | ".join(filter(None, (f"attacking {what}", subject.model.about))))
         log = _open_log(folder, about)
+        checks = black_box.checks(job.suite.specs, subject.model.surfaces) if config.eval.black_box else ()
         found = measure.run(subject.model, weights, subject.test, rows, job.suite, mesh=subject.mesh,
-                            batch_size=config.eval.batch_size, seed=config.eval.seed, log=log)
+                            batch_size=config.eval.batch_size, seed=config.eval.seed, checks=checks, log=log)
         record = common | measure.summarize(found, job.suite, subject.model, noticed, earlier)
         record["macs"] = subject.model.costs(trained.masks, record["facts"])
         earlier += found.attempts

@@ -8,6 +8,8 @@ attack failure", NeurIPS 2022. B images, K classes.
 import dataclasses
 import functools
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +18,22 @@ import numpy as np
 from advmoe_jax.attacks import driver, objectives, pgd
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng
+from advmoe_jax.core import tree as trees
 from advmoe_jax.evaluation.verdicts import Fitting, Found
 from advmoe_jax.ops import balls, losses
 
 MOST_IMAGES = 64
 _APART = 1e-4  # of logits scaled to norm 1
 _DIRECTIONS = 32
-_STEP = 1e-2  # l2 length of a finite difference
-_NEAR = 1e-3  # linf size of a step that should change a gradient little
+_DIRECTIONS_ON_THE_WAY = 8
+_STEPS = (1e-2, 4e-2, 0.16, 0.64)  # l2 lengths of finite differences: coarse logits need longer ones
+_MOST_A_PIXEL = 0.03  # of such a step, root mean square
+_NEAR = (1e-3, 4e-3, 1.6e-2)  # linf sizes of steps that should change a gradient little
 _BUDGETS = (0.003, 0.01, 0.03, 0.1, 0.3)
 _DRAWS = 10
 _RESTARTS = 3
 _CLIMB = 20  # steps
+_LEAST_AGREEMENT = 0.75  # of signs
 _MOST_MISSED = 0.05  # of the images, by an attack that should have found them
 _MOST_WON = 0.002  # AutoAttack's
 _RANDOM = ("random_bits", "threefry2x32", "random_wrap", "random_seed", "rng_bit_generator", "rng_uniform")
@@ -66,25 +72,60 @@ def of_model(logits_fn: jax.tree_util.Partial, x: jax.Array, y: jax.Array, key: 
 
 def _of_model(logits_fn, x, y, key):
     logits = meshes.fetch(_call(logits_fn, x))
-    if not np.all(np.isfinite(logits)):
-        share = np.mean(~np.isfinite(logits).all(-1))
-        return (Flag("not_finite", f"{share:.0%} of the clean images have a NaN or infinite logit: expected none"),)
+    masked = np.isneginf(logits).all(0)
+    finite = np.isfinite(logits[:, ~masked]).all(-1)
+    if masked.all() or not finite.all():
+        return (Flag("not_finite", f"{np.mean(~finite):.0%} of the clean images have a NaN or infinite logit: expected "
+                                   "none, or a class that is -inf for all images"),)
     correct = logits.argmax(-1) == meshes.fetch(y)
-    found = [_randomised(logits_fn, x, logits), _probabilities(logits), _batch(logits_fn, x, logits),
+    apart = _apart(logits_fn, x)
+    found = [_masked(masked), _randomised(logits_fn, x, logits, apart), _probabilities(logits),
+             _batch(logits_fn, x, logits, apart),
              _dead_gradient(logits_fn, x, y, logits, correct), _gradient(logits_fn, x, y, key),
              _shattered(logits_fn, x, y, key, logits), _unbounded(logits_fn, x, y, key, correct),
              *_on_budgets(logits_fn, x, y, key, correct), _few_classes(logits), _dynamic(logits_fn, x)]
     return tuple(filter(None, found))
 
 
+def of_weights(variables: Any) -> tuple[Flag, ...]:
+    """Checks that parameters and statistics are finite; those of a router may be NaN while the logits are not."""
+    names = [name for name, ok in trees.named_leaves(meshes.fetch(_finite(variables))).items() if not ok]
+    if names:
+        return (Flag("not_finite", f"{len(names)} tensors of the checkpoint are NaN or infinite somewhere, {names[0]} "
+                                   "the first: expected finite weights"),)
+    return ()
+
+
+def of_views(logits_fn: jax.tree_util.Partial, views: Mapping[str, jax.tree_util.Partial], x: jax.Array
+             ) -> tuple[Flag, ...]:
+    """Checks that other gradients of a model, {name: x -> (B, K)}, come with the values of its plain one."""
+    logits, most = _scaled(meshes.fetch(_call(logits_fn, x))), _apart(logits_fn, x)
+    other = [name for name, view in views.items() if not np.allclose(
+        _scaled(meshes.fetch(_call(view, x))), logits, rtol=0, atol=most, equal_nan=True)]
+    if other:
+        return (Flag("other_values", f"through the gradient {', '.join(other)} the model has other logits than for its "
+                                     "users: expected the same, attacks would aim elsewhere"),)
+    return ()
+
+
+def not_finite(found: Found) -> tuple[Flag, ...]:
+    """Checks logits, and what else the model says, of all images, clean and attacked."""
+    of = {"clean": found.clean} | {f"{a.spec.label} ({a.view})": a.after for a in found.attempts}
+    bad = {name: int(np.sum(~np.isfinite(after["margin"]))) for name, after in of.items()}
+    bad = [f"{count} images, {name}" for name, count in bad.items() if count]
+    if bad:
+        return (Flag("not_finite", f"logits or router scores are NaN or infinite on {'; '.join(bad)}: expected none"),)
+    return ()
+
+
 def of_attempts(found: Found) -> tuple[Flag, ...]:
     """Checks what attacks found: those that see no gradient must not break what those that do left, at the same norm
     and no smaller a budget."""
     won = np.zeros(len(found.index), bool)
-    for blind in found.attempts:
+    for blind in found.own:
         if blind.spec.about.takes != "values":
             continue
-        rivals = [attempt for attempt in found.attempts if attempt.spec.about.takes != "values" and any(
+        rivals = [attempt for attempt in found.own if attempt.spec.about.takes != "values" and any(
             eps <= attempt.spec.budgets.get(norm, -1) for norm, eps in blind.spec.budgets.items())]
         tried = np.any([attempt.attacked for attempt in rivals], 0) if rivals else False
         won |= blind.attacked & tried & found.survivors(rivals) & ~found.survivors([blind])
@@ -97,7 +138,8 @@ def of_attempts(found: Found) -> tuple[Flag, ...]:
 
 _noisy = jax.jit(lambda keys, x, eps: balls.random_start(keys, x, eps, "linf"))
 _call = jax.jit(lambda logits_fn, x: logits_fn(x))
-_margin = jax.jit(losses.margin)
+_finite = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree))
+_margin = jax.jit(lambda logits, y: losses.margin(losses.unmasked(logits), y))
 
 
 @jax.jit
@@ -119,26 +161,42 @@ def _correct(logits_fn, x, y):
     return meshes.fetch(_call(logits_fn, x)).argmax(-1) == meshes.fetch(y)
 
 
-def _stands(logits_fn, x, y, key, eps, **settings):
-    """(B,) bool, classified correctly after PGD in linf."""
+def _attacked(logits_fn, x, y, key, eps, **settings):
+    """Images after PGD in linf, and whether they are classified correctly (B,)."""
     attack = pgd.make(pgd.Config(norm="linf", eps=eps, loss="margin", early_stop=True, **settings))
-    return _correct(logits_fn, attack(logits_fn, key, x, y), y)
+    u = attack(logits_fn, key, x, y)
+    return u, _correct(logits_fn, u, y)
+
+
+def _apart(logits_fn, x):
+    """How far apart equal logits may be, of norm 1, by the coarsest numbers in the traced program."""
+    outputs = [out.aval.dtype for equation in driver.equations(jax.make_jaxpr(logits_fn)(x).jaxpr)
+               for out in equation.outvars if hasattr(out.aval, "dtype")]
+    return max(_APART, *(8 * float(jnp.finfo(of).eps) for of in outputs if jnp.issubdtype(of, jnp.floating)), 0.0)
 
 
 def _scaled(logits):
+    logits = np.where(np.isneginf(logits), 0, logits)  # a masked class
     return logits / np.maximum(np.linalg.norm(logits, axis=-1, keepdims=True), 1e-12)
 
 
-def _randomised(logits_fn, x, logits):
+def _masked(masked):
+    if masked.any():
+        return Flag("masked_class", f"class {', '.join(map(str, np.flatnonzero(masked)))} has a logit of -inf for all "
+                                    "images: no attack can aim at it", unreliable=False)
+    return None
+
+
+def _randomised(logits_fn, x, logits, most):
     apart = max(np.abs(_scaled(meshes.fetch(_call(logits_fn, x))) - _scaled(logits)).max() for _ in range(4))
-    if apart > _APART:
+    if apart > most:
         return Flag("randomised", f"the same images give other logits each time (by {apart:.2g} of their norm): "
                                   "expected a deterministic model, or suite=rand")
     return None
 
 
 def _probabilities(logits):
-    if logits.min() > -1e-5 and logits.max() < 1 + 1e-5 and np.allclose(logits.sum(-1), 1, atol=1e-5):
+    if logits.min() > -0.01 and logits.max() < 1.01 and np.allclose(logits.sum(-1), 1, atol=0.01):  # of any precision
         return Flag("probabilities", "the outputs are probabilities: expected logits, whose gradients do not vanish")
     return None
 
@@ -149,14 +207,14 @@ def _other_batches(x):
     return x[::-1], jnp.concatenate([x[len(x) // 2:], 1 - x[:len(x) // 2]])
 
 
-def _batch(logits_fn, x, logits):
+def _batch(logits_fn, x, logits, most):
     """The logits of an image must not depend on the images beside it."""
     backwards, others = _other_batches(x)
     halved = meshes.fetch(_call(logits_fn, others))[:len(x) - len(x) // 2]
     turned = meshes.fetch(_call(logits_fn, backwards))[::-1]
     apart = max(np.abs(_scaled(turned) - _scaled(logits)).max(),
                 np.abs(_scaled(halved) - _scaled(logits[len(x) // 2:])).max())
-    if apart > _APART:
+    if apart > most:
         return Flag("batch_dependent", f"the logits of an image depend on the others in its batch (by {apart:.2g} of "
                                        "their norm): expected evaluation mode, with running statistics")
     return None
@@ -176,9 +234,9 @@ def _dead_gradient(logits_fn, x, y, logits, correct):
 
 
 @jax.jit
-def _direction(key, x):
-    """A random way of l2 length _STEP for each image."""
-    return _STEP * balls.normalized(jax.random.normal(key, x.shape, x.dtype))
+def _direction(key, x, step):
+    """A random way of l2 length `step` for each image."""
+    return step * balls.normalized(jax.random.normal(key, x.shape, x.dtype))
 
 
 @jax.jit
@@ -192,51 +250,78 @@ def _cosine(a, b):
     return jnp.sum(balls.normalized(a) * balls.normalized(b), (1, 2, 3))
 
 
+def _agreement(logits_fn, x, y, key, count, of_images):
+    """The share of `count` random directions in which the gradient has the sign of finite differences, where there are
+    any, as `of_images` sums it up; of the first step that is long enough for it, else the largest."""
+    most = 0.0
+    for step in (step for step in _STEPS if step == _STEPS[0] or step <= _MOST_A_PIXEL * x[0].size ** 0.5):
+        inner, agree = jnp.clip(x, step, 1 - step), []
+        grad = _slope(losses.margin, logits_fn, inner, y, _call(logits_fn, inner))
+        for k in jax.random.split(rng.stream(key, "directions"), count):
+            way = _direction(k, x, step)
+            ahead, behind = (meshes.fetch(_margin(_call(logits_fn, u), y)) for u in _both_ways(inner, way))
+            agree.append(np.sign(ahead - behind) * np.sign(meshes.fetch(_cosine(grad, way))))
+        tied = np.equal(agree, 0)
+        most = max(most, float(of_images(np.sum(np.greater(agree, 0), 0) / np.maximum(np.sum(~tied, 0), 1))))
+        if most >= _LEAST_AGREEMENT:
+            break
+    return most
+
+
 def _gradient(logits_fn, x, y, key):
-    inner, agree = jnp.clip(x, _STEP, 1 - _STEP), []
-    grad = _slope(losses.margin, logits_fn, inner, y, _call(logits_fn, inner))
-    for k in jax.random.split(rng.stream(key, "directions"), _DIRECTIONS):
-        way = _direction(k, x)
-        ahead, behind = (meshes.fetch(_margin(_call(logits_fn, u), y)) for u in _both_ways(inner, way))
-        agree.append(np.sign(ahead - behind) == np.sign(meshes.fetch(_cosine(grad, way))))
-    agree = float(np.median(np.mean(agree, 0)))
-    if agree < 0.75:
+    agree = _agreement(logits_fn, x, y, key, _DIRECTIONS, np.median)
+    if agree < _LEAST_AGREEMENT:
         return Flag("wrong_gradient", f"the gradient has the sign of finite differences in {agree:.0%} of random "
                                       "directions: expected over 75 %, something in the model hides its slope")
     return None
 
 
 @jax.jit
-def _neighbours(key, x, grad):
+def _neighbours(key, x, grad, near):
     """Images close by at random, and along the sign of the gradient."""
-    return x + _NEAR * jax.random.uniform(key, x.shape, x.dtype, -1, 1), x + _NEAR * jnp.sign(grad)
+    return x + near * jax.random.uniform(key, x.shape, x.dtype, -1, 1), x + near * jnp.sign(grad)
 
 
 def _shattered(logits_fn, x, y, key, logits):
     """A gradient that says nothing about the next grey level leads no attack."""
     here = _slope(losses.margin, logits_fn, x, y, logits)
-    beside, along = _neighbours(rng.stream(key, "landscape"), x, here)
-    there = _slope(losses.margin, logits_fn, beside, y, _call(logits_fn, beside))
-    cosine = meshes.fetch(_cosine(here, there))
-    rises = meshes.fetch(_margin(_call(logits_fn, along), y)) > meshes.fetch(_margin(logits, y))
-    if np.median(cosine) < 0.2 or rises.mean() < 0.75:
-        return Flag("shattered_gradient", f"a quarter of a grey level away the gradient has a cosine of "
-                                          f"{np.median(cosine):.2f} with that of the image, and a step along its sign "
-                                          f"raises the margin of {rises.mean():.0%} of the images: expected over 0.2 "
-                                          "and 75 %, gradient attacks are led astray")
+    near = [_neighbours(rng.stream(key, "landscape"), x, here, size) for size in _NEAR]
+    there = _slope(losses.margin, logits_fn, near[0][0], y, _call(logits_fn, near[0][0]))
+    cosine = np.median(meshes.fetch(_cosine(here, there)))
+    rises = max(np.mean(meshes.fetch(_margin(_call(logits_fn, along), y)) > meshes.fetch(_margin(logits, y)))
+                for _, along in near)
+    if cosine < 0.2 or rises < 0.75:
+        return Flag("shattered_gradient", f"a quarter of a grey level away the gradient has a cosine of {cosine:.2f} "
+                                          "with that of the image, and steps along its sign raise the margin of "
+                                          f"{rises:.0%} of the images: expected over 0.2 and 75 %, gradient attacks "
+                                          "are led astray")
     return None
 
 
 def _on_budgets(logits_fn, x, y, key, correct):
     """What PGD of ten steps leaves at several budgets, and what else should not have broken it."""
     keys = rng.rowwise(rng.stream(key, "budgets"), x.shape[0])
-    stands = {eps: correct & _stands(logits_fn, x, y, keys, eps, num_steps=10) for eps in _BUDGETS}
+    attacked = {eps: _attacked(logits_fn, x, y, keys, eps, num_steps=10) for eps in _BUDGETS}
+    stands = {eps: correct & left for eps, (_, left) in attacked.items()}
+    yield _gradient_on_the_way(logits_fn, y, key, {eps: (attacked[eps][0], stands[eps]) for eps in _BUDGETS})
     yield _single_step(logits_fn, x, y, stands)
     yield _noise(logits_fn, x, y, keys, stands)
     yield _monotone(stands)
     half = min(stands, key=lambda eps: abs(stands[eps].mean() - correct.mean() / 2))
     yield _restarts(logits_fn, x, y, keys, half, stands[half])
     yield from _climb(logits_fn, x, y, half, correct)
+
+
+def _gradient_on_the_way(logits_fn, y, key, attacked):
+    """Where PGD ended without success, its gradient must still be one."""
+    for eps, (u, stands) in attacked.items():
+        if _missed(stands):
+            agree = _agreement(logits_fn, u, y, key, _DIRECTIONS_ON_THE_WAY, lambda of: np.mean(of[stands]))
+            if agree < _LEAST_AGREEMENT:
+                return Flag("wrong_gradient_later", f"where PGD of linf {eps:g} ends, the gradient has the sign of "
+                                                    f"finite differences in {agree:.0%} of random directions: expected "
+                                                    "over 75 %, gradient attacks are led astray on their way")
+    return None
 
 
 @jax.jit
@@ -282,7 +367,8 @@ def _monotone(stands):
 
 
 def _restarts(logits_fn, x, y, keys, eps, left):
-    others = [_stands(logits_fn, x, y, rng.fold_in(keys, number), eps, num_steps=10) for number in range(_RESTARTS)]
+    others = [_attacked(logits_fn, x, y, rng.fold_in(keys, number), eps, num_steps=10)[1]
+              for number in range(_RESTARTS)]
     gain = left & ~np.all(others, 0)
     if _missed(gain):
         return Flag("restarts_win", f"{_RESTARTS} other starts of PGD with linf {eps:g} broke {gain.sum()} of "
@@ -313,7 +399,7 @@ def _climb(logits_fn, x, y, eps, correct):
         yield Flag("zero_gradient_later", f"on the way of PGD the gradient becomes zero or NaN for {stuck.sum()} of "
                                           f"{len(stuck)} images, before they are broken: expected at most "
                                           f"{_MOST_MISSED:.0%}, gradient attacks stop there")
-    kept = np.mean(margins[-1] - margins[0] > 0.5 * (margins.max(0) - margins[0]))
+    kept = np.mean(margins[-1] - margins[0] >= 0.5 * (margins.max(0) - margins[0]))
     if kept < 0.75:
         yield Flag("loss_does_not_rise", f"after {_CLIMB} steps of linf {eps:g} the margin of {kept:.0%} of the images "
                                          "is above half of the most that it rose: expected over 75 %, steps along the "
@@ -327,7 +413,7 @@ def _climb(logits_fn, x, y, eps, correct):
 
 def _unbounded(logits_fn, x, y, key, correct):
     """An attack that may change everything must break everything."""
-    stands = _stands(logits_fn, x, y, rng.stream(key, "unbounded"), 1.0, num_steps=40, step_size=0.1)
+    _, stands = _attacked(logits_fn, x, y, rng.stream(key, "unbounded"), 1.0, num_steps=40, step_size=0.1)
     left = float(np.mean(correct & stands))
     if left > 0.1:
         return Flag("unbounded_attack_fails", f"{left:.0%} of the images stand an attack without a budget (linf eps "

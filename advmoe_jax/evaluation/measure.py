@@ -5,18 +5,21 @@ is attacked through each; its robust accuracy is the worst case per example. m i
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from advmoe_jax.attacks import objectives
-from advmoe_jax.core import rng, units
+from advmoe_jax.attacks.parse import Spec
+from advmoe_jax.core import find, rng, units
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.split import Split
-from advmoe_jax.evaluation import flags, verdicts
+from advmoe_jax.evaluation import black_box, flags, verdicts
 from advmoe_jax.evaluation.flags import Flag
 from advmoe_jax.evaluation.suites import Suite
 from advmoe_jax.evaluation.verdicts import Found
@@ -37,7 +40,8 @@ class _Static:
 
 def _observed(static, outputs_fn, x):
     logits, aux = outputs_fn(x)
-    return logits, static.model.observe(aux)
+    finite = [jnp.all(jnp.isfinite(leaf.reshape(len(x), -1)), -1) for leaf in aux.values()]
+    return logits, static.model.observe(aux) | {"finite": functools.reduce(jnp.logical_and, finite, True)}
 
 
 def _source(split, mesh):
@@ -49,13 +53,16 @@ def _source(split, mesh):
 
 
 def check(suite: Suite, model: Model) -> None:
-    """Raises UserError if an attack of the suite needs what the model does not have."""
+    """Raises UserError if an attack of the suite needs what the model does not have, or cannot take its images."""
     aux = _aux(model) if any(spec.about.needs for spec in suite.specs) else {}
     for spec in suite.specs:
         missing = [name for name in spec.about.needs if name not in aux]
         if missing or spec.about.takes not in ("logits", "values", "outputs", *model.surfaces):
             what = f"reads {', '.join(missing)}" if missing else f"attacks a {spec.about.takes} model"
             raise UserError(f"{spec.name} {what}, and the model is {model.kind}: expected attacks that it can take")
+        of_images = getattr(find.module("attacks", spec.name, defines="make"), "check", None)
+        if of_images is not None:
+            of_images(spec.config, model.image_shape[-1])
 
 
 def _aux(model: Model) -> dict[str, jax.ShapeDtypeStruct]:
@@ -68,12 +75,13 @@ def suspicions(model: Model, variables: Variables, split: Split, rows: np.ndarra
     """Signs that attacks on this model cannot be trusted, on the first of the images. Arguments as `run`."""
     count = max(min(len(rows), flags.MOST_IMAGES) // mesh.size, 1) * mesh.size
     batch = _source(split, mesh)(np.resize(rows, count))
-    logits_fn = objectives.logits_fn(model.outputs_fn(variables, model.views[0]))
-    return flags.of_model(logits_fn, batch["image"], batch["label"], rng.key(seed, "flags"))
+    first, *others = (objectives.logits_fn(model.outputs_fn(variables, view)) for view in model.views)
+    return flags.of_weights(variables) + flags.of_views(first, dict(zip(model.views[1:], others)), batch["image"]) + (
+        flags.of_model(first, batch["image"], batch["label"], rng.key(seed, "flags")))
 
 
 def run(model: Model, variables: Variables, split: Split, rows: np.ndarray, suite: Suite, *, mesh, batch_size: int,
-        seed: int, log: verdicts.Log | None = None) -> Found:
+        seed: int, checks: Sequence[Spec] = (), log: verdicts.Log | None = None) -> Found:
     """Attacks a model with a suite, through every view of it.
 
     Args:
@@ -85,14 +93,15 @@ def run(model: Model, variables: Variables, split: Split, rows: np.ndarray, suit
         mesh: of all devices.
         batch_size: at most; rounded up to a multiple of the devices.
         seed: of the attacks.
-        log: see verdicts.run.
+        checks, log: see verdicts.run.
     """
     views = {view: model.outputs_fn(variables, view) for view in model.views}
     judge = jax.tree_util.Partial(_observed, _Static(model), views[model.views[0]])
     return verdicts.run(
         views, _source(split, mesh), rows, split.labels[rows], suite.specs, key=jax.random.key(seed),
         batch_size=-(-min(batch_size, len(rows)) // mesh.size) * mesh.size, survivors_only=suite.survivors_only,
-        log=log, judge=judge, surfaces={name: surface(variables) for name, surface in model.surfaces.items()})
+        checks=checks, log=log, judge=judge,
+        surfaces={name: surface(variables) for name, surface in model.surfaces.items()})
 
 
 def summarize(found: Found, suite: Suite, model: Model, noticed: tuple[Flag, ...] = (),
@@ -106,7 +115,8 @@ def summarize(found: Found, suite: Suite, model: Model, noticed: tuple[Flag, ...
         noticed: from `suspicions`.
         earlier: attempts of other suites on the same model and images, which should not have missed what these found.
     """
-    noticed += flags.of_attempts(dataclasses.replace(found, attempts=(*earlier, *found.attempts)))
+    noticed += flags.not_finite(found) + black_box.flags(found) + flags.of_attempts(
+        dataclasses.replace(found, attempts=(*earlier, *found.attempts)))
     n, robust, facts = len(found.index), found.survivors(), _facts(found, model)
     attempts, left = [], found.correct
     for attempt in found.attempts:
@@ -117,7 +127,7 @@ def summarize(found: Found, suite: Suite, model: Model, noticed: tuple[Flag, ...
             "attacked": int(attempt.attacked.sum()),
             "broken": int((attempt.attacked & found.correct & ~survives).sum()),
             "ra_after": float(left.mean()), "seconds": round(attempt.seconds, 2), **attempt.passes})
-        if not suite.survivors_only:
+        if not (suite.survivors_only or attempt.is_check):
             attempts[-1]["ra"] = float(survives.mean())
         if attempt.spec.about.all_images:
             attempts[-1]["accuracy"] = float((attempt.after["label"] == found.label).mean())
@@ -128,8 +138,8 @@ def summarize(found: Found, suite: Suite, model: Model, noticed: tuple[Flag, ...
         "n": n, "sa": float(found.correct.mean()), "sa_interval": wilson(found.correct.sum(), n),
         "ra": float(robust.mean()), "ra_interval": wilson(robust.sum(), n),
         "ra_by_view": {} if suite.survivors_only else {
-            view: float(found.survivors([attempt for attempt in found.attempts if attempt.view == view]).mean())
-            for view in dict.fromkeys(attempt.view for attempt in found.attempts)},
+            view: float(found.survivors([attempt for attempt in found.own if attempt.view == view]).mean())
+            for view in dict.fromkeys(attempt.view for attempt in found.own)},
         "unreliable": any(flag.unreliable for flag in noticed),
         "flags": [dataclasses.asdict(flag) for flag in noticed], "attempts": attempts,
         "largest_norm": _largest_norm(found.attempts), "facts": facts,
@@ -144,6 +154,6 @@ def _largest_norm(attempts: Sequence[verdicts.Attempt]) -> float:
 
 def _facts(found: Found, model: Model) -> dict[str, Any]:
     """What the model says of the clean images and of the attempt that breaks most of its images."""
-    worst = min(found.attempts, key=lambda attempt: found.survivors([attempt])[attempt.attacked].mean(
+    worst = min(found.own, key=lambda attempt: found.survivors([attempt])[attempt.attacked].mean(
         ) if attempt.attacked.any() else 1.0)
     return model.facts(found.label, found.clean, worst.after, worst.attacked)

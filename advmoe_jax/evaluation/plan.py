@@ -21,6 +21,7 @@ class Config:
     norm: str = setting("", "norm of attacks that say none; empty: that of attack.norm", choices=("", *balls.NORMS))
     eps: str = setting("", "their eps, or several: '2/255,4/255'; empty: attack.eps")
     n: int = setting(0, "test images, the first so many; 0 for all", least=0, most=10**9)
+    black_box: bool = setting(True, "attack some of what gradient attacks leave without gradients; false: not checked")
     batch_size: int = setting(250, "images at a time, at most", least=1, most=10**6)
     seed: int = setting(0, "of the attacks", least=0, most=2**32 - 1)
 

@@ -23,6 +23,7 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls, losses
 
 Arrays = dict[str, np.ndarray]
+MOST_CHECKED = 32  # images, of those that all attacks before a check left
 _SLACK = (1 + 1e-4, 1e-6)  # of eps, for the rounding of a norm
 
 
@@ -63,8 +64,10 @@ class Attempt:
         attacked: (m,) bool, the images it got.
         after: {"label", "margin", "linf", "l2", "l1", "l0"} (m,): predictions on what it returned and sizes of the
             perturbations, as on clean images where it got none; and what the judge keeps of each image, with leading m.
+            The margin is NaN where a logit or what else the model says is not finite; -inf of a masked class is.
         seconds: it took.
         passes: through the model, as driver.Ledger counts them.
+        is_check: whether it was added to a suite and got some images only.
     """
 
     spec: Spec
@@ -73,6 +76,7 @@ class Attempt:
     after: Arrays
     seconds: float
     passes: dict[str, int]
+    is_check: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +95,11 @@ class Found:
     attempts: tuple[Attempt, ...]
 
     @property
+    def own(self) -> tuple[Attempt, ...]:
+        """The attempts of the suite, without checks."""
+        return tuple(attempt for attempt in self.attempts if not attempt.is_check)
+
+    @property
     def correct(self) -> np.ndarray:
         """(m,) bool, classified correctly when clean."""
         return self.clean["label"] == self.label
@@ -104,8 +113,8 @@ class Found:
 
 
 def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.ndarray, label: np.ndarray,
-        specs: Sequence[Spec], *, key: jax.Array, batch_size: int, survivors_only: bool, log: Log | None = None,
-        judge: jax.tree_util.Partial | None = None,
+        specs: Sequence[Spec], *, key: jax.Array, batch_size: int, survivors_only: bool, checks: Sequence[Spec] = (),
+        log: Log | None = None, judge: jax.tree_util.Partial | None = None,
         surfaces: Mapping[str, jax.tree_util.Partial] = MappingProxyType({}), is_random: bool = False) -> Found:
     """Runs every attack through every view; those that know of routes, or see no gradient, once.
 
@@ -121,9 +130,10 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
         key: of the attacks.
         batch_size: images at a time; a multiple of the devices.
         survivors_only: whether only the worst case counts, or each attack alone too.
+        checks: more attacks, each on the first MOST_CHECKED images that all attempts before it left.
         log: what an earlier run found is taken from there, what this one finds is added.
         judge: x -> (logits, what is kept of each image, with leading B), which gives the verdicts; unless given, the
-            first view, of which nothing is kept.
+            first view, of which nothing is kept. "finite" (B,) bool among it says whether all of it is.
         surfaces: other functions of the model that attacks may take, {name: function}.
         is_random: whether views take keys (B,) too. Attacks that average over draws get them all; verdicts, and other
             attacks, know one draw that is the same for all images.
@@ -141,17 +151,22 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
     logged: dict[int, list] = {}
     for record, arrays in log.read():
         logged.setdefault(record["attempt"], []).append((record, arrays))
-    for number, (spec, view, model) in enumerate(_plan(specs, drawn, surfaces, views if is_random else None)):
-        stands = found.survivors() if survivors_only else found.correct
+    planned = [(is_check, attempt) for is_check, chosen in ((False, specs), (True, checks))
+               for attempt in _plan(chosen, drawn, surfaces, views if is_random else None)]
+    for number, (is_check, (spec, view, model)) in enumerate(planned):
+        stands = found.survivors() if survivors_only or is_check else found.correct
         if spec.about.all_images:
             stands = np.ones_like(stands)
+        if is_check:
+            stands &= np.cumsum(stands) <= MOST_CHECKED
         parts = list(logged.get(number, ()))
         todo = stands & ~np.isin(index, [i for _, arrays in parts for i in arrays["index"]])
         attack = functools.partial(_attack, spec, number, view, model, judge, source, key)
         for part in fits.batches(index[todo], attack):
             log.add(*part)
             parts.append(part)
-        found = dataclasses.replace(found, attempts=(*found.attempts, _attempt(spec, view, found, stands, parts)))
+        attempt = dataclasses.replace(_attempt(spec, view, found, stands, parts), is_check=is_check)
+        found = dataclasses.replace(found, attempts=(*found.attempts, attempt))
     return found
 
 
@@ -271,8 +286,10 @@ def _batch(source, rows, full):
 def _predict(judge, x, y):
     with jax.default_matmul_precision("float32"):  # an accelerator's own default is coarser
         logits, kept = judge(x)
+    margin = -losses.margin(losses.unmasked(logits), y)
+    finite = kept.pop("finite", True) & ~jnp.any(jnp.isnan(logits), -1) & jnp.isfinite(margin)
     return kept | dict(label=jnp.where(jnp.any(jnp.isnan(logits), -1), -1, jnp.argmax(logits, -1)),
-                       margin=-losses.margin(logits, y))
+                       margin=jnp.where(finite, margin, jnp.nan))
 
 
 @jax.jit

@@ -120,7 +120,7 @@ class Ensemble:
     def progress(self, means: Mapping[str, Any]) -> str:
         return f"members disagree on {100 * np.asarray(means['disagreement']):.0f} %"
 
-    def watch(self, means: Mapping[str, Any]) -> tuple[str, ...]:
+    def watch(self, means: Mapping[str, Any], batch_size: int, iterations: int) -> tuple[str, ...]:
         return ()
 
     def observe(self, aux: dict[str, jax.Array]) -> dict[str, jax.Array]:

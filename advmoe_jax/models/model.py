@@ -89,8 +89,9 @@ class Model(Protocol):
     def progress(self, means: Mapping[str, Any]) -> str:
         """`metrics`, averaged, as words of the progress line; may be empty."""
 
-    def watch(self, means: Mapping[str, Any]) -> tuple[str, ...]:
-        """What is wrong by `metrics`, averaged, a sentence each; the loop tells each once while it lasts."""
+    def watch(self, means: Mapping[str, Any], batch_size: int, iterations: int) -> tuple[str, ...]:
+        """What is wrong by `metrics`, averaged over iterations of `batch_size` images, a sentence each; the loop tells
+        each once while it lasts."""
 
     def observe(self, aux: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """What an evaluation keeps of each image, from aux: arrays with leading B."""

@@ -241,8 +241,8 @@ class Network:
     def progress(self, means: Mapping[str, Any]) -> str:
         return routing_facts.progress(means) if self.is_routed else ""
 
-    def watch(self, means: Mapping[str, Any]) -> tuple[str, ...]:
-        return routing_facts.watch(means) if self.is_routed else ()
+    def watch(self, means: Mapping[str, Any], batch_size: int, iterations: int) -> tuple[str, ...]:
+        return routing_facts.watch(means, batch_size, iterations) if self.is_routed else ()
 
     def observe(self, aux: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {"experts": aux["expert_ids"]} if self.is_routed else {}

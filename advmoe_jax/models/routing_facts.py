@@ -14,6 +14,7 @@ from advmoe_jax.core import tables
 from advmoe_jax.core.tables import Table
 from advmoe_jax.ops import routing
 
+_ENOUGH = 16  # images, for a load to say something
 _COLLAPSED = 0.1  # entropy of the load, mean over iterations; of two experts one then gets over 98 % of the images
 _NOTE = ("Load: share of the clean test images that each expert gets. Entropy: of the load, 1 is even and 0 is one "
          "expert for all. Flips: share of the images whose expert changes under the gradient that breaks most of them.")
@@ -34,9 +35,15 @@ def progress(means: Mapping[str, Any]) -> str:
     return words + (f", flips {100 * np.mean(means['flip_rate']):.0f} %" if "flip_rate" in means else "")
 
 
-def watch(means: Mapping[str, Any]) -> tuple[str, ...]:
-    """A sentence if one expert gets nearly all images in some layers, in every iteration its own perhaps."""
-    entropy = np.asarray(means["load_entropy"])
+def watch(means: Mapping[str, Any], batch_size: int, iterations: int) -> tuple[str, ...]:
+    """A sentence if one expert gets nearly all images in some layers, in every iteration its own perhaps.
+
+    Few images always share an expert: small batches are looked at together, and of batches of one, which BatchNorm
+    makes all alike, nothing is said.
+    """
+    if batch_size == 1 or batch_size * iterations < _ENOUGH:
+        return ()
+    entropy = np.asarray(means["load_entropy"] if batch_size >= _ENOUGH else routing.load_entropy(means["load"]))
     layers = np.flatnonzero(entropy < _COLLAPSED)
     if not len(layers):
         return ()

@@ -56,6 +56,16 @@ def best_other(logits: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.max(others(logits, y), -1)
 
 
+def unmasked(logits: jax.Array) -> jax.Array:
+    """The logits (B, K) with the least finite one of the row in place of -inf, which masks a class.
+
+    No margin changes unless all other classes are masked, and what goes on with differences of logits stays finite.
+    """
+    is_masked = jnp.isneginf(logits)
+    least = jnp.min(jnp.where(is_masked, jnp.inf, logits), -1, keepdims=True)
+    return jnp.where(is_masked, jax.lax.stop_gradient(least), logits)
+
+
 def margin(logits: jax.Array, y: jax.Array) -> jax.Array:
     """Best other logit minus the label's: positive when misclassified, (B, K), (B,) -> (B,)."""
     return best_other(logits, y) - jnp.take_along_axis(logits, y[:, None], -1)[:, 0]
@@ -69,7 +79,7 @@ def dlr(logits: jax.Array, y: jax.Array) -> jax.Array:
     """
     if logits.shape[-1] < 3:
         return margin(logits, y)
-    top = jax.lax.top_k(logits, 3)[0]
+    top = jax.lax.top_k(unmasked(logits), 3)[0]
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
@@ -81,13 +91,14 @@ def dlr_targeted(logits: jax.Array, y: jax.Array, target: jax.Array) -> jax.Arra
     difference = margin_to(logits, y, target)
     if logits.shape[-1] < 3:
         return difference
-    top = jax.lax.top_k(logits, min(4, logits.shape[-1]))[0]
+    top = jax.lax.top_k(unmasked(logits), min(4, logits.shape[-1]))[0]
     return difference / (top[:, 0] - (top[:, 2] + top[:, -1]) / 2 + 1e-12)
 
 
 def margin_to(logits: jax.Array, y: jax.Array, target: jax.Array) -> jax.Array:
     """A target's logit minus the label's, (B, K), (B,), (B,) -> (B,)."""
     _check(logits, y, target)
+    logits = unmasked(logits)
     return (jnp.take_along_axis(logits, target[:, None], -1) - jnp.take_along_axis(logits, y[:, None], -1))[:, 0]
 
 

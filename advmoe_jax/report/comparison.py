@@ -92,20 +92,23 @@ def _identity(run: Run) -> dict[str, Any]:
 
 def _table(groups: list[Group], paper: Mapping[str, Mapping[str, float]]) -> Table:
     names = _config_names(groups)
+    entries = [entry for group in groups for entry in group.entries]
+    shown = runs.shows_adaptive(entries)
     rows, told = [], [kind for kind in ("SA", "RA") if any(kind in numbers for numbers in paper.values())]
     for group, name in zip(groups, names):
         seeds, macs = group.seeds, group.entries[0]["macs"]
         rates = (tables.mean_and_deviation(group.rates(*which), len(seeds))
                  for which in (("best", "sa"), ("best", "ra"), ("last", "ra")))
         rows.append((group.method, name, f"{len(seeds)} ({', '.join(map(str, seeds))})", *rates,
+                     *([runs.adaptive(list(group.by_checkpoint["best"].values()) or group.entries)] if shown else []),
                      " / ".join(tables.millions(macs[part]) for part in ("pathway", "router", "total")),
                      *(tables.decimals(paper[group.label][kind]) if kind in paper.get(group.label, ()) else
                        tables.NOTHING for kind in told)))
-    entries = [entry for group in groups for entry in group.entries]
     notes = ("Mean ± sample standard deviation over training seeds. " + runs.attack_settings(entries)
              + f" Evaluated in {runs.circumstances(entries)}.",
              *runs.warnings(entries), *filter(None, [_ties(groups, names)]))
-    return Table(runs.attack_title(entries[0]), (*_COLUMNS, *(f"{kind} %, paper" for kind in told)), rows, notes)
+    return Table(runs.attack_title(entries[0]), (*_COLUMNS[:-1], *([runs.ADAPTIVE] if shown else []), _COLUMNS[-1],
+                                               *(f"{kind} %, paper" for kind in told)), rows, notes)
 
 
 def _config_names(groups: list[Group]) -> list[str]:

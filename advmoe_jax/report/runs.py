@@ -9,11 +9,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from advmoe_jax.core import config as configs
-from advmoe_jax.core import files
+from advmoe_jax.core import files, tables
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.evaluation import results
 
 CHECKPOINTS = ("best", "last")
+ADAPTIVE = "RA %, adaptive"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Run:
     Attributes:
         folder: the workdir.
         config: its config.json.
-        entries: measurements of results.json, those of the best checkpoint first, then the last; may be empty.
+        entries: measurements of results.json, those of the best checkpoint first, then the last; may be empty. Those of
+            a routed model have "adaptive" too: the measurement by the adaptive suite on that checkpoint and budget, or
+            None.
         metrics: records of metrics.jsonl, oldest first; may be empty.
     """
 
@@ -51,9 +54,17 @@ def load(folder: epath.Path) -> Run:
 
 
 def _entries(folder: epath.Path) -> tuple[dict[str, Any], ...]:
-    order = (*CHECKPOINTS, None)
-    return tuple(sorted(results.read(folder), key=lambda e: (
+    order, found = (*CHECKPOINTS, None), results.read(folder)
+    return tuple(sorted((e | _adaptive(e, found) for e in found), key=lambda e: (
         order.index(e["checkpoint"] if e["checkpoint"] in CHECKPOINTS else None), e["step"])))
+
+
+def _adaptive(entry, found):
+    if "flip_rate" not in entry["facts"]:
+        return {}
+    same = [e for e in found if e["attack"] == "adaptive" and all(
+        e[name] == entry[name] for name in ("checkpoint", "step", "norm", "eps_value"))]
+    return {"adaptive": max(same, key=lambda e: e["n"], default=None)}
 
 
 def _metrics(path: epath.Path) -> tuple[dict[str, Any], ...]:
@@ -83,6 +94,23 @@ def attack_settings(entries: Sequence[dict[str, Any]]) -> str:
     return f"Attack: {', '.join(words)}, seed {' and '.join(dict.fromkeys(str(e['seed']) for e in entries))}."
 
 
+def adaptive(entries: Sequence[dict[str, Any]]) -> str:
+    """RA by the adaptive suite, a cell beside other attacks on routed models, whose routers may hide the slope; mean
+    over the entries of a row."""
+    if not any("adaptive" in entry for entry in entries):
+        return tables.NOTHING
+    found = [entry["adaptive"] for entry in entries if entry.get("adaptive")]
+    if not found:
+        return "not measured"
+    counts = sorted({e["n"] for e in found} - {entries[0]["n"]})
+    return tables.mean_and_deviation([e["ra"] for e in found], len(entries)) + "".join(f" (n={n})" for n in counts)
+
+
+def shows_adaptive(entries: Sequence[dict[str, Any]]) -> bool:
+    """Whether a table of one attack needs that column."""
+    return entries[0]["attack"] != "adaptive" and any("adaptive" in entry for entry in entries)
+
+
 def circumstances(entries: Iterable[dict[str, Any]]) -> str:
     """Precision, backend and versions: "float32 (attacks: default) on cpu; advmoe_jax 0.1.0, jax 0.10.2"."""
     def words(entry):
@@ -93,13 +121,16 @@ def circumstances(entries: Iterable[dict[str, Any]]) -> str:
     return " and ".join(dict.fromkeys(map(words, entries)))
 
 
-def warnings(entries: Iterable[dict[str, Any]]) -> tuple[str, ...]:
-    """What a reader must know of these numbers: the checkpoint was chosen on test images; labels steer the routing."""
+def warnings(entries: Iterable[dict[str, Any]], notes: bool = False) -> tuple[str, ...]:
+    """What a reader must know of these numbers: why they are unreliable or unchecked, and with `notes` what else was
+    noticed; the checkpoint was chosen on test images; labels steer the routing."""
     entries = tuple(entries)
     on_test = dict.fromkeys(e["method"] for e in entries if e["selected_on"] == "test" and e["checkpoint"] == "best")
     steered = any("label_mod" in e["method"] for e in entries)
-    reasons = dict.fromkeys(flag["reason"] for e in entries for flag in e["flags"] if flag["unreliable"])
+    noticed = [flag for e in entries for flag in e["flags"]
+               if flag["unreliable"] or notes or flag["name"] == "not_checked"]
+    told = dict.fromkeys(f"{'UNRELIABLE' if of['unreliable'] else 'Note'}: {of['reason']}." for of in noticed)
     return tuple(filter(None, (
-        *(f"UNRELIABLE: {reason}." for reason in reasons),
+        *sorted(told, reverse=True),
         on_test and f"Optimistic: the best checkpoint was chosen on test images ({', '.join(on_test)}).",
         steered and "Trained with label_mod: labels steer the routing.")))

@@ -58,7 +58,7 @@ def _head(run: Run) -> str:
     lines = [f"# {run.entries[0]['method']}",
              f"Config {config.name}, data {config.data.name}, training seed {config.seed}; "
              f"evaluated in {runs.circumstances(run.entries)}.",
-             *(f"> {warning}" for warning in runs.warnings(run.entries))]
+             *(f"> {warning}" for warning in runs.warnings(run.entries, notes=True))]
     return "\n\n".join(lines) + "\n"
 
 
@@ -69,11 +69,14 @@ def accuracy_tables(run: Run) -> list[Table]:
 
 def _accuracy(entries: list[dict[str, Any]]) -> Table:
     views = tuple(entries[0]["ra_by_view"]) if len(entries[0]["ra_by_view"]) > 1 else ()
+    shown = runs.shows_adaptive(entries)
     rows = [(
         e["checkpoint"], str(e["step"]), str(e["n"]), tables.with_interval(e["sa"], e["sa_interval"]),
-        tables.with_interval(e["ra"], e["ra_interval"]), *(tables.percent(e["ra_by_view"][v]) for v in views))
+        tables.with_interval(e["ra"], e["ra_interval"]), *([runs.adaptive([e])] if shown else []),
+        *(tables.percent(e["ra_by_view"][v]) for v in views))
         for e in entries]
-    columns = ("checkpoint", "step", "n", "SA %", "RA %", *(_VIEWS.get(view, view) for view in views))
+    columns = ("checkpoint", "step", "n", "SA %", "RA %", *([runs.ADAPTIVE] if shown else []),
+               *(_VIEWS.get(view, view) for view in views))
     return Table(runs.attack_title(entries[0]), columns, rows, (runs.attack_settings(entries),))
 
 

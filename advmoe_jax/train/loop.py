@@ -93,7 +93,7 @@ def run(config: ConfigDict, workdir: epath.Path, system: System, train: Split, s
                     means = log.means(window)
                     means["images_per_second"] = len(window) * batch_size / (time.perf_counter() - window_start)
                     metrics.write(step, "train", means | {"epoch": step / per_epoch})
-                    told = _watch(system.model, means, told)
+                    told = _watch(system.model, means, batch_size, len(window), told)
                     if "eval" in due or time.perf_counter() - line_at > _SECONDS_BETWEEN_LINES:
                         console.say(log.line(step, total, step / per_epoch, means, batch_size, system.model.progress))
                         line_at = time.perf_counter()
@@ -222,9 +222,10 @@ def _check_finite(step: int, system: System, values: dict[str, Any], saved: Chec
                                  f"{good}. Try a lower learning rate, a warm-up or optim.*.clip_norm=1")
 
 
-def _watch(model: Model, means: dict[str, Any], told: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+def _watch(model: Model, means: dict[str, Any], batch_size: int, iterations: int, told: dict[str, tuple[str, ...]]
+           ) -> dict[str, tuple[str, ...]]:
     """Warns of what is wrong by the metrics and was not told before; returns what has been told of each update."""
-    wrong = {name: model.watch(values) for name, values in log.by_update(means)}
+    wrong = {name: model.watch(values, batch_size, iterations) for name, values in log.by_update(means)}
     for name, sentences in wrong.items():
         for sentence in sentences:
             if sentence not in told.get(name, ()):

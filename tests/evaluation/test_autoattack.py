@@ -240,7 +240,8 @@ def test_passes_are_those_of_the_reference():
     assert (first.passes["forward"], first.passes["backward"]) == (correct + 11 * correct, 11 * correct)
     left = int(found.survivors([first]).sum())
     both = int(found.survivors([first, second]).sum())
-    one_target = _report(suite="apgd(loss=ce,num_steps=10) fab(targets=1,num_steps=10)").found.survivors()
+    one_target = _report(suite="apgd(loss=ce,num_steps=10) fab(targets=1,num_steps=10)").found
+    one_target = one_target.survivors(one_target.own)
     assert second.passes["forward"] == left + 20 * left + 20 * int(one_target.sum())
     assert second.passes["backward"] == (second.passes["forward"] - left) // 2
     assert third.passes["backward"] == 0 and 31 * int(found.survivors().sum()) <= third.passes["forward"] <= 31 * both

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from advmoe_jax.attacks import parse
-from advmoe_jax.evaluation import flags, verdicts
+from advmoe_jax.evaluation import black_box, flags, verdicts
 
 COUNT, SHAPE, CLASSES = 24, (6, 6, 1), 5
 
@@ -90,11 +90,31 @@ def _frozen_away_from_clean(weights, x):
     return _net(weights, jnp.where(away[:, None, None, None], jax.lax.stop_gradient(x), x))
 
 
+def _turned_far_from_clean(x, dy):
+    away = jnp.abs(x[:, None] - _case()[1][None]).max((2, 3, 4)).min(-1) > 0.02
+    return jnp.where(away[:, None, None, None], -dy, dy)
+
+
+_backward_field = _changed_backward(_turned_far_from_clean)
 _turning = _changed_backward(lambda x, dy: dy * jnp.sign(jnp.sin(1e3 * x[:, :1, :1])))
 
 
-def test_an_honest_model_has_none():
-    assert _flags(_net) == set()
+def _computed_in(dtype):
+    return lambda w, x: _net([a.astype(dtype) for a in w], x.astype(dtype))
+
+
+def _of_grey_levels(w, x):
+    z = _net(w, x)
+    return z + jax.lax.stop_gradient(jnp.round(16 * z) / 16 - z)
+
+
+@pytest.mark.parametrize("model, notes", [
+    (_net, set()), (_computed_in(jnp.bfloat16), set()), (_computed_in(jnp.float16), set()), (_of_grey_levels, set()),
+    (lambda w, x: _computed_in(jnp.bfloat16)(w, x).astype(jnp.float32), set()),
+    (lambda w, x: _net(w, x).at[:, 2].set(-jnp.inf), {"masked_class"})])
+def test_an_honest_model_has_none(model, notes):
+    """In any precision; a class that is masked is a note, and hides no other fault."""
+    assert _flags(model) == notes
 
 
 @pytest.mark.parametrize("fault, name", [
@@ -104,6 +124,10 @@ def test_an_honest_model_has_none():
     (lambda w, x: _net(w, jnp.round(x * 7) / 7), "zero_gradient"),
     (lambda w, x: _net(w, 2 * jax.lax.stop_gradient(x) - x), "wrong_gradient"),
     (lambda w, x: _net(w, _flat_spots(x)), "nan_gradient"),
+    (lambda w, x: jax.nn.softmax(_computed_in(jnp.bfloat16)(w, x)), "probabilities"),
+    (lambda w, x: _net(w, 2 * jax.lax.stop_gradient(x) - x).at[:, 2].set(-jnp.inf), "wrong_gradient"),
+    (lambda w, x: jnp.log(jax.nn.softmax(100 * _net(w, x))), "not_finite"),
+    (lambda w, x: _net(w, _backward_field(x)), "wrong_gradient_later"),
     (_in_train_mode, "batch_dependent"), (_random, "randomised"), (_with_pseudo_random, "dynamic"),
     (lambda w, x: _net(w, jax.lax.stop_gradient(x)), "unbounded_attack_fails"),
     (lambda w, x: _net(w, x + 0.05 * jnp.sin(1e4 * x)), "shattered_gradient"),
@@ -132,6 +156,65 @@ def test_what_does_not_fit_into_memory_is_looked_at_in_part(monkeypatch):
     found = flags.of_model(jax.tree_util.Partial(lambda w, x: jax.nn.softmax(_net(w, x)), weights), x, y,
                            jax.random.key(0))
     assert sizes == [24, 12, 8] and "probabilities" in {flag.name for flag in found}
+
+
+def _probe(x):
+    numbers = np.random.default_rng(1)
+    return 0.3 * (x.reshape(x.shape[0], -1) - 0.5) @ jnp.asarray(numbers.standard_normal((36, CLASSES)), jnp.float32)
+
+
+def _hard_labels(w, x):
+    return 10 * jax.nn.one_hot(jnp.argmax(_net(w, x), -1), CLASSES) + _probe(x)
+
+
+def _saturated(w, x):
+    return jnp.tanh(1e3 * ((x.reshape(x.shape[0], -1) - 0.5) @ w[0])) @ w[1] + _probe(x)
+
+
+def _second_look(apply, steps=20, checked=True):
+    weights, x, _ = _case()
+    model = jax.tree_util.Partial(apply, weights)
+    y = np.asarray(jnp.argmax(model(x), -1))
+    specs = parse.attacks(f"pgd(num_steps={steps})", norm="linf", eps=0.05)
+    return verdicts.run({"none": jax.tree_util.Partial(lambda model, x: (model(x), {}), model)}, lambda rows: {
+        "image": x[rows], "label": jnp.asarray(y[rows]), "index": jnp.asarray(rows)}, np.arange(COUNT), y, specs,
+        key=jax.random.key(0), batch_size=COUNT, survivors_only=False, checks=black_box.checks(specs) * checked)
+
+
+@pytest.mark.parametrize("model, flagged", [
+    (_net, False), (_computed_in(jnp.bfloat16), False), (_hard_labels, True), (_saturated, True),
+    (lambda w, x: _net(w, x - 2 * jnp.mod(20 * x, 1) / 20), True)])
+def test_a_second_look_without_gradients(model, flagged):
+    """Gradients that lead nowhere make hard labels, saturated features and a saw-tooth seem robust."""
+    found = _second_look(model)
+    said = black_box.flags(found)
+    assert any(flag.name == "black_box_wins" and flag.unreliable for flag in said) == flagged
+    assert (found.survivors().sum() < found.survivors(found.own).sum() - 1) == flagged, "what falls counts"
+    [check] = [attempt for attempt in found.attempts if attempt.is_check]
+    assert check.spec.label == "square-300" and not np.any(check.attacked & ~found.survivors(found.own))
+
+
+def test_a_second_look_never_leaves_a_stronger_attack_more_images():
+    weak, strong = (_second_look(_hard_labels, steps) for steps in (2, 20))
+    assert not np.any(strong.survivors(strong.own) & ~weak.survivors(weak.own))
+    assert not np.any(strong.survivors() & ~weak.survivors())
+
+
+def test_what_is_not_looked_at_again_is_said():
+    [flag] = black_box.flags(_second_look(_net, checked=False))
+    assert flag.name == "not_checked" and not flag.unreliable
+    assert black_box.flags(_found([("apgd", 40), ("square", 0)])) == ()
+
+
+@pytest.mark.parametrize("suite, surfaces, added", [
+    ("pgd", (), ["square-300 linf 0.1"]), ("pgd square", (), []), ("pgd(eps=0)", (), []),
+    ("pgd square(norm=l2,eps=0.5)", (), ["square-300 linf 0.1"]), ("fog pgd(norm=l2,eps=0.5) fgsm", (), [
+        "square-300 l2 0.5", "square-300 linf 0.1"]), ("normalized", (), []),
+    ("pgd", ("routed",), ["square-300 linf 0.1", "soft-20 linf 0.1"]),
+    ("pgd adaptive", ("routed",), ["square-300 linf 0.1"])])
+def test_what_is_added_to_a_suite(suite, surfaces, added):
+    specs = black_box.checks(parse.attacks(suite, norm="linf", eps="0.1"), surfaces)
+    assert [f"{spec.label} {spec.config.norm} {spec.config.eps}" for spec in specs] == added
 
 
 def _found(broken_by, survivors_only=True):

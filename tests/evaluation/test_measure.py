@@ -14,7 +14,7 @@ from advmoe_jax.attacks import parse
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data.split import Arrays
-from advmoe_jax.evaluation import measure, suites, verdicts
+from advmoe_jax.evaluation import black_box, flags, measure, suites, verdicts
 from advmoe_jax.models import routing_facts
 from advmoe_jax.models.model import Model
 from advmoe_jax.ops.statistics import wilson
@@ -68,7 +68,7 @@ class _Dense:
     def progress(self, means):
         return ""
 
-    def watch(self, means):
+    def watch(self, means, batch_size, iterations):
         return ()
 
     def observe(self, aux):
@@ -110,12 +110,12 @@ def _case():
     return weights, Arrays(images, label)
 
 
-def _run(suite, *, model=_Routed(), batch_size=16, rows=None, seed=0, log=None):
+def _run(suite, *, model=_Routed(), batch_size=16, rows=None, seed=0, **more):
     weights, split = _case()
     rows = np.arange(COUNT) if rows is None else rows
     variables = {"params": {"linear": weights}, "batch_stats": {"linear": {}}}
     return measure.run(model, variables, split, rows, suite, mesh=meshes.make(), batch_size=batch_size, seed=seed,
-                       log=log)
+                       **more)
 
 
 def _found(text, *, model=_Routed(), **more):
@@ -307,7 +307,7 @@ def test_suites_of_one_command_watch_each_other():
     second = _run(blind, model=model)
     assert not measure.summarize(second, blind, model)["unreliable"]
     record = measure.summarize(second, blind, model, earlier=found.attempts)
-    assert [flag["name"] for flag in record["flags"]] == ["black_box_wins"] and record["unreliable"]
+    assert "black_box_wins" in _said(record) and record["unreliable"]
 
 
 def test_expert_load(three_views):
@@ -348,8 +348,52 @@ def _nan(weights, view_gain, x):
     return jnp.where(jnp.mean(x, (1, 2, 3), keepdims=True)[..., 0, 0] > 0.5, jnp.nan, logits), aux
 
 
+def _said(record):
+    return {flag["name"]: flag["reason"] for flag in record["flags"] if flag["unreliable"]}
+
+
+def _nan_scores(weights, view_gain, x):
+    """Of the router, once an image is attacked; the logits are as they were."""
+    logits, aux = _linear(weights, view_gain, x)
+    scores = jnp.where((jnp.abs(255 * x - jnp.round(255 * x)) > 1e-3).any((1, 2, 3))[:, None], jnp.nan, logits)
+    return logits, aux | {"router_logits": scores}
+
+
+def test_what_is_not_finite_is_named():
+    """Scores of a router too, which then takes its first expert; of the weights; and the values of another view."""
+    found, record = _found("fgsm(eps=0.05)", model=_Routed(apply=_nan_scores))
+    assert record["unreliable"] and _said(record)["not_finite"] == (
+        f"logits or router scores are NaN or infinite on {found.correct.sum()} images, fgsm (none): expected none")
+    assert record["ra"] == _found("fgsm(eps=0.05)")[1]["ra"]
+    weights, split = _case()
+    variables = {"params": {"linear": weights.at[0, 0].set(jnp.nan)}, "batch_stats": {"linear": {}}}
+    [flag] = flags.of_weights(variables)
+    assert "1 tensors" in flag.reason and "params/linear" in flag.reason
+    views = {"same": lambda x: x, "other": lambda x: jnp.where(x > 2, jnp.nan, x)}
+    [flag] = flags.of_views(jax.tree_util.Partial(lambda x: x), {
+        name: jax.tree_util.Partial(view) for name, view in views.items()}, jnp.asarray([[1., 2., 3.]]))
+    assert "gradient other the model" in flag.reason
+
+
+def test_a_second_look_counts_and_columns_stay(three_views):
+    """A dead gradient breaks nothing, Square does; the columns are those of the suite."""
+    [suite] = suites.alone("pgd(num_steps=2)", "linf", "0.2")
+    model = _Routed(("ste_selected",))
+    found = _run(suite, model=model, checks=black_box.checks(suite.specs))
+    record = measure.summarize(found, suite, model)
+    first, second = record["attempts"]
+    assert (first["attack"], second["attack"], second["view"]) == ("pgd-2", "square-300", "no gradient")
+    assert second["attacked"] == verdicts.MOST_CHECKED < first["attacked"] - first["broken"]
+    assert record["ra_by_view"] == {"ste_selected": first["ra"]} and "ra" not in second
+    assert record["ra"] == pytest.approx(first["ra"] - second["broken"] / COUNT) and record["unreliable"]
+    assert f"broke {second['broken']} of 32" in _said(record)["black_box_wins"]
+    unchecked = measure.summarize(_run(suite, model=model), suite, model)
+    assert unchecked["ra"] == first["ra"] and [flag["name"] for flag in unchecked["flags"]] == ["not_checked"]
+
+
 def test_nan_logits_are_wrong():
     found, record = _found("fgsm(eps=0)", model=_Routed(apply=_nan))
+    assert "clean" in _said(record)["not_finite"]
     high = np.mean(_case()[1].images.reshape(COUNT, -1) / 255, 1) > 0.5
     assert 0.2 < high.mean() < 0.8
     np.testing.assert_array_equal(found.clean["label"] == -1, high)

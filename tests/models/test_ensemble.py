@@ -86,7 +86,7 @@ def test_a_training_pass(kind):
     metrics = jax.device_get(model.metrics(passes))
     assert all(np.all(np.isfinite(value)) for value in metrics.values())
     assert isinstance(model.progress(metrics), str) and "\n" not in model.progress(metrics)
-    assert bool(model.progress(metrics)) == (kind != "dense") and all(map(str, model.watch(metrics)))
+    assert bool(model.progress(metrics)) == (kind != "dense") and all(map(str, model.watch(metrics, BATCH, 1)))
 
 
 @each

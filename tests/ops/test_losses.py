@@ -198,3 +198,15 @@ def test_other_shapes_are_refused(case, soft):
                  lambda: losses.one_hot(soft, 5)):
         with pytest.raises(AssertionError):
             call()
+
+
+def test_a_masked_class_changes_no_difference_of_logits(case):
+    """-inf in its place is as if the class were not there; and gradients are finite, also of losses that aim at it."""
+    clean, _, y = case[0], case[1], case[2] % 4
+    masked = jnp.asarray(clean).at[:, 4].set(-jnp.inf)
+    for loss in (losses.margin, losses.dlr):
+        _close(loss(masked, y), loss(clean[:, :4], y))
+    _close(losses.margin_to(masked, y, (y + 1) % 4), losses.margin_to(clean, y, (y + 1) % 4))
+    for loss in (losses.margin, losses.dlr, losses.cross_entropy, lambda z, y: losses.margin_to(z, y, y * 0 + 4),
+                 lambda z, y: losses.dlr_targeted(z, y, y * 0 + 4)):
+        chex.assert_tree_all_finite(jax.value_and_grad(lambda z, loss=loss: jnp.sum(loss(z, y)))(masked))

@@ -5,6 +5,7 @@ from fabricated import entry, workdir
 
 from advmoe_jax.core import tables
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.evaluation import results
 from advmoe_jax.report import comparison, reports, runs
 
 
@@ -24,8 +25,18 @@ def test_seeds_share_a_row(tmp_path):
     table, = compare(seeds(tmp_path, [0.40, 0.42, 0.47]))
     assert table.title == "pgd-20, linf eps 8/255, 200 test images of digits"
     assert table.rows == [("AdvMoE", "small", "3 (0, 1, 2)", "80.00 ± 0.00", "43.00 ± 3.61", "33.00 ± 3.61",
-                           "139.30 / 1.00 / 140.30")]
+                           "not measured", "139.30 / 1.00 / 140.30")]
     assert not any("Best RA" in note for note in table.notes)
+
+
+def test_the_adaptive_suite_beside_pgd(tmp_path):
+    """The mean over the seeds it was run on; nothing for dense networks."""
+    folders = [*seeds(tmp_path, [0.40, 0.42]), *seeds(tmp_path, [0.2], name="dense", routed=False)]
+    for folder, ra in zip(folders, (0.3, 0.34)):
+        results.add(folder, [entry(train_seed=int(ra > 0.3)) | {"attack": "adaptive", "ra": ra}])
+    tables = {table.title.split(",")[0]: table for table in compare(folders)}
+    assert [row[6] for row in tables["pgd-20"].rows] == ["32.00 ± 2.83", "-"]
+    assert runs.ADAPTIVE not in tables["adaptive"].columns
 
 
 def test_one_seed_has_no_deviation(tmp_path):

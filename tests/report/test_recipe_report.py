@@ -60,9 +60,9 @@ def test_rows_are_means_over_seeds_with_the_paper_s_numbers_beside(tmp_path, cap
     columns, dense, moe = shown[PGD]
     assert columns[0] == "method" and columns[-2:] == ["SA %, paper", "RA %, paper"]
     assert dense == ["AT(Dense)", "table1", "2 (0, 1)", "80.00 ± 0.00", "62.00 ± 2.83", "52.00 ± 2.83",
-                     "139.30 / 0.00 / 140.30", "-", "50.13"]
+                     "-", "139.30 / 0.00 / 140.30", "-", "50.13"]
     assert moe == ["AdvMoE, r=0.5", "table1", "3 (0, 1, 2)", "80.00 ± 0.00", "43.00 ± 3.61", "33.00 ± 3.61",
-                   "139.30 / 1.00 / 140.30", "80.15", "51.83"]
+                   "not measured", "139.30 / 1.00 / 140.30", "80.15", "51.83"]
     assert "Best RA: AT(Dense), 62.00" in text and "no other interval overlaps its own" in text
     fgsm = shown["fgsm, linf eps 8/255, 200 test images of digits"]
     assert [row[0] for row in fgsm[1:]] == ["AT(Dense)", "AdvMoE, r=0.5"] and fgsm[2][4] == "21.50 ± 1.80"

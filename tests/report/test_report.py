@@ -14,7 +14,7 @@ from advmoe_jax.core import config as configs
 from advmoe_jax.core import recipe
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.evaluation import results, suites
-from advmoe_jax.report import commands, plots, reports, runs, workdir_report
+from advmoe_jax.report import commands, comparison, plots, reports, runs, workdir_report
 
 
 def report(folder):
@@ -35,10 +35,11 @@ def is_png(path):
 def test_routed_run(tmp_path, capsys):
     text = report(workdir(tmp_path, [entry("last", sa=0.75, ra=0.3), entry("best")], lines=metrics()))
     best, last = cells(text, "best")[0], cells(text, "last")[0]
-    assert best == ["best", "30", "200", "80.00 [73.91, 84.95]", "40.00 [33.46, 46.92]", "50.00", "45.00", "41.00"]
+    assert best == ["best", "30", "200", "80.00 [73.91, 84.95]", "40.00 [33.46, 46.92]", "not measured",
+                    "50.00", "45.00", "41.00"]
     assert last[:2] == ["last", "40"] and last[4].startswith("30.00 [")
     assert text.index("| best ") < text.index("| last ")
-    assert cells(text, "checkpoint")[0][-3:] == ["router constant", "ste_selected", "ste_full"]
+    assert cells(text, "checkpoint")[0][-4:] == ["RA %, adaptive", "router constant", "ste_selected", "ste_full"]
     assert cells(text, "139.30") == [["139.30", "1.00", "140.30", "280.00"]]
     assert cells(text, "0") == [["0", "25.00 / 75.00", "0.81", "12.50"]] * 2
     assert cells(text, "1")[0] == ["1", "100.00 / 0.00", "0.00", "0.00"]
@@ -74,6 +75,29 @@ def test_warnings(tmp_path):
         tmp_path, [entry(selected_on="test", method="AdvMoE with label_mod: labels steer the routing")]))
     assert "> Optimistic: the best checkpoint was chosen on test images" in text
     assert "> Trained with label_mod: labels steer the routing." in text
+
+
+def test_what_was_noticed_is_told(tmp_path):
+    noticed = [dict(name="a", reason="a fault", unreliable=True), dict(name="b", reason="no fault", unreliable=False),
+               dict(name="not_checked", reason="not checked", unreliable=False)]
+    folder = workdir(tmp_path, [entry(flags=noticed), entry("last", flags=noticed[1:])])
+    said = [line for line in report(folder).splitlines() if line.startswith("> ")]
+    assert said == ["> UNRELIABLE: a fault.", "> Note: not checked.", "> Note: no fault."]
+    assert runs.warnings(runs.load(folder).entries) == ("UNRELIABLE: a fault.", "Note: not checked.")
+
+
+def test_the_adaptive_suite_stands_beside_other_attacks_on_routed_models(tmp_path):
+    """Of the same checkpoint and budget; and PGD never alone."""
+    found = [entry(), entry("last"), entry(eps="4/255", eps_value=4 / 255),
+             entry() | {"attack": "adaptive", "ra": 0.3, "n": 99}]
+    run = runs.load(workdir(tmp_path, found))
+    shown = {(table.title.split(",")[0], row[0]): row[table.columns.index(runs.ADAPTIVE)] for table in
+             workdir_report.accuracy_tables(run) for row in table.rows if runs.ADAPTIVE in table.columns
+             and "4/255" not in table.title}
+    assert shown == {("pgd-20", "best"): "30.00 (n=99)", ("pgd-20", "last"): "not measured"}
+    assert [runs.adaptive([e]) for e in run.entries if e["eps"] == "4/255"] == ["not measured"]
+    columns = [table.columns for table in comparison.compare([run])]
+    assert [runs.ADAPTIVE in names for names in columns] == [True, False, True]
 
 
 def test_not_evaluated(tmp_path, capsys):

@@ -4,6 +4,7 @@ One tiny AdvMoE on 120 digits serves all tests: 6 iterations, evaluated every 2,
 """
 
 import dataclasses
+import functools
 import gc
 import shutil
 import signal
@@ -430,13 +431,22 @@ def test_non_finite_training_names_step_tensor_and_checkpoint(experiment, tmp_pa
 def test_what_a_model_watches_is_told_once(experiment, capsys):
     model = experiment.system.model
     means = {"upper/loss": 1., "upper/load": np.full((3, 2), 0.5), "upper/load_entropy": np.array([0.9, 0.05, 0.0])}
-    told = loop._watch(model, means, {})
+    watch = functools.partial(loop._watch, model, batch_size=32, iterations=1)
+    told = watch(means, told={})
     error = capsys.readouterr().err
     assert "warning: upper" in error and "2 of 3 layers (1, 2)" in error and "balance_loss" in error
-    assert loop._watch(model, means, told) == told and not capsys.readouterr().err, "not again until it changes"
-    assert loop._watch(model, {"lower/loss": 1., "lower/load_entropy": np.ones(3)}, told)["upper"] == told["upper"]
-    assert loop._watch(model, means | {"upper/load_entropy": np.array([0.9, 0.3, 0.2])}, told) == {"upper": ()}
+    assert watch(means, told=told) == told and not capsys.readouterr().err, "not again until it changes"
+    assert watch({"lower/loss": 1., "lower/load_entropy": np.ones(3)}, told=told)["upper"] == told["upper"]
+    assert watch(means | {"upper/load_entropy": np.array([0.9, 0.3, 0.2])}, told=told) == {"upper": ()}
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch_size, iterations, load, warned", [
+    (1, 100, 1., False), (2, 4, 1., False), (2, 40, 0.5, False), (2, 40, 1., True), (32, 1, 0.5, True)])
+def test_few_images_say_nothing_of_the_load(experiment, batch_size, iterations, load, warned):
+    """Their entropy is small however even the load is."""
+    means = {"load": np.array([[load, 1 - load]]), "load_entropy": np.zeros(1)}
+    assert bool(experiment.system.model.watch(means, batch_size, iterations)) == warned
 
 
 def test_a_collapsed_router_is_warned_of_while_training(experiment, tmp_path, capsys):
