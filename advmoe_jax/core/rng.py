@@ -6,6 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from advmoe_jax.core.errors import UserError
+
+
+def typed(key: jax.Array) -> jax.Array:
+    """Keys as jax.random.key makes them, of such keys or of those of jax.random.PRNGKey, one or several.
+
+    Raises:
+        UserError: it is neither.
+    """
+    dtype = getattr(key, "dtype", np.dtype(object))
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return key
+    try:
+        return jax.random.wrap_key_data(key if dtype == np.uint32 else None)
+    except (TypeError, ValueError, AttributeError):
+        raise UserError(f"key is {key!r}: expected jax.random.key(0), or one such key for each image") from None
+
 
 def number(name: str) -> np.int32:
     """A stream's name as what `stream` and `key` take for it too: one program then serves several streams."""
@@ -37,7 +54,10 @@ def per_example(key: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def rowwise(key: jax.Array, rows: int) -> jax.Array:
-    """Keys (rows,): those given, or folded from one key and the row's number."""
+    """Keys (rows,): those given, or folded from one key and the row's number; of either kind, see `typed`."""
+    key = typed(key)
+    if key.shape not in ((), (rows,)):
+        raise UserError(f"key has shape {key.shape}: expected one key, or one for each of the {rows} images")
     return per_example(key, jnp.arange(rows)) if key.ndim == 0 else key
 
 
