@@ -168,7 +168,8 @@ class Program:
         keys = rng.fold_in(inputs.rows["keys"], i + 1)
         draws = [(rng.fold_in(keys, n),) for n in range(self.eot)] or [()]
         looks = [objectives.gradient(self.objective, inputs.logits_fn, x, inputs.rows["y"], *draw) for draw in draws]
-        loss, grad, broken = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *looks)
+        loss, grad, broken = jax.tree.map(
+            lambda *leaves: sum(leaf.astype(x.dtype) for leaf in leaves) / len(leaves), *looks)
         return loss, jnp.nan_to_num(grad), broken > 0.5
 
     def _judge(self, inputs, carry, loss, i):

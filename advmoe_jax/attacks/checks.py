@@ -30,9 +30,10 @@ def images(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(f"x is of type {x.dtype}: expected floats in [0, 1], such as x / 255")
     x = x if jnp.finfo(x.dtype).bits >= 32 else x.astype(np.float32)
-    if trees.is_traced(x):
+    is_inside = (_inside_jitted if isinstance(x, jax.Array) else _inside)(x)
+    if trees.is_traced(is_inside):
         return x
-    if not (_inside_jitted if isinstance(x, jax.Array) else _inside)(x):
+    if not is_inside:
         x = meshes.fetch(x)
         found = (f"values from {x.min():.9g} to {x.max():.9g}" if np.all(np.isfinite(x)) else
                  "values that are NaN or infinite")
@@ -74,7 +75,7 @@ def _call(model_fn, *inputs):
 
 
 def labels(y: Any, size: int, num_classes: int) -> Any:
-    """Labels of `size` images.
+    """Labels of `size` images, of jax's type of whole numbers.
 
     Raises:
         UserError: they are no whole numbers (B,) below num_classes.
@@ -88,4 +89,4 @@ def labels(y: Any, size: int, num_classes: int) -> Any:
         low, high = (int(bound) for bound in (meshes.fetch(y).min(), meshes.fetch(y).max()))
         if low < 0 or high >= num_classes:
             raise UserError(f"y has labels from {low} to {high}: expected 0 to {num_classes - 1}")
-    return y
+    return y.astype(jax.dtypes.canonicalize_dtype(int))

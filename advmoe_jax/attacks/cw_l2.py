@@ -96,7 +96,8 @@ class _CW:
         nearest = minimal.nearer(carry, inputs, u, broken, "l2")
         checked = carry["taken"] % math.ceil(self.num_steps / _CHECKS) == 0
         stuck = checked & ~(loss <= _PROGRESS * carry["checked_loss"])
-        updates, adam = jax.vmap(_ADAM.update)(jnp.nan_to_num(grad), carry["adam"])
+        with jax.numpy_dtype_promotion("standard"):  # which optax needs
+            updates, adam = jax.vmap(_ADAM.update)(jnp.nan_to_num(grad), carry["adam"])
         moved = {name: carry[name] for name in ("c", "low", "high", "search")} | dict(
             w=carry["w"] - scalars["learning_rate"] * updates, adam=adam, taken=carry["taken"] + 1,
             checked_loss=jnp.where(checked, loss, carry["checked_loss"]), succeeded=carry["succeeded"] | broken)

@@ -85,7 +85,7 @@ class _DDN:
         _, grad, broken = objectives.gradient(_ODDS, inputs.logits_fn, u, inputs.rows["y"])
         nearest = minimal.nearer(carry, inputs, u, broken, "l2")
         direction = balls.steepest(jnp.nan_to_num(grad), u, "l2", rng.fold_in(inputs.rows["keys"], i))
-        delta = u - x + step_size(i, scalars["num_steps"]) * direction
+        delta = u - x + step_size(jnp.asarray(i, x.dtype), scalars["num_steps"]) * direction
         radius = carry["radius"] * jnp.where(broken, 1 - scalars["gamma"], 1 + scalars["gamma"])
         radius = jnp.minimum(radius, balls.norm(jnp.maximum(x, 1 - x), "l2"))
         u = jnp.clip(x + radius[:, None, None, None] * balls.normalized(delta), 0, 1)

@@ -88,11 +88,11 @@ class _MSD:
 
 def _l1_step(grad, u, size, keys):
     """Moves the 5 to 20 coordinates of largest gradient that have room for it, each by 20 `size` over their number."""
-    count = jax.vmap(lambda k: jax.random.randint(k, (), _FEWEST, _MOST + 1))(keys)[:, None]
+    count = jax.vmap(lambda k: jax.random.randint(k, (), _FEWEST, _MOST + 1, jnp.int32))(keys)[:, None]
     flat, place = grad.reshape(grad.shape[0], -1), u.reshape(u.shape[0], -1)
-    far = size * _MOST / count
+    far = size * _MOST / count.astype(u.dtype)
     stuck = ((flat < 0) & (place <= far)) | ((flat > 0) & (place >= 1 - far))
     largest, where = jax.lax.top_k(jnp.where(stuck, 0, jnp.abs(flat)), min(_MOST, flat.shape[-1]))
-    moves = (jnp.arange(largest.shape[-1])[None] < count) & (largest > 0)
+    moves = (jnp.arange(largest.shape[-1], dtype=count.dtype)[None] < count) & (largest > 0)
     step = jnp.where(moves, far * jnp.sign(jnp.take_along_axis(flat, where, -1)), 0)
     return jnp.zeros_like(flat).at[jnp.arange(len(flat))[:, None], where].set(step).reshape(grad.shape)

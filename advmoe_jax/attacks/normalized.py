@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import build, driver, objectives, pgd, settings
+from advmoe_jax.attacks import build, checks, driver, objectives, pgd, settings
 from advmoe_jax.attacks.about import About
 from advmoe_jax.core import units
 from advmoe_jax.core.errors import UserError
@@ -57,14 +57,14 @@ def make(config: Config = Config()) -> build.Attack:
     program = pgd.Search("linf", "none", objectives.get("ce"), keep_best=False, stops=False)
 
     def attack(logits_fn, key, x, y):
+        x = checks.images(x)
+        if std.size not in (1, x.shape[-1]):
+            raise UserError(f"normalized has {std.size} numbers in std and images {x.shape[-1]} channels: expected as "
+                            "many, or one")
         inputs = build.inputs_of(logits_fn, key, x, y, eps=(eps * std)[None, None, None],
                                  step_size=(step_size * std)[None, None, None])
-        size, *_, channels = inputs.rows["x"].shape
-        if std.size not in (1, channels):
-            raise UserError(f"normalized has {std.size} numbers in std and images {channels} channels: expected as "
-                            "many, or one")
         if config.labels == "predicted":
-            driver.count((1, 0), size)
+            driver.count((1, 0), x.shape[0])
             inputs.rows["y"] = _predicted(inputs.logits_fn, inputs.rows["x"])
         return jax.lax.stop_gradient(driver.run(program, inputs, config.num_steps + 1, config.driver)["x"])
 

@@ -81,8 +81,9 @@ def attack(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), **sett
     if settings.get(about.fixed_by):
         defaults = {}
     config = module.Config(**{k: v for k, v in defaults.items() if k in known} | settings)
+    run = module.make(config)
     unbounded = bool(about.fixed_by and units.number(getattr(config, about.fixed_by)))
-    return Spec(name, config, module.make(config), module.label(config), about, unbounded)
+    return Spec(name, config, run, module.label(config), about, unbounded)
 
 
 def attacks(text: str, **defaults: Any) -> tuple[Spec, ...]:

@@ -108,7 +108,7 @@ class _RayS:
         next_block = bisected | (tried & ~broken)
         last = end == dim
         smallest = math.ceil(math.log2(dim))
-        new["level"] = jnp.minimum(carry["level"] + (next_block & last), smallest)
+        new["level"] = jnp.minimum(carry["level"] + (next_block & last).astype(jnp.int32), smallest)
         new["block"] = jnp.where(next_block, jnp.where(last, 0, carry["block"] + 1), carry["block"])
         new["through"] = new["within"] if self.early_stop else new["distance"] <= 0
         return new
@@ -127,4 +127,5 @@ def _column(value):
 def _places(shape):
     """(1, H, W, C): where each coordinate is when channels come first, as in the reference code."""
     height, width, channels = shape
-    return np.moveaxis(np.arange(height * width * channels).reshape(channels, height, width), 0, -1)[None]
+    places = np.arange(height * width * channels, dtype=np.int32).reshape(channels, height, width)
+    return np.moveaxis(places, 0, -1)[None]

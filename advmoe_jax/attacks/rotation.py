@@ -40,7 +40,7 @@ def make(config: Config = Config()) -> build.Attack:
 @jax.jit
 def angles(keys: jax.Array, limit: float) -> jax.Array:
     """(B,) keys -> (B,) degrees in [-limit, limit]."""
-    return limit * jax.vmap(lambda key: jax.random.uniform(key, minval=-1, maxval=1))(keys)
+    return limit * jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32, -1, 1))(keys)
 
 
 @jax.jit

@@ -14,7 +14,7 @@ BEYOND = ("clean", "project", "keep")
 """The clean image, the perturbation scaled to eps, or the image that was found, outside the budget, for studies of
 distances."""
 _MOST = 10**6  # of what is counted
-_LINF_EPS = 16 / 255  # budgets up to here are those of linf
+_LINF_EPS = [n / 255 for n in range(1, 17)]
 _Config = TypeVar("_Config")
 
 
@@ -69,7 +69,7 @@ def read(name: str, config: _Config) -> _Config:
     Returns:
         The settings with eps, and every number that has a fraction, as floats.
     Warns:
-        An eps for l2 or l1 that is none but for linf.
+        An eps of so many grey levels, as for linf, in another norm.
     Raises:
         UserError: a setting is out of its range.
     """
@@ -84,7 +84,7 @@ def read(name: str, config: _Config) -> _Config:
             of.check(what, value)
     if hasattr(config, "norm"):
         numbers["eps"] = units.eps(config.eps, config.norm, f"eps of {name}")
-        if config.norm != "linf" and 0 < numbers["eps"] <= _LINF_EPS:
-            warnings.warn(f"eps of {name} is {config.eps} for {config.norm}, which is as small as budgets of linf are: "
-                          "expected for example 0.5 for l2 or 12 for l1", stacklevel=3)
+        if config.norm != "linf" and numbers["eps"] in _LINF_EPS:
+            warnings.warn(f"eps of {name} is {config.eps} for {config.norm}, as budgets of linf are: expected for "
+                          "example 0.5 for l2 or 12 for l1", stacklevel=3)
     return dataclasses.replace(config, **numbers)

@@ -39,7 +39,7 @@ def make(config: Config = Config()) -> build.Attack:
 @jax.jit
 def snow_points(keys: jax.Array) -> jax.Array:
     """(B,) keys -> (B,) lightness in bytes, uniform in [85, 212.5)."""
-    return jax.vmap(lambda key: jax.random.uniform(key, minval=255 / 3, maxval=255 / 3 + 255 / 2))(keys)
+    return jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32, 255 / 3, 255 / 3 + 255 / 2))(keys)
 
 
 @jax.jit

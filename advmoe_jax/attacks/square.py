@@ -116,7 +116,7 @@ class _Square:
         return carry
 
     def _stage(self, i):
-        return jnp.sum(i >= jnp.asarray([first for first, _ in self.sides])) - 1
+        return jnp.sum(i >= jnp.asarray([first for first, _ in self.sides], jnp.int32)) - 1
 
     def _bumps(self, height, width):
         """(stages, 2, H, W): bumps in the upper left corner, as they are and turned."""
@@ -148,7 +148,7 @@ class _Square:
 
     def _window(self, key, x, best, *, eps, stage):
         height, width, channels = x.shape
-        side = jnp.asarray([side for _, side in self.sides])[stage]
+        side = jnp.asarray([side for _, side in self.sides], jnp.int32)[stage]
         key, one, other, turned = jax.random.split(key, 4)
         top, left, inside = _place(one, side, height, width)
         if self.norm == "linf":
@@ -184,9 +184,10 @@ def _signs(key, shape, dtype):
 def _place(key, side, height, width):
     """The upper left corner of a window that lies in the image, and its mask (H, W, 1)."""
     down, across = jax.random.split(key)
-    top = jax.random.randint(down, (), 0, height - side + 1)
-    left = jax.random.randint(across, (), 0, width - side + 1)
-    rows, columns = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+    top = jax.random.randint(down, (), 0, height - side + 1, jnp.int32)
+    left = jax.random.randint(across, (), 0, width - side + 1, jnp.int32)
+    rows, columns = (np.arange(n, dtype=np.int32) for n in (height, width))
+    rows, columns = rows[:, None, None], columns[None, :, None]
     inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
     return top, left, inside.astype(jnp.float32)
 

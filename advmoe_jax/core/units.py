@@ -15,7 +15,7 @@ def number(value: str | float, what: str = "value") -> float:
     """
     try:
         result = float(Fraction(value.strip())) if isinstance(value, str) else float(value)
-    except (ValueError, TypeError, ZeroDivisionError):
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
         raise UserError(f"{what} is {value!r}: expected a number or a fraction, such as '8/255'") from None
     if not math.isfinite(result):
         raise UserError(f"{what} is {value!r}: expected a finite number")

@@ -45,7 +45,7 @@ def displacement(x: jax.Array, w: jax.Array, b: jax.Array, kind: str) -> jax.Arr
     missing = jnp.abs(missing)
     size = jnp.abs(w)
     towards = -side[:, None] * jnp.sign(w)
-    room = jnp.where(towards > 0, 1 - x, x) * (size > 0)
+    room = jnp.where(size > 0, jnp.where(towards > 0, 1 - x, x), 0)
     far = _fill(size, room, missing) if kind == "l1" else _stretch(size, room, missing, kind)
     return towards * far
 

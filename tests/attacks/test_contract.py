@@ -269,8 +269,8 @@ def _traced(name, norm, x, y, logits_fn, **more):
     return jax.eval_shape(lambda keys, x, y: spec.run(logits_fn, keys, x, y), _keys(np.arange(len(x))), x, y)
 
 
-@each
-@pytest.mark.parametrize("logits, is_wide", [("bfloat16", False), ("float64", True)])
+@pytest.mark.parametrize("name, norm, logits, is_wide", [
+    *((*case, "float64", True) for case in CASES), *((*case, "bfloat16", False) for case in dict(CASES).items())])
 def test_logits_of_any_float_type(name, norm, logits, is_wide):
     """The rest stays in the images' type, without promotions."""
     weights, x, y = _case()
@@ -279,7 +279,7 @@ def test_logits_of_any_float_type(name, norm, logits, is_wide):
         assert _traced(name, norm, x, y, model).dtype == x.dtype
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 40, 3), (64, 1, 1), (29, 2, 1), (224, 224, 3)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 40, 3), (64, 1, 1)])
 @pytest.mark.parametrize("name, norm, more", [
     *(("square", norm, dict(num_queries=1)) for norm in balls.NORMS), ("msd", "", {}), ("rays", "l2", {}),
     *((name, "", {}) for name in ("spatial", "rotation", "fog", "snow")),
