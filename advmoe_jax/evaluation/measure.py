@@ -19,7 +19,7 @@ from advmoe_jax.core import find, rng, units
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.split import Split
-from advmoe_jax.evaluation import black_box, flags, verdicts
+from advmoe_jax.evaluation import black_box, flags, suites, verdicts
 from advmoe_jax.evaluation.flags import Flag
 from advmoe_jax.evaluation.suites import Suite
 from advmoe_jax.evaluation.verdicts import Found
@@ -53,7 +53,9 @@ def _source(split, mesh):
 
 
 def check(suite: Suite, model: Model) -> None:
-    """Raises UserError if an attack of the suite needs what the model does not have, or cannot take its images."""
+    """Raises UserError if an attack of the suite needs what the model does not have, or cannot take its images, or a
+    budget is out of reach."""
+    suites.check_shape(suite, model.image_shape)
     aux = _aux(model) if any(spec.about.needs for spec in suite.specs) else {}
     for spec in suite.specs:
         missing = [name for name in spec.about.needs if name not in aux]
