@@ -134,7 +134,8 @@ def test_trivial_versions():
 
 @pytest.mark.parametrize("change, message", [
     (dict(groups=3), "divisor of the layer's 8 filters"), (dict(rate="1/3"), "whole number"),
-    (dict(rate=0), "more than 0"), (dict(rate=1), "less than 1"), (dict(rate="x"), "rate is 'x'"), (dict(beta_mode="auto"), "beta_mode"),
+    (dict(rate=0), "more than 0"), (dict(rate=1), "less than 1"),
+    (dict(rate="x"), "rate is 'x'"), (dict(beta_mode="auto"), "beta_mode"),
     (dict(search="beams"), "beam"), (dict(kernel=np.ones((5, 5, 4, 8))), "expected \\(3, 3")])
 def test_what_cannot_be_planned(change, message):
     given = dict(kernel=TOY, groups=4, rate="1/2") | change
