@@ -19,7 +19,7 @@ from advmoe_jax.models.network import HAS_ROUTER
 from advmoe_jax.ops import losses, routing
 from advmoe_jax.systems import adversary
 from advmoe_jax.systems.sources import Source, initial
-from advmoe_jax.train import optim, step
+from advmoe_jax.train import ema, optim, step
 from advmoe_jax.train import state as states
 from advmoe_jax.train.system import Inputs, System
 
@@ -116,22 +116,29 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
     optimizers = {group: optim.make(cfg.optim[model.optim[group]], per_epoch, length, u.every)
                   for u in updates for group in u.owns}
     variables, masks = initial(model, sources)
+    trained = model.in_training(cfg.train)
+
+    def begin(variables, masks=None):
+        state = states.fresh(variables, optimizers, masks)
+        return ema.begin(state) if cfg.train.ema else state
 
     def fresh(key):
-        return states.fresh(model.init(rng.stream(key, "params")), optimizers)
+        return begin(model.init(rng.stream(key, "params")))
 
     compiled = jax.jit(fresh, out_shardings=meshes.replicated(mesh), compiler_options=xla.run_once_options())
 
     def init(key):
         if sources:
-            return jax.device_put(states.fresh(variables, optimizers, masks), meshes.replicated(mesh))
+            return jax.device_put(begin(variables, masks), meshes.replicated(mesh))
         return fresh(key) if tree.is_traced(key) else compiled(key)  # a program inside another takes no options
 
     loss = cfg.system.loss
-    attack = None if loss == "natural" else adversary.training_attack(model, cfg, "kl" if loss == "trades" else "ce")
-    prepare = step.preparation(attack, seed=cfg.seed, mesh=mesh, data_cfg=cfg.data)
+    attack = None if loss == "natural" else adversary.training_attack(trained, cfg, "kl" if loss == "trades" else "ce")
+    prepare = step.preparation(attack, seed=cfg.seed, mesh=mesh, data_cfg=cfg.data, parts=cfg.train.accumulate)
     abstract = jax.eval_shape(init, jax.random.key(0))
     steps = tuple(
-        step.make(u.name, objective(model, cfg, router_loss=u.router_loss), prepare, u.inputs, owns=u.owns,
-                  optimizers=optimizers, state=abstract, mesh=mesh, every=u.every) for u in updates)
-    return System(init, steps, length, data.rows, model, describe)
+        step.make(u.name, objective(trained, cfg, router_loss=u.router_loss), prepare, u.inputs, owns=u.owns,
+                  optimizers=optimizers, state=abstract, mesh=mesh, every=u.every, parts=cfg.train.accumulate)
+        for u in updates)
+    averaging = {"1 steps": ema.update(cfg.train.ema)} if cfg.train.ema else {}
+    return System(init, steps, length, data.rows, model, describe, averaging)
