@@ -4,7 +4,7 @@ x images (B, H, W, C) in [0, 1], y labels (B,), P passes.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -61,13 +61,12 @@ def objective(model: Model, cfg, *, router_loss: bool = False) -> step.Objective
             return losses.cross_entropy(adv[0], y)
         return getattr(losses, name)(clean[0], adv[0], y, system.beta)
 
-    def run(params, batch_stats, batch):
+    def run(state, batch):
         y = batch["label"]
         images = {"clean": batch["image"]} if name != "madry" or labels_steer else {}
         attacked = jnp.moveaxis(batch["adversarial"], 1, 0) if name != "natural" else ()
         images |= {f"adv{i or ''}": x_adv for i, x_adv in enumerate(attacked)}
-        *outputs, batch_stats = model.train_pass(
-            {"params": params, "batch_stats": batch_stats}, jnp.stack(list(images.values()), 1))
+        *outputs, batch_stats = model.train_pass(state.variables, jnp.stack(list(images.values()), 1))
         passes = {which: jax.tree.map(lambda leaf, i=i: leaf[:, i], outputs) for i, which in enumerate(images)}
         clean, *adversarial = [passes.get("clean"), *(v for which, v in passes.items() if which != "clean")]
         loss = sum(jnp.mean(per_example(clean, adv, y)) for adv in adversarial or [None]) / max(len(adversarial), 1)
@@ -99,7 +98,7 @@ class Update:
 
 
 def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sources: Mapping[str, Source],
-          updates: tuple[Update, ...], describe: str) -> System:
+          updates: tuple[Update, ...], describe: str, objective: Callable[..., step.Objective] = objective) -> System:
     """A system whose iterations are `updates` in order.
 
     Args:
@@ -110,6 +109,7 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
         sources: finished runs that it starts from, by name; none: it starts afresh.
         updates: what an iteration does.
         describe: one line on the system.
+        objective: what a system that changes the loss puts in the place of `objective`, and may build on it.
     """
     per_epoch = pipeline.steps_per_epoch(len(data.rows), cfg.data.batch_size)
     length = units.steps(cfg.train.length, per_epoch, what="train.length")

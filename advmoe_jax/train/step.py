@@ -38,8 +38,8 @@ def check(config) -> None:
 Attack = Callable[[dict[str, Any], jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 """(variables, key, x (B, H, W, C), y, index, step) -> (B, A, H, W, C), A adversarial images of each."""
 
-Objective = Callable[..., tuple[jax.Array, tuple[dict[str, Any], dict[str, jax.Array]]]]
-"""(params, batch_stats, batch) -> (loss, (batch_stats, metrics)), the batch being ready."""
+Objective = Callable[[State, Batch], tuple[jax.Array, tuple[dict[str, Any], dict[str, jax.Array]]]]
+"""(state, ready batch) -> (loss, (batch_stats, metrics)), of the parameters and statistics that the state holds."""
 
 
 def preparation(attack: Attack | None, *, seed: int, mesh: jax.sharding.Mesh, data_cfg,
@@ -74,8 +74,8 @@ def preparation(attack: Attack | None, *, seed: int, mesh: jax.sharding.Mesh, da
 
 
 def make(name: str, objective: Objective, prepare: Callable[[State, Batch, Inputs], Batch], inputs: Inputs, *,
-         owns: Sequence[str], optimizers: dict[str, Any], state: State, mesh: jax.sharding.Mesh, every: int = 1, parts: int = 1,
-         after: Callable[[State], State] = states.masked) -> Step:
+         owns: Sequence[str], optimizers: dict[str, Any], state: State, mesh: jax.sharding.Mesh, every: int = 1,
+         parts: int = 1, after: Callable[[State], State] = states.masked) -> Step:
     """A step that descends `objective` in the parameters of the groups it owns.
 
     Parameters, optimizer states and running statistics of other groups pass through untouched.
@@ -100,7 +100,7 @@ def make(name: str, objective: Objective, prepare: Callable[[State, Batch, Input
 
     def update(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         def loss_of(owned, batch_stats, batch):
-            return objective({**state.params, **owned}, batch_stats, batch)
+            return objective(state.replace(params={**state.params, **owned}, batch_stats=batch_stats), batch)
 
         def of(stats, batch):
             (loss, (new, metrics)), grads = slope(owned, stats, batch)

@@ -75,10 +75,12 @@ def test_what_is_computed_again_is_the_same():
 
 def _linear(mesh, parts):
     """Steps of a linear model, whose statistics are means of its batches that follow one another."""
-    def objective(params, stats, batch):
+    def objective(state, batch):
+        params, stats = state.params, state.batch_stats
         x = batch["image"].reshape(len(batch["image"]), -1)
         mean = 0.5 * stats["a"]["mean"] + 0.5 * jnp.mean(x, 0)
-        loss = jnp.mean(jnp.square((x - jnp.mean(x, 0)) @ params["a"]["w"] + batch["adversarial"].mean((1, 2, 3, 4))))
+        noise = batch["adversarial"].mean((1, 2, 3, 4))
+        loss = jnp.mean(jnp.square((x - jnp.mean(x, 0, keepdims=True)) @ params["a"]["w"] + noise))
         return loss, ({"a": {"mean": mean}}, {"seen": jnp.mean(batch["label"].astype(jnp.float32))})
 
     def attack(variables, key, x, y, index, count):
