@@ -19,6 +19,7 @@ from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import NoSpace, Preempted, UnreliableError, UserError, one_of
 from advmoe_jax.core.recipe import Planned, Recipe
 from advmoe_jax.report import reports
+from advmoe_jax.train import checkpoint
 
 
 def start(flags: argparse.Namespace, overrides: list[str]) -> None:
@@ -170,7 +171,7 @@ def _check(flags: argparse.Namespace) -> None:
     if flags.checkpoint and flags.mode != "evaluate":
         raise UserError(f"--checkpoint is for --mode evaluate: expected no such flag with --mode {flags.mode}")
     if flags.checkpoint and not flags.checkpoint.isdigit():
-        one_of("checkpoint", flags.checkpoint, ("best", "last"))
+        one_of("checkpoint", flags.checkpoint, checkpoint.NAMES)
 
 
 def _load(flags: argparse.Namespace) -> ConfigDict | Recipe:

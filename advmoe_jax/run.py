@@ -16,12 +16,17 @@ from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import NoSpace, Preempted, UserError
 from advmoe_jax.evaluation import evaluate as evaluation
 from advmoe_jax.evaluation import results
+from advmoe_jax.evaluation.plan import Checkpoint
 from advmoe_jax.report import reports
 from advmoe_jax.systems.assemble import Experiment, assemble
-from advmoe_jax.train import checkpoint, loop
+from advmoe_jax.train import checkpoint, ema, loop
 
-_BOTH = ("best", "last")
 _OWN = ("checkpoints", "config.json", "eval", "metrics.jsonl", "report.md", "results.json", "status.json")
+
+
+def _all(config: ConfigDict) -> tuple[str, ...]:
+    """The checkpoints that are evaluated unless one is named."""
+    return ("best", "last", ema.NAME) if config.train.ema else ("best", "last")
 
 
 def check_workdir(config: ConfigDict, workdir: epath.Path, exists: bool) -> None:
@@ -90,7 +95,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> bool:
             raise
         if not was_trained:
             _set_status(workdir, "trained", time.time() - begin)
-        return _evaluate(experiment, workdir, _BOTH, trust=True)
+        return _evaluate(experiment, workdir, _all(config), trust=True)
 
 
 def was_reliable(workdir: epath.Path) -> bool:
@@ -98,11 +103,11 @@ def was_reliable(workdir: epath.Path) -> bool:
     return not any(entry["unreliable"] for entry in results.read(workdir))
 
 
-def evaluate(config: ConfigDict, workdir: epath.Path, which: tuple[str, ...] = _BOTH) -> bool:
+def evaluate(config: ConfigDict, workdir: epath.Path, which: tuple[str, ...] = ()) -> bool:
     """Evaluates checkpoints of a run and reports; returns whether the results can be trusted."""
     experiment = assemble(config, starts=False)
     evaluation.check(_subject(experiment, workdir))
-    return _evaluate(experiment, workdir, which, trust=False)
+    return _evaluate(experiment, workdir, which or _all(config), trust=False)
 
 
 def _held(folder: epath.Path):
@@ -160,12 +165,13 @@ def _evaluate_saved(experiment: Experiment, workdir: epath.Path, which: tuple[st
     subject = _subject(experiment, workdir)
     shapes, replicated = subject.model.shapes, meshes.replicated(experiment.mesh)
     with checkpoint.opened(workdir, create=False) as saved:
-        steps: dict[int, list[str]] = {}
+        names: dict[tuple[int, bool], list[str]] = {}
         for name in which:
-            steps.setdefault(saved.step(name), []).append(name)
+            names.setdefault((saved.step(name), name == ema.NAME), []).append(name)
+        checkpoints = [Checkpoint(step, tuple(same)) for (step, _), same in names.items()]
         with _held(workdir / "eval"):
             return evaluation.evaluate(
-                subject, steps, lambda step, name: saved.restore_trained(name, shapes, replicated), trust=trust)
+                subject, checkpoints, lambda name: saved.restore_trained(name, shapes, replicated), trust=trust)
 
 
 def _subject(experiment: Experiment, workdir: epath.Path) -> evaluation.Subject:

@@ -31,7 +31,8 @@ from advmoe_jax.core.files import write_json
 
 _OWNERS = {
     "data": ("data.pipeline:Config",), "model": ("models.model:Config",), "attack": ("systems.adversary:Config",),
-    "system": ("systems.assemble:Config",), "train": ("train.loop:Config", "systems.adversary:Training"),
+    "system": ("systems.assemble:Config",), "train": ("train.loop:Config", "systems.adversary:Training",
+              "models.model:Computing", "train.step:Config"),
     "optim": ("train.optim:Groups",), "eval": ("evaluation.plan:Config",)}
 """Modules below advmoe_jax and their dataclasses, by group; those of named modules are added."""
 

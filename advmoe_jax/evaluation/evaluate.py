@@ -16,7 +16,7 @@ from advmoe_jax.core import console, files, tree
 from advmoe_jax.data import split
 from advmoe_jax.data.split import Split
 from advmoe_jax.evaluation import black_box, eval_log, measure, plan, results, verdicts
-from advmoe_jax.evaluation.plan import Job
+from advmoe_jax.evaluation.plan import Checkpoint, Job
 from advmoe_jax.models.model import Model, Variables
 
 
@@ -58,33 +58,33 @@ def check(subject: Subject) -> None:
         measure.check(suite, subject.model)
 
 
-def evaluate(subject: Subject, steps: Mapping[int, Sequence[str]], restore: Callable[[int, str], Trained], *,
+def evaluate(subject: Subject, checkpoints: Sequence[Checkpoint], restore: Callable[[str], Trained], *,
              trust: bool) -> bool:
     """Attacks checkpoints on the test images and keeps what comes out.
 
     Args:
         subject: what is evaluated.
-        steps: {step: names of its checkpoint, "best", "last" or the step}.
-        restore: (step, name) -> the weights.
+        checkpoints: which.
+        restore: name -> the weights.
         trust: whether measurements that are there are known to be of this model.
     Returns:
         Whether the results can be trusted.
     """
-    todo = plan.jobs(plan.asked(subject.config), steps, results.read(subject.workdir), n=len(subject.rows),
+    todo = plan.jobs(plan.asked(subject.config), checkpoints, results.read(subject.workdir), n=len(subject.rows),
                      seed=subject.config.eval.seed)
     left = [job for job in todo if not (trust and job.is_measured)]
     reliable = all(job.was_reliable for job in todo if job not in left)
-    for step, of_step in itertools.groupby(left, key=lambda job: job.step):
-        reliable &= _of_checkpoint(subject, restore(step, steps[step][0]), list(of_step))
+    for checkpoint, jobs in itertools.groupby(left, key=lambda job: job.checkpoint):
+        reliable &= _of_checkpoint(subject, restore(checkpoint.names[0]), list(jobs))
     return reliable
 
 
 def _of_checkpoint(subject: Subject, trained: Trained, jobs: Sequence[Job]) -> bool:
     """Runs the jobs on one checkpoint; those that were done on the very same model and images are not repeated."""
     config, rows, weights = subject.config, subject.rows, trained.variables
-    common = _circumstances(subject) | {"step": jobs[0].step}
+    common = _circumstances(subject) | {"step": jobs[0].checkpoint.step}
     about = {
-        "step": jobs[0].step, "weights": _hash(tree.named_leaves(weights)),
+        "step": jobs[0].checkpoint.step, "weights": _hash(tree.named_leaves(weights)),
         "images": split.fingerprint(subject.test, rows)[:16],
         "versions": common["versions"], "backend": common["backend"]} | (
             {} if config.eval.black_box else {"black_box": False})
@@ -120,7 +120,7 @@ def _keep(workdir: epath.Path, job: Job, record: dict[str, Any], found: verdicts
             console.warn(f"note: {flag['reason']}")
     if jax.process_index() == 0:
         adversarial = verdicts.adversarial(found, log)
-        for name in job.names:
+        for name in job.checkpoint.names:
             results.keep(workdir, {"checkpoint": name} | record, found, adversarial)
         log.finish()
 

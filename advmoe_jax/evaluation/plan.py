@@ -1,7 +1,7 @@
 """What an evaluation is asked for, and what of it is left to do."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from advmoe_jax.core import units
@@ -45,46 +45,58 @@ def asked(config) -> tuple[Suite, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Weights of a run.
+
+    Attributes:
+        step: that they are of.
+        names: "best", "last", "ema" or the step; "best" and "last" of one step are one.
+    """
+
+    step: int
+    names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
     """A suite to be run on a checkpoint.
 
     Attributes:
         suite: the attacks.
-        step: of the checkpoint.
-        names: of it, "best" and "last" of one step being one job.
+        checkpoint: what they attack.
         entry: id of the measurement of the first name.
         is_measured: whether there is a measurement of every name at this step.
         was_reliable: whether that is one that can be trusted.
     """
 
     suite: Suite
-    step: int
-    names: tuple[str, ...]
+    checkpoint: Checkpoint
     entry: str
     is_measured: bool
     was_reliable: bool
 
     @property
     def what(self) -> str:
-        return f"the {' and '.join(self.names)} checkpoint (step {self.step})"
+        return f"the {' and '.join(self.checkpoint.names)} checkpoint (step {self.checkpoint.step})"
 
 
-def jobs(chosen: Sequence[Suite], steps: Mapping[int, Sequence[str]], known: Sequence[dict[str, Any]], *, n: int,
+def jobs(chosen: Sequence[Suite], checkpoints: Sequence[Checkpoint], known: Sequence[dict[str, Any]], *, n: int,
          seed: int) -> list[Job]:
     """A job for each suite and checkpoint.
 
     Args:
         chosen: suites.
-        steps: {step: names of its checkpoint}.
+        checkpoints: what they attack.
         known: measurements of the workdir.
         n, seed: test images, and seed of the attacks.
     """
     done = {(entry["id"], entry["step"]): not entry["unreliable"] for entry in known}
     found = []
-    for step, names in steps.items():
+    for checkpoint in checkpoints:
         for suite in chosen:
             ids = [results.entry_id({"checkpoint": name, "attack": suite.name, "norm": suite.norm, "eps": suite.eps,
-                                     "settings": suite.settings, "n": n, "seed": seed}) for name in names]
-            found.append(Job(suite, step, tuple(names), ids[0], all((entry, step) in done for entry in ids),
-                             done.get((ids[0], step), False)))
+                                     "settings": suite.settings, "n": n, "seed": seed})
+                   for name in checkpoint.names]
+            found.append(Job(suite, checkpoint, ids[0], all((entry, checkpoint.step) in done for entry in ids),
+                             done.get((ids[0], checkpoint.step), False)))
     return found

@@ -93,6 +93,9 @@ class Ensemble:
         members = [self.member.init(rng.stream(key, group)) for group in self.groups]
         return {part: self.gather([member[part] for member in members]) for part in members[0]}
 
+    def in_training(self, computing) -> "Ensemble":
+        return dataclasses.replace(self, member=self.member.in_training(computing))
+
     def gather(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """As Model.gather: a run for each member."""
         if len(parts) != self.num_members:

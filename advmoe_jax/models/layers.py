@@ -15,7 +15,15 @@ from advmoe_jax.ops.dispatch import Choice
 # all stored channels, or those of one expert where experts start equal.
 kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal", dtype=jnp.float32)
 
+BLOCK = "block"  # name of what a block gives, `checkpoint_name(y, BLOCK)`: all that `train.remat` keeps
+
 _MOMENTUM = 0.9  # what an update keeps of running statistics; PyTorch's 0.1
+
+def _kernel(layer: nn.Module, x: jax.Array, init: Callable, shape: tuple[int, ...]) -> jax.Array:
+    """The layer's kernel, in x's type where that has half the bits: it is stored and updated in float32."""
+    kernel = layer.param("kernel", init, shape)
+    return kernel.astype(x.dtype) if x.dtype.itemsize < 4 else kernel
+
 
 Choose = Callable[[jax.Array], Choice]
 """Given the input (B, H, W, I) of a routed layer, what its images take; called once a layer, in order."""
@@ -71,7 +79,7 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, H, W, I) -> (B, H / stride, W / stride, O)."""
         shape = (self.size, self.size, x.shape[-1], self.features)
-        return conv.conv2d(x, self.param("kernel", kaiming, shape), self.stride)
+        return conv.conv2d(x, _kernel(self, x, kaiming, shape), self.stride)
 
 
 class RoutedConv(nn.Module):
@@ -115,7 +123,7 @@ class RoutedConv(nn.Module):
         starts = routing.offsets(self.num_experts, self.width, self.channels, self.experts)
         stored = self.num_experts * self.width if self.experts == "disjoint" else self.channels
         shape = (self.size, self.size, x.shape[-1], stored)
-        return dispatch.conv(x, self.param("kernel", self._init, shape), choice, starts, self.width, self.stride)
+        return dispatch.conv(x, _kernel(self, x, self._init, shape), choice, starts, self.width, self.stride)
 
 
 def scaled_width(channels: int, model_scale: float) -> int:
@@ -124,5 +132,5 @@ def scaled_width(channels: int, model_scale: float) -> int:
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:
-    """(B, H, W, C) -> (B, C)."""
+    """(B, H, W, C) -> (B, C), float32 at least."""
     return batch_norm.sum_pixels(x) / (x.shape[1] * x.shape[2])

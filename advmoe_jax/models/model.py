@@ -28,6 +28,15 @@ class Config:
     name: str = setting("resnet", "a module of advmoe_jax.models", room=("models", "backbone", "model"))
 
 
+@dataclasses.dataclass(frozen=True)
+class Computing:
+    """Fields of `config.train` that say how training computes the model. Evaluations compute in float32."""
+
+    precision: str = setting("float32", "of the backbone in training and its attacks; parameters, routers, losses and "
+                                        "statistics are float32", choices=("float32", "bfloat16"))
+    remat: bool = setting(False, "compute the inside of blocks again for gradients: less memory, a third more time")
+
+
 class Model(Protocol):
     """A network, an ensemble, a mixture of experts, a compact pruned network.
 
@@ -58,6 +67,9 @@ class Model(Protocol):
 
     def init(self, key: jax.Array) -> Variables:
         """Fresh variables."""
+
+    def in_training(self, computing: Computing) -> "Model":
+        """The same model as training computes it."""
 
     def gather(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Trees by group of finished runs (parameters, statistics or masks), in their order, as trees of this model.

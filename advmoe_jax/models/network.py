@@ -24,6 +24,7 @@ from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.core.tables import Table
 from advmoe_jax.models import macs, routing_facts, trace
 from advmoe_jax.models import router as routers
+from advmoe_jax.models.layers import BLOCK
 from advmoe_jax.ops import dispatch, routing
 from advmoe_jax.ops.dispatch import Choice, Dispatch
 
@@ -59,6 +60,7 @@ class _Module(nn.Module):
     backbone: nn.Module
     router: nn.Module | None
     dispatch: Dispatch
+    dtype: Any = jnp.float32  # of what the backbone computes
 
     def __call__(self, x, route, train):
         image_scores = None
@@ -70,6 +72,7 @@ class _Module(nn.Module):
             """What the next routed layer takes. A global router has one choice, which all layers share."""
             layer = next(layers)
             if image_scores is None:
+                features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
                 features = jax.lax.stop_gradient(features) if route.detach else features
                 scores = self.router.scores_layer(layer, features, train)
             else:
@@ -79,7 +82,7 @@ class _Module(nn.Module):
                 choices[layer] = scores, *dispatch.choose(scores, route, layer, self.dispatch)
             return choices[layer][1]
 
-        logits = self.backbone(x, choose, train)
+        logits = self._float(self.backbone(self._lowered(x), choose, train))
         return logits, _aux(*zip(*((scores, ids) for scores, _, ids in choices.values()))) if choices else {}
 
     def scores(self, x):
@@ -88,7 +91,13 @@ class _Module(nn.Module):
 
     def pathway(self, x, choice):
         """Evaluation of images that all make the same choice in every layer."""
-        return self.backbone(x, lambda _: choice, 0)
+        return self._float(self.backbone(self._lowered(x), lambda _: choice, 0))
+
+    def _lowered(self, x):
+        return x if self.dtype == jnp.float32 else x.astype(self.dtype)
+
+    def _float(self, logits):
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def _aux(scores, ids):
@@ -110,6 +119,7 @@ class Network:
         one_choice: whether an image makes one choice for all layers.
         kind: "Dense", "S-Dense" or "MoE".
         router_grad: gradient that a router sees in loss passes, as routing.hard takes it.
+        remat: whether what a block computes inside is computed again for its gradient, not kept.
     """
 
     module: nn.Module
@@ -120,6 +130,7 @@ class Network:
     one_choice: bool = False
     kind: str = ""
     router_grad: str = "none"
+    remat: bool = False
 
     @property
     def is_routed(self) -> bool:
@@ -157,6 +168,11 @@ class Network:
     def surfaces(self) -> Mapping[str, Callable[[dict[str, Any]], jax.tree_util.Partial]]:
         return {"routed": self.routed_fn} if self.is_routed else {}
 
+    def in_training(self, computing) -> "Network":
+        """As Model.in_training."""
+        module = self.module.clone(dtype=jnp.dtype(computing.precision))
+        return dataclasses.replace(self, module=module, remat=computing.remat)
+
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh variables {"params": ..., "batch_stats": ...}, each a tree per group."""
         x = jnp.zeros((1, *self.image_shape), jnp.float32)
@@ -175,7 +191,7 @@ class Network:
             margins (B, L) between the two best scores.
         """
         if not self._has_pathways(route):
-            return self.module.apply(variables, x, route, 0)
+            return self._kept_by_block(lambda *data: self.module.apply(*data, 0))(variables, x, route)
         if self.module.dispatch.kind == "host" and _is_here((variables, x, route)):
             scores, gate, ids = _choices(_Static(self), variables, x, route)
             pathway = jax.tree_util.Partial(_pathway, _Static(self))
@@ -211,10 +227,14 @@ class Network:
 
     def _train_at_once(self, variables, x, route):
         begin = x.shape[:-3]
-        outputs, updated = self.module.apply(
-            variables, x.reshape(-1, *x.shape[-3:]), route, math.prod(begin[1:]), mutable=["batch_stats"])
+        outputs, updated = self._kept_by_block(lambda *data: self.module.apply(
+            *data, math.prod(begin[1:]), mutable=["batch_stats"]))(variables, x.reshape(-1, *x.shape[-3:]), route)
         logits, aux = jax.tree.map(lambda leaf: leaf.reshape(*begin, *leaf.shape[1:]), outputs)
         return logits, aux, updated.get("batch_stats", {})
+
+    def _kept_by_block(self, function):
+        policy = jax.checkpoint_policies.save_only_these_names(BLOCK)
+        return jax.checkpoint(function, policy=policy) if self.remat else function
 
     def train_pass(self, variables: dict[str, Any], x: jax.Array
                    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:

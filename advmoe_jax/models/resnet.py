@@ -13,11 +13,13 @@ from collections.abc import Iterator
 
 import jax
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from advmoe_jax.core.errors import one_of
 from advmoe_jax.core.fields import setting
 from advmoe_jax.models import network
 from advmoe_jax.models.layers import (
+    BLOCK,
     BatchNorm,
     Choose,
     Conv,
@@ -126,7 +128,7 @@ class BasicBlock(nn.Module):
         y = norm(conv(y, "conv2"), "bn2")
         if block.has_shortcut:
             x = norm(conv(x, "shortcut", 1, block.stride, self.routes_shortcut), "shortcut_bn")
-        return nn.relu(x + y)
+        return checkpoint_name(nn.relu(x + y), BLOCK)
 
 
 def backbone(cfg, num_classes: int) -> ResNet:

@@ -13,7 +13,7 @@ from advmoe_jax.core import files, tables
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.evaluation import results
 
-CHECKPOINTS = ("best", "last")
+CHECKPOINTS = ("best", "last", "ema")
 ADAPTIVE = "RA %, adaptive"
 
 

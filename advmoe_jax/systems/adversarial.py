@@ -4,7 +4,7 @@ x images (B, H, W, C) in [0, 1], y labels (B,), P passes.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from advmoe_jax.models.network import HAS_ROUTER
 from advmoe_jax.ops import losses, routing
 from advmoe_jax.systems import adversary
 from advmoe_jax.systems.sources import Source, initial
-from advmoe_jax.train import optim, step
+from advmoe_jax.train import ema, optim, step
 from advmoe_jax.train import state as states
 from advmoe_jax.train.system import Inputs, System
 
@@ -61,13 +61,12 @@ def objective(model: Model, cfg, *, router_loss: bool = False) -> step.Objective
             return losses.cross_entropy(adv[0], y)
         return getattr(losses, name)(clean[0], adv[0], y, system.beta)
 
-    def run(params, batch_stats, batch):
+    def run(state, batch):
         y = batch["label"]
         images = {"clean": batch["image"]} if name != "madry" or labels_steer else {}
         attacked = jnp.moveaxis(batch["adversarial"], 1, 0) if name != "natural" else ()
         images |= {f"adv{i or ''}": x_adv for i, x_adv in enumerate(attacked)}
-        *outputs, batch_stats = model.train_pass(
-            {"params": params, "batch_stats": batch_stats}, jnp.stack(list(images.values()), 1))
+        *outputs, batch_stats = model.train_pass(state.variables, jnp.stack(list(images.values()), 1))
         passes = {which: jax.tree.map(lambda leaf, i=i: leaf[:, i], outputs) for i, which in enumerate(images)}
         clean, *adversarial = [passes.get("clean"), *(v for which, v in passes.items() if which != "clean")]
         loss = sum(jnp.mean(per_example(clean, adv, y)) for adv in adversarial or [None]) / max(len(adversarial), 1)
@@ -99,7 +98,7 @@ class Update:
 
 
 def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sources: Mapping[str, Source],
-          updates: tuple[Update, ...], describe: str) -> System:
+          updates: tuple[Update, ...], describe: str, objective: Callable[..., step.Objective] = objective) -> System:
     """A system whose iterations are `updates` in order.
 
     Args:
@@ -110,28 +109,36 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
         sources: finished runs that it starts from, by name; none: it starts afresh.
         updates: what an iteration does.
         describe: one line on the system.
+        objective: what a system that changes the loss puts in the place of `objective`, and may build on it.
     """
     per_epoch = pipeline.steps_per_epoch(len(data.rows), cfg.data.batch_size)
     length = units.steps(cfg.train.length, per_epoch, what="train.length")
     optimizers = {group: optim.make(cfg.optim[model.optim[group]], per_epoch, length, u.every)
                   for u in updates for group in u.owns}
     variables, masks = initial(model, sources)
+    trained = model.in_training(cfg.train)
+
+    def begin(variables, masks=None):
+        state = states.fresh(variables, optimizers, masks)
+        return ema.begin(state) if cfg.train.ema else state
 
     def fresh(key):
-        return states.fresh(model.init(rng.stream(key, "params")), optimizers)
+        return begin(model.init(rng.stream(key, "params")))
 
     compiled = jax.jit(fresh, out_shardings=meshes.replicated(mesh), compiler_options=xla.run_once_options())
 
     def init(key):
         if sources:
-            return jax.device_put(states.fresh(variables, optimizers, masks), meshes.replicated(mesh))
+            return jax.device_put(begin(variables, masks), meshes.replicated(mesh))
         return fresh(key) if tree.is_traced(key) else compiled(key)  # a program inside another takes no options
 
     loss = cfg.system.loss
-    attack = None if loss == "natural" else adversary.training_attack(model, cfg, "kl" if loss == "trades" else "ce")
-    prepare = step.preparation(attack, seed=cfg.seed, mesh=mesh, data_cfg=cfg.data)
+    attack = None if loss == "natural" else adversary.training_attack(trained, cfg, "kl" if loss == "trades" else "ce")
+    prepare = step.preparation(attack, seed=cfg.seed, mesh=mesh, data_cfg=cfg.data, parts=cfg.train.accumulate)
     abstract = jax.eval_shape(init, jax.random.key(0))
     steps = tuple(
-        step.make(u.name, objective(model, cfg, router_loss=u.router_loss), prepare, u.inputs, owns=u.owns,
-                  optimizers=optimizers, state=abstract, mesh=mesh, every=u.every) for u in updates)
-    return System(init, steps, length, data.rows, model, describe)
+        step.make(u.name, objective(trained, cfg, router_loss=u.router_loss), prepare, u.inputs, owns=u.owns,
+                  optimizers=optimizers, state=abstract, mesh=mesh, every=u.every, parts=cfg.train.accumulate)
+        for u in updates)
+    averaging = {"1 steps": ema.update(cfg.train.ema)} if cfg.train.ema else {}
+    return System(init, steps, length, data.rows, model, describe, averaging)

@@ -61,7 +61,9 @@ def assemble(config: ConfigDict, starts: bool = True) -> Experiment:
         UserError: a field names nothing, is out of range, or its data is missing.
     """
     mesh = meshes.make()
-    meshes.check_batch_size(mesh, config.data.batch_size, "data.batch_size")
+    parts = config.train.accumulate
+    meshes.check_batch_size(mesh, config.data.batch_size // parts,
+                            "data.batch_size / train.accumulate" if parts > 1 else "data.batch_size")
     data = pipeline.load(config.data, config.train.select_on, config.train.select_examples)
     runs = sources.load(config, data.image_shape, data.num_classes) if starts else {}
     model = models.make(config.model, data.image_shape, data.num_classes, mesh)

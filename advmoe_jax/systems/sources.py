@@ -37,13 +37,13 @@ class Source:
 
 
 def names(config: ConfigDict) -> dict[str, tuple[epath.Path, str]]:
-    """{name: (workdir, "best" or "last")} of `config.init_from`, in order."""
+    """{name: (workdir, one of checkpoint.NAMES)} of `config.init_from`, in order."""
     found = {}
     for text in paths.listed(config.init_from):
         name, which = paths.source(text)
         if name in found:
             raise UserError(f"init_from names {name} twice: expected each run once")
-        found[name] = paths.path(name), one_of("checkpoint in init_from", which or "best", ("best", "last"))
+        found[name] = paths.path(name), one_of("checkpoint in init_from", which or "best", checkpoint.NAMES)
     return found
 
 

@@ -19,7 +19,10 @@ from etils import epath
 
 from advmoe_jax.core import files, paths, tree
 from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.train import ema
 from advmoe_jax.train.state import State
+
+NAMES = ("best", "last", ema.NAME)
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it then raises
 
@@ -115,7 +118,7 @@ class Checkpoints:
         """The step of a checkpoint.
 
         Args:
-            which: "last", "best", or a step number.
+            which: "last", "best", "ema", which is the average in the last, or a step number.
         Raises:
             UserError: there is none.
         """
@@ -125,7 +128,8 @@ class Checkpoints:
                 raise UserError(f"no checkpoint of step {which}: "
                                 f"expected one of {saved or 'none saved yet'}, best or last")
             return int(which)
-        steps = self.steps(one_of("checkpoint", which, ("best", "last")))
+        which = "last" if which == ema.NAME else one_of("checkpoint", which, NAMES)
+        steps = self.steps(which)
         if not steps:
             raise UserError(f"no {which} checkpoint in {getattr(self, which).directory}: train first")
         return steps[-1]
@@ -148,7 +152,7 @@ class Checkpoints:
         try:
             _check_storage(folder)
             _check_architecture(manager, step, abstract["params"])
-            found = _read_arrays(folder)
+            found = _read_arrays(folder, of_average=which == ema.NAME)
         except UserError:
             raise
         except Exception as error:  # orbax raises whatever its storage raised
@@ -234,14 +238,18 @@ def _read(manager: ocp.CheckpointManager, step: int, abstract: State) -> State:
     return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
 
 
-def _read_arrays(folder) -> dict[str, Any]:
+def _read_arrays(folder, of_average: bool) -> dict[str, Any]:
     """Parameters, statistics and masks of a stored state as numpy, whatever devices wrote it."""
     with contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
         stored = reader.metadata(folder).item_metadata.tree
-        wanted = {name: stored[name] for name in ("params", "batch_stats", "masks") if stored.get(name)}
+        if of_average and not stored.get("extra", {}).get(ema.NAME):
+            raise UserError(f"{folder} holds no average of the weights: expected a run with train.ema")
+        names = ("extra", "masks") if of_average else ("params", "batch_stats", "masks")
+        wanted = {name: stored[name] for name in names if stored.get(name)}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        return reader.restore(folder, args=ocp.args.PyTreeRestore(
+        found = reader.restore(folder, args=ocp.args.PyTreeRestore(
             item=jax.tree.map(lambda _: 0, wanted), restore_args=as_numpy, partial_restore=True))
+    return found | found.pop("extra")[ema.NAME] if of_average else found
 
 
 def _check_storage(folder):

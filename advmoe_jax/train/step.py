@@ -1,5 +1,6 @@
 """Builds the steps of training: one compiled program makes batches ready, and one each updates the groups it owns."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,20 +10,40 @@ import optax
 
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, tree
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.core.fields import setting
 from advmoe_jax.ops import augment
 from advmoe_jax.train import state as states
 from advmoe_jax.train.state import State
 from advmoe_jax.train.system import Batch, Inputs, Step
 
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fields of `config.train` that say how an update is computed."""
+
+    accumulate: int = setting(1, "parts of a batch that are computed one after the other: less memory; BatchNorm uses "
+                                 "the statistics of each part", least=1, most=65536)
+    ema: float = setting(0.0, "decay of an average of the weights, evaluated beside them; 0: none", least=0,
+                         most=0.999999)
+
+
+def check(config) -> None:
+    """Raises UserError for a batch that does not divide."""
+    if config.data.batch_size % config.train.accumulate:
+        raise UserError(f"train.accumulate is {config.train.accumulate}: expected a divisor of data.batch_size "
+                        f"({config.data.batch_size})")
+
+
 Attack = Callable[[dict[str, Any], jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 """(variables, key, x (B, H, W, C), y, index, step) -> (B, A, H, W, C), A adversarial images of each."""
 
-Objective = Callable[..., tuple[jax.Array, tuple[dict[str, Any], dict[str, jax.Array]]]]
-"""(params, batch_stats, batch) -> (loss, (batch_stats, metrics)), the batch being ready."""
+Objective = Callable[[State, Batch], tuple[jax.Array, tuple[dict[str, Any], dict[str, jax.Array]]]]
+"""(state, ready batch) -> (loss, (batch_stats, metrics)), of the parameters and statistics that the state holds."""
 
 
-def preparation(attack: Attack | None, *, seed: int, mesh: jax.sharding.Mesh, data_cfg
-                ) -> Callable[[State, Batch, Inputs], Batch]:
+def preparation(attack: Attack | None, *, seed: int, mesh: jax.sharding.Mesh, data_cfg,
+                parts: int = 1) -> Callable[[State, Batch, Inputs], Batch]:
     """What makes a batch ready: float "image"s, cropped and flipped, and, if there is an attack, "adversarial" ones.
 
     It is one compiled program for all steps that attack alike, whatever their random streams are.
@@ -32,6 +53,8 @@ def preparation(attack: Attack | None, *, seed: int, mesh: jax.sharding.Mesh, da
         seed: of the run.
         mesh: of all devices.
         data_cfg: fields pad and flip.
+        parts: of a batch, which are attacked one after the other. An image has a key of its own, so that nothing
+            depends on them.
     """
     def run(state: State, batch: Batch, crops: jax.Array, noise: jax.Array) -> Batch:
         crop = rng.stream(rng.key(seed, crops, state.step), "augment")
@@ -39,7 +62,11 @@ def preparation(attack: Attack | None, *, seed: int, mesh: jax.sharding.Mesh, da
         ready = {**batch, "image": x}
         if attack is not None:
             key = rng.stream(rng.key(seed, noise, state.step), "attack")
-            ready["adversarial"] = attack(state.variables, key, x, batch["label"], batch["index"], state.step)
+
+            def of(part):
+                return attack(state.variables, key, part["image"], part["label"], part["index"], state.step)
+
+            ready["adversarial"] = _joined(jax.lax.map(of, _cut(ready, parts))) if parts > 1 else of(ready)
         return ready
 
     compiled = jax.jit(run, out_shardings=meshes.by_example(mesh))
@@ -48,7 +75,7 @@ def preparation(attack: Attack | None, *, seed: int, mesh: jax.sharding.Mesh, da
 
 def make(name: str, objective: Objective, prepare: Callable[[State, Batch, Inputs], Batch], inputs: Inputs, *,
          owns: Sequence[str], optimizers: dict[str, Any], state: State, mesh: jax.sharding.Mesh, every: int = 1,
-         after: Callable[[State], State] = states.masked) -> Step:
+         parts: int = 1, after: Callable[[State], State] = states.masked) -> Step:
     """A step that descends `objective` in the parameters of the groups it owns.
 
     Parameters, optimizer states and running statistics of other groups pass through untouched.
@@ -63,6 +90,8 @@ def make(name: str, objective: Objective, prepare: Callable[[State, Batch, Input
         state: an abstract state, for the names of its tensors.
         mesh: of all devices.
         every: as Step.every.
+        parts: of a batch, whose losses and gradients are averaged; each has its own statistics of BatchNorm, and
+            running ones see one after the other.
         after: applied to the new state, last.
     """
     owned_params = {group: state.params[group] for group in owns}
@@ -70,11 +99,18 @@ def make(name: str, objective: Objective, prepare: Callable[[State, Batch, Input
     tensors = ("loss", *(f"gradient {n}" for n in grad_names), *(f"parameter {n}" for n in grad_names))
 
     def update(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        def loss_of(owned):
-            return objective({**state.params, **owned}, state.batch_stats, batch)
+        def loss_of(owned, batch_stats, batch):
+            return objective(state.replace(params={**state.params, **owned}, batch_stats=batch_stats), batch)
 
-        owned = {group: state.params[group] for group in owns}
-        (loss, (stats, metrics)), grads = jax.value_and_grad(loss_of, has_aux=True)(owned)
+        def of(stats, batch):
+            (loss, (new, metrics)), grads = slope(owned, stats, batch)
+            return {**stats, **new}, (loss, metrics, grads)
+
+        owned, slope = {group: state.params[group] for group in owns}, jax.value_and_grad(loss_of, has_aux=True)
+        if parts == 1:
+            stats, (loss, metrics, grads) = of(state.batch_stats, batch)
+        else:
+            stats, (loss, metrics, grads) = _averaged(of, state.batch_stats, _cut(batch, parts))
         params, opt, batch_stats = dict(state.params), dict(state.opt), dict(state.batch_stats)
         for group in owns:
             updates, opt[group] = optimizers[group].update(grads[group], opt[group], params[group])
@@ -88,3 +124,28 @@ def make(name: str, objective: Objective, prepare: Callable[[State, Batch, Input
 
     compiled = jax.jit(update, donate_argnums=0, out_shardings=meshes.replicated(mesh))
     return Step(name, inputs, prepare, compiled, tuple(owns), tensors, every)
+
+
+def _cut(batch: Batch, parts: int) -> Batch:
+    """(B, ...) -> (parts, B / parts, ...), of images that each device has already."""
+    return {name: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0) for name, x in batch.items()}
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """The reverse of `_cut`, of one array."""
+    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+
+
+def _averaged(of: Callable, stats: dict[str, Any], batches: Batch) -> tuple[dict[str, Any], Any]:
+    """The last statistics, and the mean of what (stats, batch) -> (stats, values) gives of each part."""
+    parts = len(batches["label"])
+    shape = jax.eval_shape(of, stats, jax.tree.map(lambda x: x[0], batches))[1]
+
+    def add(carried, batch):
+        stats, total = carried
+        stats, values = of(stats, batch)
+        return (stats, jax.tree.map(jnp.add, total, values)), None
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shape)
+    (stats, total), _ = jax.lax.scan(add, (stats, zeros), batches)
+    return stats, jax.tree.map(lambda leaf: leaf / parts, total)

@@ -1,5 +1,6 @@
 """MACs against numbers counted by hand, and ResNet-18 against the exact counts of its papers' variants."""
 
+import numpy as np
 import pytest
 
 from advmoe_jax.core import config as configs
@@ -70,3 +71,15 @@ def test_pathway_of_resnet18(expected, fields):
 
 def test_router_of_the_released_code():
     assert count(routing="global")["router"] == 40_550_528
+
+
+def test_masks_are_counted_and_computed_all_the_same():
+    """Zeros of a mask cost nothing on paper, and as much as ever in a convolution."""
+    net = network.make(_cfg(width=4, **DENSE), (8, 8, 1), 10)
+    dense = macs.count(net)
+    masks = {"backbone": {"conv1": {"kernel": np.arange(4) < 1}}}
+    spec = net.layers[0]
+    assert spec.path == "backbone/conv1"
+    gone = spec.macs * 3 // 4
+    assert macs.count(net, masks) == dense | {"pathway": dense["pathway"] - gone, "total": dense["total"] - gone,
+                                              "params": dense["params"] - 27}

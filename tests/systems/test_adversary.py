@@ -20,6 +20,7 @@ from advmoe_jax.data.split import Arrays
 from advmoe_jax.models import network
 from advmoe_jax.ops import losses
 from advmoe_jax.systems import adversarial, adversary, standard
+from advmoe_jax.train import state as states
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 SHAPE, CLASSES, COUNT, BATCH = (8, 8, 1), 4, 32, 8
@@ -160,7 +161,7 @@ def test_the_loss_of_several_images_is_the_mean_of_their_losses(loss):
     @jax.jit
     def of(adversarial_images):
         batch = {"image": _images(), "adversarial": adversarial_images, "label": _labels()}
-        value, (_, metrics) = run(variables["params"], variables["batch_stats"], batch)
+        value, (_, metrics) = run(states.fresh(variables, {}), batch)
         return {"loss": value} | metrics
 
     together, *alone = of(both), of(both[:, :1]), of(both[:, 1:])

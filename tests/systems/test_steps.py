@@ -222,7 +222,8 @@ def _objective(*overrides, router_loss=False):
 
     @jax.jit
     def of(labels, params=variables["params"], **more):
-        return run(params, variables["batch_stats"], {"image": x, "adversarial": x[:, None], "label": labels, **more})
+        state = states.fresh(variables | {"params": params}, {})
+        return run(state, {"image": x, "adversarial": x[:, None], "label": labels, **more})
 
     return net, variables, x, of
 
@@ -471,8 +472,8 @@ def _toy(loss):
     params = {"backbone": {"a": jnp.ones(()), "b": jnp.zeros(()), "c": jnp.full((), jnp.nan)}}
     state = states.fresh({"params": params}, {"backbone": optimizer})
 
-    def objective(params, batch_stats, batch):
-        return loss(params["backbone"]), (batch_stats, {})
+    def objective(state, batch):
+        return loss(state.params["backbone"]), (state.batch_stats, {})
 
     mesh = meshes.make()
     prepare = train_step.preparation(None, seed=0, mesh=mesh, data_cfg=types.SimpleNamespace(pad=0, flip=False))

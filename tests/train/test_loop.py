@@ -34,7 +34,7 @@ TOTAL = 6
 def experiment(tiny_resnet):
     config = configs.default()
     for text in ("data.name=digits", "data.subset=120", "data.batch_size=16", "data.pad=1", "model.depth=4",
-                 "model.width=8", "model.router_width=4", "system.loss=madry",
+                 "model.width=8", "model.router_width=4", "system.loss=madry", "train.ema=0.9",
                  "train.attack=pgd(num_steps=1,step_size=0.625 eps,start=gaussian,keep=last)",
                  f"train.length={TOTAL} steps", "train.eval_every=2 steps", "train.save_every=3 steps",
                  "train.log_every=1 steps", "train.select_attack=fgsm", "eval.batch_size=16"):
