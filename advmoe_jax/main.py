@@ -33,7 +33,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", default="", help="config file, with an argument behind a colon")
     parser.add_argument("--mode", default="train", choices=MODES, help="train unless given")
     parser.add_argument("--workdir", default="", help="of the run or recipe; runs/<config name> unless given")
-    parser.add_argument("--checkpoint", default="", help="best, last, ema or a step, for evaluate; all but steps unless given")
+    parser.add_argument("--checkpoint", default="", help="best, last, ema or a step, for evaluate; unless given, those "
+                                                         "that have names")
     parser.add_argument("--only", default="", metavar="PATTERN", help="runs of a recipe: 'at_*,advmoe-s0'")
     parser.add_argument("--list", action="store_true", help="show the runs of a recipe: state, needs, time")
     parser.add_argument("--list-fields", action="store_true", help="show the fields of the config")
