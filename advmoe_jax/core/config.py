@@ -209,20 +209,27 @@ def _elsewhere(name: str, wanted: Mapping[str, Setting]) -> Iterator[tuple[str, 
     for chooser, of in wanted.items():
         if of.room and chooser.startswith(f"{group}."):
             for module in find.names(*of.room):
-                own = getattr(find.module(of.room[0], module, defines=of.room[1:]), "Config", None)
-                other = fields.settings(own, f"{group}.").get(name) if own else None
+                try:
+                    own = getattr(find.module(of.room[0], module, defines=of.room[1:]), "Config", None)
+                    other = fields.settings(own, f"{group}.").get(name) if own else None
+                except UserError:  # it is not this module that was asked for
+                    continue
                 if other is not None:
                     yield chooser, module, other
 
 
 def choose(config: ConfigDict, **names: str) -> None:
     """Names modules in place, {group: name}; the fields of the groups become theirs. Errors as `complete`."""
-    for group, name in names.items():
-        config[group].name = name
-    _replace(config, complete(config))
+    _name(config, {f"{group}.name": name for group, name in names.items()})
 
 
-def _replace(config: ConfigDict, by: ConfigDict) -> None:
+def _name(config: ConfigDict, names: Mapping[str, str]) -> None:
+    """Sets fields that name modules. What is at a default follows to that of the new module."""
+    values = flatten(config)
+    before = table(values)
+    set_by_hand = {name: value for name, value in values.items()
+                   if name not in before or before[name].room or value != before[name].default}
+    by = complete(_nested(set_by_hand | names))
     with config.unlocked():
         for group in list(config):
             del config[group]
@@ -245,9 +252,11 @@ def override(config: ConfigDict, text: str) -> None:
         raise _unknown_field(name, wanted)
     if not equals:
         raise UserError(f"--config.{name} has no value: expected --config.{name}={flatten(config)[name]}")
-    config.update_from_flattened_dict({name: _parse(name, value, type(wanted[name].default))})
+    parsed = _parse(name, value, type(wanted[name].default))
     if wanted[name].room:
-        _replace(config, complete(config))
+        _name(config, {name: parsed})
+    else:
+        config.update_from_flattened_dict({name: parsed})
 
 
 def override_all(config: ConfigDict, texts: list[str]) -> None:

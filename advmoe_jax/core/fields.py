@@ -109,6 +109,10 @@ def settings(config_class: type | Any, prefix: str = "") -> dict[str, Setting]:
             below, only = settings(value, f"{name}."), field.metadata.get("only")
             table |= {k: dataclasses.replace(of, only=of.only or only) for k, of in below.items()}
         else:
+            if "setting" not in field.metadata:
+                owner = config_class if isinstance(config_class, type) else type(config_class)
+                raise UserError(f"{owner.__module__}: field {field.name} of {owner.__name__} is no setting: expected "
+                                "core.fields.setting(default, what)")
             table[name] = dataclasses.replace(field.metadata["setting"], default=value)
     return table
 

@@ -1,10 +1,11 @@
 """A name in a config is a module name: nothing is registered, a new file is enough."""
 
 import importlib
+import importlib.util
 import pathlib
 from types import ModuleType
 
-from advmoe_jax.core.errors import unknown_name
+from advmoe_jax.core.errors import UserError, unknown_name
 
 
 def names(package: str, *defines: str) -> tuple[str, ...]:
@@ -28,9 +29,17 @@ def module(package: str, name: str, defines: str | tuple[str, ...], kind: str | 
         defines: the attribute that such a module must have, or several of which it must have one.
         kind: what to call it in an error; `package` without its plural s unless given.
     Raises:
-        UserError: no such module, with the nearest names.
+        UserError: no such module, with the nearest names; or it lacks what it must define, or cannot be imported.
     """
-    known = names(package, *([defines] if isinstance(defines, str) else defines))
+    wanted = [defines] if isinstance(defines, str) else defines
+    known = names(package, *wanted)
+    file = f"advmoe_jax/{package}/{name}.py"
     if name not in known:
+        if name.isidentifier() and importlib.util.find_spec(f"advmoe_jax.{package}.{name}") is not None:
+            raise UserError(f"{file} is no {kind or package.removesuffix('s')}: expected it to define "
+                            f"{' or '.join(wanted)}")
         raise unknown_name(kind or package.removesuffix("s"), name, known)
-    return importlib.import_module(f"advmoe_jax.{package}.{name}")
+    try:
+        return importlib.import_module(f"advmoe_jax.{package}.{name}")
+    except (ImportError, SyntaxError) as error:
+        raise UserError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error

@@ -90,6 +90,9 @@ def open_dataset(name: str, root: str, subset: int = 0) -> Dataset:
     """
     source, _, variant = name.partition(":")
     dataset = find.module("data", source, defines="dataset", kind="data.name").dataset(root, variant)
+    if not isinstance(dataset, Dataset):
+        raise UserError(f"dataset() of advmoe_jax/data/{source}.py returns {type(dataset).__name__}: expected a "
+                        "Dataset")
     num_train = len(dataset.train)
     if not 0 <= subset <= num_train:
         raise UserError(f"data.subset is {subset}, but {name} has {num_train} training images: "

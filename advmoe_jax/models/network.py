@@ -83,6 +83,9 @@ class _Module(nn.Module):
             return choices[layer][1]
 
         logits = self._float(self.backbone(self._lowered(x), choose, train))
+        if self.router is not None and not choices:
+            raise UserError(f"{type(self.backbone).__name__} has several experts and no routed layer: expected one "
+                            "that asks choose(x) before each RoutedConv")
         return logits, _aux(*zip(*((scores, ids) for scores, _, ids in choices.values()))) if choices else {}
 
     def scores(self, x):

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from advmoe_jax.core.errors import UserError, unknown_name
 from advmoe_jax.core.layer_spec import LayerSpec
 
 PyTree = Any
@@ -23,6 +25,26 @@ def map_masked(function, params: PyTree, masks: PyTree) -> PyTree:
         return part if mask is None else function(part, mask)
 
     return jax.tree.map(at, masks, params, is_leaf=lambda leaf: leaf is None)
+
+
+def check(params: PyTree, masks: PyTree) -> None:
+    """Raises UserError for masks {group: tree} that are of another tree than the parameters, or do not broadcast."""
+    for group, part in masks.items():
+        if group not in params:
+            raise unknown_name("group of masks", group, params)
+        try:
+            map_masked(_check_leaf, params[group], part)
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"masks of {group} do not fit its parameters: {reason}; expected the same tree, None where "
+                            "dense") from None
+
+
+def _check_leaf(leaf, mask):
+    shape, own = np.shape(leaf), np.shape(mask)
+    if len(own) > len(shape) or any(a not in (1, b) for a, b in zip(reversed(own), reversed(shape))):
+        raise ValueError(f"a mask of shape {own} for an array of {shape}")
+    return leaf
 
 
 def apply(params: PyTree, masks: PyTree) -> PyTree:

@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from advmoe_jax.attacks import parse
-from advmoe_jax.core import find
+from advmoe_jax.core import find, units
 from advmoe_jax.core import mesh as meshes
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import setting
 from advmoe_jax.data import pipeline
 from advmoe_jax.evaluation import measure
@@ -68,7 +70,9 @@ def assemble(config: ConfigDict, starts: bool = True) -> Experiment:
     runs = sources.load(config, data.image_shape, data.num_classes) if starts else {}
     model = models.make(config.model, data.image_shape, data.num_classes, mesh)
     module = find.module("systems", config.system.name, defines="make", kind="system.name")
+    _check_outputs(model)
     system = module.make(config, model, data, mesh, runs)
+    _check_system(config.system.name, system)
     suite = _selection(config)
     measure.check(suite, model)
 
@@ -78,6 +82,21 @@ def assemble(config: ConfigDict, starts: bool = True) -> Experiment:
         return float(found.survivors().mean()), float(found.correct.mean())
 
     return Experiment(config, mesh, system, data, select)
+
+
+def _check_outputs(model: models.Model) -> None:
+    x = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
+    logits = jax.eval_shape(lambda variables, x: model.outputs_fn(variables)(x)[0], model.shapes, x)
+    if logits.shape != (1, model.num_classes):
+        raise UserError(f"the {model.kind} model gives logits of shape {logits.shape} for one image: expected "
+                        f"{(1, model.num_classes)}, one for each class of the data")
+
+
+def _check_system(name: str, system: System) -> None:
+    if not isinstance(system, System):
+        raise UserError(f"make() of advmoe_jax/systems/{name}.py returns {type(system).__name__}: expected a System")
+    for length in system.every:
+        units.length(length, f"a key of System.every of {name}")
 
 
 def _selection(config: ConfigDict) -> Suite:

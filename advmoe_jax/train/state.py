@@ -53,6 +53,7 @@ def fresh(variables: dict[str, Any], optimizers: dict[str, Any], masks: dict[str
         masks, extra: as of State; parameters are masked at once.
     """
     masks = masks or {}
+    masking.check(variables["params"], masks)
     params = {group: masking.apply(part, masks[group]) if group in masks else part
               for group, part in variables["params"].items()}
     stats = variables.get("batch_stats", {})

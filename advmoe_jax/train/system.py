@@ -56,7 +56,8 @@ class System:
     """A way to train a model.
 
     Attributes:
-        init: key -> state.
+        init: key -> state, with masks if it prunes: `train.state.fresh(variables, optimizers, masks)`, {group: a tree
+            like its parameters, None where dense}. What they remove stays removed; nothing else is to be done.
         steps: of an iteration, in order.
         length: iterations.
         rows: the training images that it draws from.

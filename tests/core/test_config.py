@@ -1,5 +1,6 @@
 """The config: fields owned by the modules that read them, refused where they are wrong or have no effect."""
 
+import dataclasses
 import json
 import re
 
@@ -7,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from advmoe_jax.core import config as configs
-from advmoe_jax.core import find, units
+from advmoe_jax.core import fields, find, units
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.train import loop
 
@@ -163,6 +164,22 @@ def test_names_choose_fields():
     config.system.order = "backbone_first"
     with pytest.raises(UserError, match="system.order is a field of system.name=advmoe, and system.name is standard"):
         configs.choose(config, system="standard")
+
+
+def test_a_default_gives_way_to_that_of_the_module_that_is_named(monkeypatch):
+    """What was set by hand stays, and what another module calls by the same name."""
+    usual = configs.find.module
+
+    @dataclasses.dataclass(frozen=True)
+    class Other(usual("systems", "standard", "make").Config):
+        loss: str = fields.setting("mart", "what is trained", choices=("madry", "mart"))
+
+    monkeypatch.setattr(usual("systems", "standard", "make"), "Config", Other)
+    for texts, loss in ((["system.name=standard"], "mart"), (["system.loss=madry", "system.name=standard"], "madry")):
+        config = configs.default()
+        for text in texts:
+            configs.override(config, text)
+        assert config.system.loss == loss
 
 
 @pytest.mark.parametrize("name, of", [(name, of) for name, of in configs.table({}).items()

@@ -108,3 +108,12 @@ def test_fields_without_effect():
             fields.check_effects(TABLE, values | {name: value}, dry)
         assert str(caught.value) == (f"{name} is {value!r}, which has no effect here: it is for a wet road; expected "
                                      f"{TABLE[name].default!r}")
+
+
+def test_a_field_that_is_no_setting_is_named():
+    @dataclasses.dataclass(frozen=True)
+    class Plain:
+        wheels: int = 3
+
+    with pytest.raises(UserError, match="test_fields: field wheels of Plain is no setting: expected core.fields.setti"):
+        fields.settings(Plain)

@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from advmoe_jax.core import config, find
 from advmoe_jax.core import tree as trees
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.models import network
 
 SHAPE, CLASSES, PASSES, BATCH = (8, 8, 3), 4, 2, 6
@@ -110,3 +111,20 @@ def test_in_evaluation_no_image_depends_on_the_others(name):
     others, _ = evaluate(variables, x.at[1:].set(1 - x[1:]))
     np.testing.assert_allclose(logits[0], others[0], rtol=1e-4, atol=1e-5)
     assert not np.allclose(logits[1], others[1], rtol=1e-4, atol=1e-5)
+
+
+class _Plain(nn.Module):
+    """Experts are asked for, and no layer is routed."""
+
+    @nn.compact
+    def __call__(self, x, choose, train):
+        return nn.Dense(CLASSES)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("routing", ["layer", "global"])
+def test_experts_without_a_routed_layer_are_refused(routing):
+    cfg = config.default(model="resnet").model
+    cfg.routing = routing
+    net = network.make(cfg, SHAPE, CLASSES)
+    with pytest.raises(UserError, match="_Plain has several experts and no routed layer"):
+        dataclasses.replace(net, module=net.module.clone(backbone=_Plain())).shapes

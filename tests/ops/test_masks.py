@@ -8,6 +8,7 @@ import pytest
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import tree
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.models import network
 from advmoe_jax.ops import masks
@@ -138,3 +139,14 @@ def test_the_norm_behind_a_routed_layer_is_not_covered():
 def test_dense_is_dense():
     chex.assert_trees_all_equal(masks.cover_norms(None, PARAMS, ()), jax.tree.map(lambda _: None, PARAMS))
     chex.assert_trees_all_equal(masks.apply(PARAMS, {"a": None, "b": None, "bn": None}), PARAMS)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"bb": None}, "unknown group of masks 'bb'.*did you mean 'b'"),
+    ({"a": {"kernel": np.ones((3, 2)), "bias": None}}, r"masks of a do not fit.*\(3, 2\).*\(2, 3\)"),
+    ({"a": {"kernel": np.ones((1, 2, 3)), "bias": None}}, "masks of a do not fit"),
+    ({"a": {"kernel": None}}, "masks of a do not fit its parameters.*expected the same tree, None where dense")])
+def test_masks_of_other_parameters_are_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        masks.check(PARAMS, wrong)
+    masks.check(PARAMS, {"a": {"kernel": np.ones(3), "bias": None}, "b": None})

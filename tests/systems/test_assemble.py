@@ -1,0 +1,44 @@
+"""What a run is put together from must be what it says."""
+
+import dataclasses
+
+import pytest
+
+from advmoe_jax.core import config as configs
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.data import digits
+from advmoe_jax.models import model as models
+from advmoe_jax.systems import assemble, standard
+
+pytestmark = pytest.mark.usefixtures("tiny_resnet")
+
+
+@pytest.fixture
+def config():
+    config = configs.default(data="digits", system="standard")
+    configs.override_all(config, ["model.depth=4", "model.width=8", "model.num_experts=1", "system.loss=natural"])
+    return config
+
+
+def test_logits_of_other_classes(config, monkeypatch):
+    usual = models.make
+    monkeypatch.setattr(models, "make", lambda cfg, shape, classes, mesh: dataclasses.replace(
+        usual(cfg, shape, classes + 1, mesh), num_classes=classes))
+    with pytest.raises(UserError, match=r"gives logits of shape \(1, 11\) for one image: expected \(1, 10\)"):
+        assemble.assemble(config)
+
+
+def test_what_makes_no_system(config, monkeypatch):
+    usual = standard.make
+    for made, message in (
+            (lambda *args: None, "make.. of advmoe_jax/systems/standard.py returns NoneType: expected a System"),
+            (lambda *args: dataclasses.replace(usual(*args), every={"often": None}), "a key of System.every")):
+        monkeypatch.setattr(standard, "make", made)
+        with pytest.raises(UserError, match=message):
+            assemble.assemble(config)
+
+
+def test_what_is_no_data_set(config, monkeypatch):
+    monkeypatch.setattr(digits, "dataset", lambda root, variant: ())
+    with pytest.raises(UserError, match="dataset.. of advmoe_jax/data/digits.py returns tuple: expected a Dataset"):
+        assemble.assemble(config)
