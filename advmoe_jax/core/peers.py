@@ -121,8 +121,8 @@ def _door(port: int) -> socket.socket:
     try:
         return socket.create_server(("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
     except OSError as error:
-        raise UserError(f"--coordinator: process 0 cannot open port {port}: {error.strerror}; expected one that is "
-                        "free on its host, and one process with --process_id 0") from None
+        raise UserError(f"--coordinator: process 0 cannot open port {port}: {os.strerror(error.errno)}; expected one "
+                        "that is free on its host, and one process with --process_id 0") from None
 
 
 def _admit(link: socket.socket, count: int, links: dict[int, socket.socket], theirs: dict[int, dict],
