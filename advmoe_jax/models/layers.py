@@ -13,7 +13,7 @@ from advmoe_jax.ops.dispatch import Choice
 
 # Kaiming normal, fan out: the initialiser of the released AdvMoE code. For a routed kernel the fan counts all
 # stored channels.
-kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal", dtype=jnp.float32)
 
 _MOMENTUM = 0.9  # what an update keeps of running statistics; PyTorch's 0.1
 
@@ -39,11 +39,11 @@ class BatchNorm(nn.Module):
             train: 0: by running statistics; else by those of the batch, which holds so many passes in turn, each with
                 its own (`ops.batch_norm`); they update the running ones one after the other.
         """
-        shape = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, shape) if self.is_affine else jnp.ones(shape, x.dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape) if self.is_affine else jnp.zeros(shape, x.dtype)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        var = self.variable("batch_stats", "var", jnp.ones, shape)
+        shape, stored = x.shape[-1:], (x.shape[-1:], jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, *stored) if self.is_affine else jnp.ones(shape, x.dtype)
+        bias = self.param("bias", nn.initializers.zeros, *stored) if self.is_affine else jnp.zeros(shape, x.dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, *stored)
+        var = self.variable("batch_stats", "var", jnp.ones, *stored)
         if not train:
             return batch_norm.scaled(x, mean.value, lax.rsqrt(var.value + batch_norm.EPSILON) * scale, bias)
         y, *found = batch_norm.normalize(x, scale, bias, int(train))

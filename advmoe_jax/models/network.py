@@ -158,7 +158,7 @@ class Network:
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh variables {"params": ..., "batch_stats": ...}, each a tree per group."""
-        x = jnp.zeros((1, *self.image_shape))
+        x = jnp.zeros((1, *self.image_shape), jnp.float32)
         return {"batch_stats": {}} | self.module.init(key, x, routing.hard(), 1)
 
     def apply(self, variables: dict[str, Any], x: jax.Array,
@@ -317,7 +317,7 @@ def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | 
 def _num_routed(net: nn.Module, image_shape: tuple[int, int, int], num_experts: int) -> int:
     """How many layers of a backbone are routed."""
     def choose(x):
-        return Choice(jnp.ones((len(x), num_experts)))
+        return Choice(jnp.ones((len(x), num_experts), x.dtype))
 
     return sum(spec.routed for spec in trace.layers(net, _image(image_shape), choose, 0))
 
