@@ -6,6 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from advmoe_jax.core.errors import UserError
+
+
+def typed(key: jax.Array, rows: int | None = None) -> jax.Array:
+    """A key as jax.random.key makes it, of such a key or of one of jax.random.PRNGKey; or keys (rows,).
+
+    Raises:
+        UserError: it is neither, or there are as many as are not wanted.
+    """
+    dtype = getattr(key, "dtype", np.dtype(object))
+    try:
+        if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            key = jax.random.wrap_key_data(key if dtype == np.uint32 else None)
+    except (TypeError, ValueError, AttributeError):
+        raise UserError(f"key is {key!r}: expected jax.random.key(0), or jax.random.PRNGKey(0)") from None
+    if key.shape not in ((), (rows,)):
+        several = "" if rows is None else f", or one for each of the {rows} images"
+        raise UserError(f"key has shape {key.shape}: expected one key{several}")
+    return key
+
 
 def number(name: str) -> np.int32:
     """A stream's name as what `stream` and `key` take for it too: one program then serves several streams."""
@@ -37,7 +57,8 @@ def per_example(key: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def rowwise(key: jax.Array, rows: int) -> jax.Array:
-    """Keys (rows,): those given, or folded from one key and the row's number."""
+    """Keys (rows,): those given, or folded from one key and the row's number; of either kind, see `typed`."""
+    key = typed(key, rows)
     return per_example(key, jnp.arange(rows)) if key.ndim == 0 else key
 
 

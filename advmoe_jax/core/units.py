@@ -1,6 +1,7 @@
 """Numbers as people write them: eps as "8/255", lengths in steps, epochs or percent."""
 
 import math
+import re
 from fractions import Fraction
 
 from advmoe_jax.core.errors import UserError
@@ -14,7 +15,7 @@ def number(value: str | float, what: str = "value") -> float:
     """
     try:
         result = float(Fraction(value.strip())) if isinstance(value, str) else float(value)
-    except (ValueError, TypeError, ZeroDivisionError):
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
         raise UserError(f"{what} is {value!r}: expected a number or a fraction, such as '8/255'") from None
     if not math.isfinite(result):
         raise UserError(f"{what} is {value!r}: expected a finite number")
@@ -93,13 +94,16 @@ def step_size(value: str | float, eps_value: float, num_steps: int, norm: str, w
     Raises:
         UserError: it cannot be read, is negative, or above 1 for linf (which is a step in 0-255 units).
     """
-    text = str(value).strip()
-    scale = 1.0
+    text, scale = re.sub(r"\s*/\s*", "/", str(value).strip()), 1.0
     for suffix, factor in (("eps/steps", eps_value / max(num_steps, 1)), ("eps", eps_value)):
         if text.endswith(suffix):
             text, scale = text.removesuffix(suffix), factor
             break
-    result = number(text, what) * scale
+    try:
+        result = number(text, what) * scale
+    except UserError:
+        raise UserError(f"{what} is {value!r}: expected a number, or for example '2/255', '0.625 eps' or "
+                        "'2.5 eps/steps'") from None
     if result < 0:
         raise UserError(f"{what} is {value!r}: expected 0 or more")
     if norm == "linf" and result > 1 and scale == 1:

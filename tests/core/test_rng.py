@@ -4,8 +4,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from advmoe_jax.core import rng
+from advmoe_jax.core.errors import UserError
 
 
 def _data(keys):
@@ -42,4 +44,16 @@ def test_rowwise_and_fold_in():
     keys = rng.rowwise(key, 3)
     chex.assert_trees_all_equal(_data(keys), _data(rng.per_example(key, jnp.arange(3))))
     chex.assert_trees_all_equal(_data(rng.rowwise(keys, 3)), _data(keys))
+    legacy = jax.random.key_data(key)
+    chex.assert_trees_all_equal(_data(rng.rowwise(legacy, 3)), _data(keys))
+    chex.assert_trees_all_equal(_data(rng.rowwise(jax.random.key_data(keys), 3)), _data(keys))
     chex.assert_trees_all_equal(_data(rng.fold_in(keys, 9))[1], _data(jax.random.fold_in(keys[1], 9)))
+
+
+@pytest.mark.parametrize("key, words", [
+    (0, "key is 0: expected jax.random.key"), (np.zeros(2), "expected jax.random.key"),
+    (np.zeros(3, np.uint32), "expected jax.random.key"), (jax.random.split(jax.random.key(0)), "one for each of the 3"),
+    (jax.random.split(jax.random.PRNGKey(0)), "one for each of the 3")])
+def test_what_is_no_key(key, words):
+    with pytest.raises(UserError, match=words):
+        rng.rowwise(key, 3)
