@@ -8,9 +8,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import build, driver, objectives, structured
+from advmoe_jax.attacks import build, driver, objectives, settings, structured
 from advmoe_jax.attacks.about import About
 from advmoe_jax.attacks.objectives import Objective
+from advmoe_jax.core.errors import one_of
+from advmoe_jax.core.fields import setting
 from advmoe_jax.ops import balls, losses, routing
 
 ABOUT = About(balls.NORMS, takes="routed", needs=("router_logits", "expert_ids"))
@@ -31,10 +33,11 @@ class Config(structured.Settings):
             "expert": for each expert, taken in all layers, and for the clean path with one of its four closest choices
             changed: the loss of that path is raised, and the scores are moved so that the router takes it.
             "transfer": the loss of each expert, taken in all layers, and of the even mixture; the router has no part.
-        norm, eps, num_steps, step_size, early_stop, driver: see structured.Settings.
+        others: see structured.Settings.
     """
 
-    mode: str = "joint"
+    mode: str = setting("joint", "of the router or of the experts", read=lambda mode, what: one_of(what, mode, MODES))
+    num_steps: int = settings.count(50, "gradient steps, shared by the phases of a run", least=len(_TEMPERATURES))
 
 
 label = structured.label
@@ -53,7 +56,7 @@ def make(config: Config = Config()) -> build.Attack:
         rows = rows | dict(y=dict(label=rows["y"], clean=ids), scores=scores)
         return inputs._replace(rows=rows), worst, _RUNS[config.mode](*scores.shape[1:])
 
-    return structured.attack_by("adaptive", config, ABOUT, MODES, begin, least_steps=len(_TEMPERATURES), stops=True)
+    return structured.attack_by("adaptive", config, ABOUT, begin, stops=True)
 
 
 @jax.jit

@@ -14,6 +14,7 @@ from advmoe_jax.attacks import build, driver, objectives, settings
 from advmoe_jax.attacks.about import About
 from advmoe_jax.core import rng
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.core.fields import setting
 from advmoe_jax.ops import balls
 
 _MOMENTUM = 0.75  # share of the step in an update, the rest goes to the last movement
@@ -24,34 +25,22 @@ ABOUT = About(balls.NORMS)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of APGD; the defaults are AutoAttack's.
+    """Settings of APGD; the defaults are AutoAttack's."""
 
-    Attributes:
-        num_steps: steps in each restart.
-        restarts: random starts, for each target.
-        loss: "ce" | "dlr" | "margin", or an Objective.
-        targets: classes that are aimed at one after the other, by falling clean logit; 0 for none. With "dlr" they are
-            at most K - 1.
-        rho: share of steps that must increase the loss, or the step size is halved.
-        eot: 0 for a deterministic model; else the gradient is the mean of that many passes of
-            `logits_fn(x, keys)`, keys (B,).
-        largest_first: l1 only: 30 % of the steps at 3 eps and 30 % at 2 eps come first.
-        quirks: whether the first increase is counted against a loss of 0, as the reference code does.
-        norm, eps, early_stop, driver: see attacks.settings.
-    """
-
-    norm: str = "linf"
-    eps: str | float = "8/255"
-    num_steps: int = 100
-    restarts: int = 1
-    loss: str | objectives.Objective = "ce"
-    targets: int = 0
-    rho: float = 0.75
-    eot: int = 0
-    largest_first: bool = True
-    quirks: bool = False
-    early_stop: bool = False
-    driver: str = "auto"
+    norm: str = settings.norm(ABOUT)
+    eps: str | float = settings.eps()
+    num_steps: int = settings.count(100, "steps in each restart")
+    restarts: int = settings.count(1, "random starts, for each target")
+    loss: str | objectives.Objective = settings.loss("ce", "dlr", "margin")
+    targets: int = settings.count(0, "classes that are aimed at one after the other, by falling clean logit, at most "
+                                     "K - 1; 0 for none", least=0)
+    rho: float = setting(0.75, "share of steps that must raise the loss, or the step size is halved", least=0, most=1)
+    eot: int = settings.count(0, "0 for a deterministic model; else the gradient is the mean of that many passes of "
+                                 "logits_fn(x, keys), keys (B,)", least=0, most=1000)
+    largest_first: bool = setting(True, "l1 only: 30 % of the steps at 3 eps and 30 % at 2 eps come first")
+    quirks: bool = setting(False, "whether the first increase counts against a loss of 0, as in the reference code")
+    early_stop: bool = settings.early_stop()
+    driver: str = settings.driver()
 
 
 def label(config: Config) -> str:
@@ -67,9 +56,7 @@ def make(config: Config = Config()) -> build.Attack:
     x_adv is the last misclassified iterate, or without one the iterate of the highest loss. Images that are
     misclassified when clean come back as they are.
     """
-    eps = settings.read("apgd", config, ABOUT, num_steps=1, restarts=1, targets=0, eot=0, rho="0 to 1")["eps"]
-    if config.loss == "kl":
-        raise UserError("apgd has loss=kl: expected a loss of labels, one of ce, dlr, margin")
+    config = settings.read("apgd", config)
     if config.targets and config.loss not in objectives.TARGETED:
         loss = "an objective of its own" if isinstance(config.loss, objectives.Objective) else config.loss
         raise UserError(f"apgd has targets={config.targets} with loss={loss}: "
@@ -86,14 +73,14 @@ def make(config: Config = Config()) -> build.Attack:
                         stops=config.early_stop and i == last) for i, (_, steps) in enumerate(phases)]
 
     def attack(logits_fn, key, x, y):
-        inputs = build.inputs_of(logits_fn, key, x, y, with_keys=config.eot > 0)
+        inputs = build.inputs_of(logits_fn, key, x, y, config.eot > 0, objectives.takes(config.loss))
 
         def one(inputs, _):
             rows = dict(inputs.rows)
             if config.targets:
                 rows["y"] = rows["y"], rows.pop("target")
             for i, (program, (factor, steps)) in enumerate(zip(programs, phases)):
-                scalars = dict(eps=factor * eps)
+                scalars = dict(eps=factor * config.eps)
                 if is_l1:
                     rows.setdefault("init", rows["x"])
                     scalars |= dict(every=max(int(_L1_JUDGED * steps), 1), is_first=i == 0, is_only=last == 0)
@@ -181,7 +168,8 @@ class Program:
         keys = rng.fold_in(inputs.rows["keys"], i + 1)
         draws = [(rng.fold_in(keys, n),) for n in range(self.eot)] or [()]
         looks = [objectives.gradient(self.objective, inputs.logits_fn, x, inputs.rows["y"], *draw) for draw in draws]
-        loss, grad, broken = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *looks)
+        loss, grad, broken = jax.tree.map(
+            lambda *leaves: sum(leaf.astype(x.dtype) for leaf in leaves) / len(leaves), *looks)
         return loss, jnp.nan_to_num(grad), broken > 0.5
 
     def _judge(self, inputs, carry, loss, i):
@@ -200,7 +188,7 @@ class Program:
         gap, due = self._table()
         gap, due = jnp.asarray(gap)[i], jnp.asarray(due)[i]
         before = jnp.where(i == 1, 0, carry["loss"]) if self.quirks else carry["loss"]
-        carry["increases"] += (loss > before) & (i > 0)
+        carry["increases"] += ((loss > before) & (i > 0)).astype(loss.dtype)
         carry["loss"] = loss
         carry["checked_loss"] = jnp.where(i == 0, loss, carry["checked_loss"])
         stalls = carry["increases"] <= self.rho * gap

@@ -9,25 +9,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import driver, objectives
+from advmoe_jax.attacks import checks, driver, objectives
 from advmoe_jax.core import rng
 
 Attack = Callable[..., jax.Array]
 
 
-def inputs_of(model_fn: Callable, key: jax.Array, x: jax.Array, y: Any, with_keys: bool = False, **numbers: Any
-              ) -> driver.Inputs:
+def inputs_of(model_fn: Callable, key: jax.Array, x: jax.Array, y: Any, with_keys: bool = False,
+              takes: str | None = "logits", **numbers: Any) -> driver.Inputs:
     """Inputs of a program, with the rows "keys", "x", "y".
 
     Args:
         model_fn, key, x, y: of the attack, see pgd.make.
         with_keys: whether `model_fn` takes keys (B,) too.
+        takes: what `model_fn` is, see About; None: `y` is not labels, and the model is not looked at.
         numbers: scalars of the program; they get the type of the images.
+    Raises:
+        UserError: one of these cannot be attacked, see attacks.checks.
     """
+    x = jnp.asarray(checks.images(x))
     keys = rng.rowwise(key, x.shape[0])
+    more = (keys,) if with_keys else ()
+    model_fn = objectives.partial(model_fn, x, *more)
+    if takes is not None:
+        y = checks.labels(y, x.shape[0], checks.classes(takes, model_fn, x, *more))
     scalars = jax.tree.map(lambda number: jnp.asarray(number, x.dtype), numbers)
-    return driver.Inputs(objectives.partial(model_fn, x, *([keys] if with_keys else [])), dict(keys=keys, x=x, y=y),
-                         scalars)
+    return driver.Inputs(model_fn, dict(keys=keys, x=x, y=y), scalars)
 
 
 def noise(keys: jax.Array, x: jax.Array, norm: str) -> jax.Array:
@@ -47,7 +54,11 @@ def one_run(program: driver.Program, num_steps: int, driver_name: str, **numbers
 
 def of_images(transform: Callable[[jax.Array, jax.Array], jax.Array]) -> Attack:
     """The attack that gives transform(keys (B,), x), whatever the model and `y`."""
-    return lambda logits_fn, key, x, y: jax.lax.stop_gradient(transform(rng.rowwise(key, x.shape[0]), x))
+    def attack(logits_fn, key, x, y):
+        x = jnp.asarray(checks.images(x))
+        return jax.lax.stop_gradient(transform(rng.rowwise(key, x.shape[0]), x))
+
+    return attack
 
 
 def over_targets(one: Callable[[driver.Inputs, bool], dict[str, jax.Array]], inputs: driver.Inputs, targets: int = 0,

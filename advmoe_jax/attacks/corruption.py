@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import build
+from advmoe_jax.attacks import build, settings
 from advmoe_jax.attacks.about import About
-from advmoe_jax.core import units
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import one_of
+from advmoe_jax.core.fields import setting
 from advmoe_jax.ops import colour, filters
 
 ABOUT = About(takes="values")
@@ -21,16 +21,11 @@ ABOUT = About(takes="values")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of a corruption.
+    """Settings of a corruption."""
 
-    Attributes:
-        kind: "gaussian_noise" | "shot_noise" | "impulse_noise" | "fog" | "snow" | "brightness" | "contrast" |
-            "defocus_blur" | "pixelate".
-        severity: 1 to 5.
-    """
-
-    kind: str = "gaussian_noise"
-    severity: int = 3
+    kind: str = setting("gaussian_noise", "gaussian_noise, shot_noise, impulse_noise, fog, snow, brightness, contrast, "
+                                          "defocus_blur or pixelate", read=lambda kind, what: one_of(what, kind, KINDS))
+    severity: int = settings.count(3, "of the five that there are", most=5)
 
 
 def label(config: Config) -> str:
@@ -40,9 +35,7 @@ def label(config: Config) -> str:
 
 def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does; the model and `y` do not matter."""
-    one_of("corruption", config.kind, KINDS)
-    if units.whole(config.severity, 1, "corruption's severity") > 5:
-        raise UserError(f"corruption has severity={config.severity}: expected 1 to 5")
+    config = settings.read("corruption", config)
     level = KINDS[config.kind][1][config.severity - 1]
     corrupted = _corrupted_in_shapes if config.kind in _SHAPES else _corrupted_by_numbers
     return build.of_images(lambda keys, x: corrupted(keys, x, config.kind, level))

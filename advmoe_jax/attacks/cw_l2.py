@@ -12,6 +12,7 @@ import optax
 
 from advmoe_jax.attacks import build, driver, minimal, objectives, settings
 from advmoe_jax.attacks.about import About
+from advmoe_jax.core.fields import setting
 from advmoe_jax.ops import losses
 
 _INSIDE = 0.999999  # atanh is infinite on the border of the box
@@ -25,28 +26,22 @@ ABOUT = About(("l2",))
 class Config:
     """Settings of C&W; the defaults are the paper's.
 
-    With c=1, num_steps=50 and binary_search_steps=1 it is the attack that papers run with torchattacks.
-
-    Attributes:
-        num_steps: Adam steps for each c.
-        binary_search_steps: values of c that are tried, each image having its own.
-        c: weight of the hinge in the first search step, more than 0; times 10 until the attack succeeds, then halfway
-            between the largest that failed and the smallest that succeeded.
-        confidence: logit margin that an adversarial image must have, 0 or more.
-        learning_rate: of Adam, in w, more than 0.
-        norm ("l2"), eps, beyond, early_stop, driver: see attacks.settings.
+    With c=1, num_steps=50 and binary_search_steps=1 it is the attack that papers run with torchattacks. `c` and
+    `confidence` are in units of the logits: if those are s times as large, c / s and s confidence give the same images.
     """
 
-    norm: str = "l2"
-    eps: str | float = 0.5
-    num_steps: int = 1000
-    binary_search_steps: int = 9
-    c: float = 1e-3
-    confidence: float = 0.0
-    learning_rate: float = 0.01
-    beyond: str = "clean"
-    early_stop: bool = False
-    driver: str = "auto"
+    norm: str = settings.norm(ABOUT)
+    eps: str | float = settings.eps("0.5")
+    num_steps: int = settings.count(1000, "Adam steps for each c")
+    binary_search_steps: int = settings.count(9, "values of c that are tried, each image having its own", most=100)
+    c: float = setting(1e-3, "weight of the hinge in the first search step; times 10 until the attack succeeds, then "
+                             "halfway between the largest that failed and the smallest that succeeded",
+                       above=0, most=1e12)
+    confidence: float = setting(0.0, "logit margin that an adversarial image must have", least=0, most=1e12)
+    learning_rate: float = setting(0.01, "of Adam, in w", above=0, most=100)
+    beyond: str = settings.beyond()
+    early_stop: bool = settings.early_stop()
+    driver: str = settings.driver()
 
 
 def label(config: Config) -> str:
@@ -57,8 +52,8 @@ def label(config: Config) -> str:
 
 def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as minimal.attack_by does; it draws nothing."""
-    numbers = settings.read("cw_l2", config, ABOUT, num_steps=1, binary_search_steps=1, c="more than 0",
-                            learning_rate="more than 0", confidence="0 or more")
+    config = settings.read("cw_l2", config)
+    numbers = dict(eps=config.eps, c=config.c, confidence=config.confidence, learning_rate=config.learning_rate)
     program = _CW(config.num_steps, config.binary_search_steps, config.beyond, config.early_stop)
     looks = config.binary_search_steps * (config.num_steps + 1)
     return minimal.attack_by(lambda _: program, numbers, looks, config.driver)
@@ -101,7 +96,8 @@ class _CW:
         nearest = minimal.nearer(carry, inputs, u, broken, "l2")
         checked = carry["taken"] % math.ceil(self.num_steps / _CHECKS) == 0
         stuck = checked & ~(loss <= _PROGRESS * carry["checked_loss"])
-        updates, adam = jax.vmap(_ADAM.update)(jnp.nan_to_num(grad), carry["adam"])
+        with jax.numpy_dtype_promotion("standard"):  # which optax needs
+            updates, adam = jax.vmap(_ADAM.update)(jnp.nan_to_num(grad), carry["adam"])
         moved = {name: carry[name] for name in ("c", "low", "high", "search")} | dict(
             w=carry["w"] - scalars["learning_rate"] * updates, adam=adam, taken=carry["taken"] + 1,
             checked_loss=jnp.where(checked, loss, carry["checked_loss"]), succeeded=carry["succeeded"] | broken)

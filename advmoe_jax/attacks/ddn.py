@@ -12,7 +12,8 @@ from advmoe_jax.attacks import build, driver, minimal, objectives, settings
 from advmoe_jax.attacks.about import About
 from advmoe_jax.core import rng
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.ops import balls
+from advmoe_jax.core.fields import setting
+from advmoe_jax.ops import balls, losses
 
 _LAST_STEP_SIZE = 0.01
 ABOUT = About(("l2",))
@@ -20,25 +21,20 @@ ABOUT = About(("l2",))
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of DDN; the defaults are the authors', but for `levels`.
+    """Settings of DDN; the defaults are the authors', but for `levels`."""
 
-    Attributes:
-        num_steps: gradient steps; the norm, before the box, stays above start_eps (1 - gamma)^num_steps.
-        start_eps: norm of the first perturbation, more than 0.
-        gamma: share by which the norm shrinks on a misclassified iterate and grows on another, 0 to 1.
-        levels: grey levels that the images are rounded to, 256 as the authors do; 0 for no rounding.
-        norm ("l2"), eps, beyond, early_stop, driver: see attacks.settings.
-    """
-
-    norm: str = "l2"
-    eps: str | float = 0.5
-    num_steps: int = 100
-    start_eps: str | float = 1.0
-    gamma: float = 0.05
-    levels: int = 0
-    beyond: str = "clean"
-    early_stop: bool = False
-    driver: str = "auto"
+    norm: str = settings.norm(ABOUT)
+    eps: str | float = settings.eps("0.5")
+    num_steps: int = settings.count(100, "gradient steps; the norm, before the box, stays above "
+                                         "start_eps (1 - gamma)^num_steps")
+    start_eps: str | float = setting(1.0, "norm of the first perturbation", above=0, most=1e6)
+    gamma: float = setting(0.05, "share by which the norm shrinks on a misclassified iterate and grows on another",
+                           above=0, most=0.999)
+    levels: int = settings.count(0, "grey levels that the images are rounded to, 256 as the authors do; 0 for no "
+                                    "rounding", least=0, most=2**16)
+    beyond: str = settings.beyond()
+    early_stop: bool = settings.early_stop()
+    driver: str = settings.driver()
 
 
 def label(config: Config) -> str:
@@ -48,18 +44,25 @@ def label(config: Config) -> str:
 
 def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as minimal.attack_by does."""
-    numbers = settings.read("ddn", config, ABOUT, num_steps=1, levels=0, start_eps="more than 0",
-                            gamma="more than 0 and less than 1")
+    config = settings.read("ddn", config)
     if config.levels == 1:
         raise UserError("ddn has levels=1: expected 0 for no rounding, or 2 or more")
     program = _DDN(config.levels, config.beyond, config.early_stop)
-    numbers["num_steps"] = config.num_steps
+    numbers = dict(eps=config.eps, start_eps=config.start_eps, gamma=config.gamma, num_steps=config.num_steps)
     return minimal.attack_by(lambda _: program, numbers, config.num_steps + 1, config.driver)
 
 
 def step_size(i: jax.Array, num_steps: jax.Array) -> jax.Array:
     """From 1 to 0.01 along half a cosine."""
     return _LAST_STEP_SIZE + (1 - _LAST_STEP_SIZE) * (1 + jnp.cos(jnp.pi * i / num_steps)) / 2
+
+
+def _odds(logits, y):
+    """log((1 - p_y) / p_y), which rises in the direction of the cross-entropy and is never saturated."""
+    return jax.nn.logsumexp(losses.others(logits, y), -1) - jnp.take_along_axis(logits, y[:, None], -1)[:, 0]
+
+
+_ODDS = objectives.Objective(_odds, objectives.misclassified)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +82,10 @@ class _DDN:
 
     def step(self, inputs: driver.Inputs, carry: driver.Carry, i: jax.Array) -> driver.Carry:
         x, u, scalars = inputs.rows["x"], carry["x"], inputs.scalars
-        _, grad, broken = objectives.gradient(objectives.NAMED["ce"], inputs.logits_fn, u, inputs.rows["y"])
+        _, grad, broken = objectives.gradient(_ODDS, inputs.logits_fn, u, inputs.rows["y"])
         nearest = minimal.nearer(carry, inputs, u, broken, "l2")
         direction = balls.steepest(jnp.nan_to_num(grad), u, "l2", rng.fold_in(inputs.rows["keys"], i))
-        delta = u - x + step_size(i, scalars["num_steps"]) * direction
+        delta = u - x + step_size(jnp.asarray(i, x.dtype), scalars["num_steps"]) * direction
         radius = carry["radius"] * jnp.where(broken, 1 - scalars["gamma"], 1 + scalars["gamma"])
         radius = jnp.minimum(radius, balls.norm(jnp.maximum(x, 1 - x), "l2"))
         u = jnp.clip(x + radius[:, None, None, None] * balls.normalized(delta), 0, 1)

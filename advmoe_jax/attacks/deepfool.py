@@ -10,30 +10,25 @@ import jax.numpy as jnp
 
 from advmoe_jax.attacks import build, driver, minimal, objectives, settings
 from advmoe_jax.attacks.about import About
-from advmoe_jax.ops import balls
+from advmoe_jax.core.fields import setting
+from advmoe_jax.ops import balls, hyperplanes
 
-_BEYOND_THE_PLANE = 1e-4  # added to the logit difference that a step closes
+_BEYOND_THE_PLANE = 1e-5  # added to the length of a step, so that a tie is left too
 ABOUT = About(("linf", "l2"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of DeepFool.
+    """Settings of DeepFool."""
 
-    Attributes:
-        num_steps: steps at most; an image is left alone once its class changes.
-        overshoot: share by which the whole perturbation is lengthened, 0 or more.
-        candidates: classes of the largest clean logits that are considered, the label among them, 2 or more.
-        norm ("linf" | "l2"), eps, beyond, driver: see attacks.settings.
-    """
-
-    norm: str = "linf"
-    eps: str | float = "8/255"
-    num_steps: int = 50
-    overshoot: float = 0.02
-    candidates: int = 10
-    beyond: str = "clean"
-    driver: str = "auto"
+    norm: str = settings.norm(ABOUT)
+    eps: str | float = settings.eps()
+    num_steps: int = settings.count(50, "steps at most; an image is left alone once its class changes")
+    overshoot: float = setting(0.02, "share by which the whole perturbation is lengthened", least=0, most=100)
+    candidates: int = settings.count(10, "classes of the largest clean logits that are considered, with the label",
+                                     least=2)
+    beyond: str = settings.beyond()
+    driver: str = settings.driver()
 
 
 def label(config: Config) -> str:
@@ -43,9 +38,10 @@ def label(config: Config) -> str:
 
 def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as minimal.attack_by does; it draws nothing."""
-    numbers = settings.read("deepfool", config, ABOUT, num_steps=1, candidates=2, overshoot="0 or more")
-    return minimal.attack_by(lambda ranked: _DeepFool(config.norm, config.beyond, cost=(1, ranked)), numbers,
-                             config.num_steps + 1, config.driver, config.candidates - 1)
+    config = settings.read("deepfool", config)
+    return minimal.attack_by(lambda ranked: _DeepFool(config.norm, config.beyond, cost=(1, ranked)),
+                             dict(eps=config.eps, overshoot=config.overshoot), config.num_steps + 1, config.driver,
+                             config.candidates - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +62,9 @@ class _DeepFool:
         x, y = inputs.rows["x"], inputs.rows["y"]
         logits, gaps, normals = self._planes(inputs, carry["x"])
         nearest = minimal.nearer(carry, inputs, carry["x"], objectives.misclassified(logits, y), self.norm)
-        dual = "l1" if self.norm == "linf" else "l2"
-        lengths = jnp.maximum(jax.vmap(lambda normal: balls.norm(normal, dual))(normals), 1e-12)
-        plane = jnp.argmin(jnp.abs(gaps) / lengths, 0), jnp.arange(x.shape[0])
-        far = (jnp.abs(gaps[plane]) + _BEYOND_THE_PLANE) / lengths[plane]
+        distances = hyperplanes.distance(gaps, normals.reshape(*gaps.shape, -1), self.norm)
+        plane = jnp.argmin(distances, 0), jnp.arange(x.shape[0])
+        far = jnp.where(jnp.isinf(distances[plane]), 0, distances[plane] + _BEYOND_THE_PLANE)
         normal = normals[plane]
         direction = jnp.sign(normal) if self.norm == "linf" else balls.normalized(normal)
         total = carry["total"] + far[:, None, None, None] * direction

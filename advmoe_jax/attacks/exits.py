@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from advmoe_jax.attacks import build, driver, objectives, structured
 from advmoe_jax.attacks.about import About
 from advmoe_jax.attacks.objectives import Objective
+from advmoe_jax.core.errors import one_of
+from advmoe_jax.core.fields import setting
 from advmoe_jax.ops import balls, losses
 
 ABOUT = About(balls.NORMS, takes="outputs", needs=("member_logits",))
@@ -33,10 +35,10 @@ class Config(structured.Settings):
             "force": confidence in a wrong class at the first exit, so that no other member is asked.
             "delay": the entropy of all exits, so that every member is used. That raises the cost; the attack succeeds
             only where the prediction is wrong too.
-        norm, eps, num_steps, step_size, early_stop, driver: see structured.Settings.
+        others: see structured.Settings.
     """
 
-    mode: str = "average"
+    mode: str = setting("average", "of the members' losses", read=lambda mode, what: one_of(what, mode, MODES))
 
 
 label = structured.label
@@ -55,7 +57,7 @@ def make(config: Config = Config()) -> build.Attack:
                 for number in range(logits.shape[1] if config.mode == "member" else 1)]
         return inputs, driver.none_yet(x), runs
 
-    return structured.attack_by("exits", config, ABOUT, MODES, begin, least_steps=1, stops=config.early_stop)
+    return structured.attack_by("exits", config, ABOUT, begin, stops=config.early_stop)
 
 
 def _aimed(number, rows):

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import build, driver, minimal, objectives, settings
+from advmoe_jax.attacks import build, checks, driver, minimal, objectives, settings
 from advmoe_jax.attacks.about import About
 from advmoe_jax.ops import balls, hyperplanes
 
@@ -20,24 +20,18 @@ ABOUT = About(balls.NORMS)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of FAB; the defaults are AutoAttack's FAB-T.
+    """Settings of FAB; the defaults are AutoAttack's FAB-T."""
 
-    Attributes:
-        num_steps: steps in each restart.
-        restarts: for each target; the first one starts at the image, the others at random.
-        targets: classes that are aimed at one after the other, by falling clean logit, at most K - 1; 0 for the class
-            of the nearest plane in each step, at K backward passes.
-        norm, eps, beyond, early_stop, driver: see attacks.settings.
-    """
-
-    norm: str = "linf"
-    eps: str | float = "8/255"
-    num_steps: int = 100
-    restarts: int = 1
-    targets: int = 9
-    beyond: str = "clean"
-    early_stop: bool = False
-    driver: str = "auto"
+    norm: str = settings.norm(ABOUT)
+    eps: str | float = settings.eps()
+    num_steps: int = settings.count(100, "steps in each restart")
+    restarts: int = settings.count(1, "for each target; the first one starts at the image, the others at random")
+    targets: int = settings.count(9, "classes that are aimed at one after the other, by falling clean logit, at most "
+                                     "K - 1; 0 for the class of the nearest plane in each step, at K backward passes",
+                                  least=0)
+    beyond: str = settings.beyond()
+    early_stop: bool = settings.early_stop()
+    driver: str = settings.driver()
 
 
 def label(config: Config) -> str:
@@ -51,11 +45,11 @@ def make(config: Config = Config()) -> build.Attack:
 
     Images that are misclassified when clean come back as they are.
     """
-    eps = settings.read("fab", config, ABOUT, num_steps=1, restarts=1, targets=0)["eps"]
+    config = settings.read("fab", config)
 
     def attack(logits_fn, key, x, y):
-        inputs = build.inputs_of(logits_fn, key, x, y, eps=eps)
-        planes = 1 if config.targets else jax.eval_shape(inputs.logits_fn, x).shape[-1]
+        inputs = build.inputs_of(logits_fn, key, x, y, eps=config.eps)
+        planes = 1 if config.targets else checks.classes("logits", inputs.logits_fn, inputs.rows["x"])
         program = _FAB(config.norm, planes, config.beyond, config.early_stop)
 
         def one(inputs, is_first):
@@ -118,8 +112,6 @@ class _FAB:
             return gap, jnp.nan_to_num(grad).reshape(size, -1)
         gaps, normals = minimal.differences(inputs.logits_fn, u, y)
         normals = jnp.nan_to_num(normals)
-        dual = {"linf": "l1", "l2": "l2", "l1": "linf"}[self.norm]
-        lengths = jnp.stack([balls.norm(normal.reshape(u.shape), dual) for normal in jnp.moveaxis(normals, 1, 0)], 1)
-        nearest = jnp.argmin(jnp.where(jnp.isinf(gaps), jnp.inf, jnp.abs(gaps) / (lengths + 1e-12)), -1)
+        nearest = jnp.argmin(hyperplanes.distance(gaps, normals, self.norm), -1)
         pick = jnp.arange(size)
         return gaps[pick, nearest], normals[pick, nearest]

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from advmoe_jax.attacks import build, objectives, pgd
+from advmoe_jax.attacks import build, objectives, pgd, settings
 from advmoe_jax.attacks.about import About
 from advmoe_jax.ops import balls
 
@@ -13,9 +13,9 @@ ABOUT = About(balls.NORMS)
 class Config:
     """Settings of FGSM, as those of pgd.Config with the same names."""
 
-    norm: str = "linf"
-    eps: str | float = "8/255"
-    loss: str | objectives.Objective = "ce"
+    norm: str = settings.norm(ABOUT)
+    eps: str | float = settings.eps()
+    loss: str | objectives.Objective = settings.loss()
 
 
 def label(config: Config) -> str:

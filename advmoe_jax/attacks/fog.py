@@ -11,28 +11,21 @@ import numpy as np
 
 from advmoe_jax.attacks import build, settings
 from advmoe_jax.attacks.about import About
-from advmoe_jax.core import units
-from advmoe_jax.core.errors import one_of
+from advmoe_jax.core.fields import setting
 from advmoe_jax.ops import colour
 
-OVERFLOWS = ("wrap", "clip")
 ABOUT = About(takes="values")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of fog; the defaults are MoL's.
+    """Settings of fog; the defaults are MoL's."""
 
-    Attributes:
-        t: thickness, 0 or more; an image keeps 1 / (1 + exp(t)) of itself.
-        light: what the fog itself looks like, 0 or more; above 1 it is brighter than white.
-        overflow: of what is brighter than white: "wrap" takes it modulo 256, so that bright pixels turn black, as the
-            reference code does; "clip" leaves it white.
-    """
-
-    t: float = 0.4
-    light: float = 1.2
-    overflow: str = "wrap"
+    t: float = setting(0.4, "thickness; an image keeps 1 / (1 + exp(t)) of itself", least=0, most=100)
+    light: float = setting(1.2, "what the fog itself looks like; above 1 it is brighter than white", least=0, most=100)
+    overflow: str = setting("wrap", "of what is brighter than white: wrap takes it modulo 256, so that bright pixels "
+                                    "turn black, as the reference code does; clip leaves it white",
+                            choices=("wrap", "clip"))
 
 
 def label(config: Config) -> str:
@@ -43,16 +36,14 @@ def label(config: Config) -> str:
 def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does; only `x` matters.
     """
-    one_of("fog's overflow", config.overflow, OVERFLOWS)
-    settings.read("fog", config, ABOUT, t="0 or more", light="0 or more")
-    table = np.float32(levels(config) / 255)
+    table = np.float32(levels(settings.read("fog", config)) / 255)
     return build.of_images(lambda _, x: _look_up(x, table))
 
 
 def levels(config: Config) -> np.ndarray:
     """What each of the 256 grey levels turns into, (256,) whole numbers."""
-    kept = 1 / (1 + np.exp(units.number(config.t)))
-    hazy = kept * np.arange(256) + (1 - kept) * units.number(config.light) * 255
+    kept = 1 / (1 + np.exp(config.t))
+    hazy = kept * np.arange(256) + (1 - kept) * config.light * 255
     hazy = np.floor(hazy + 1e-9)  # white in white fog is exactly white
     return hazy % 256 if config.overflow == "wrap" else np.minimum(hazy, 255)
 

@@ -9,33 +9,29 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import build, sampling
+from advmoe_jax.attacks import build, sampling, settings
 from advmoe_jax.attacks.about import About
+from advmoe_jax.core.fields import setting
 
 ABOUT = About(("l2", "l1"), takes="values", fixed_by="sigma")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of Gaussian noise.
+    """Settings of Gaussian noise. The search measures in the norm; linf, the largest number of all, says little about
+    noise."""
 
-    Attributes:
-        norm: "l2" | "l1", in which the search measures; linf, the largest number of all, says little about noise.
-        eps: budget of the search, a number or a fraction.
-        sigma: standard deviation, 0 to 1, of noise that is then clipped to the box, whatever eps is; 0 to search.
-        draws: of which each image keeps the worst: the one of least norm, or with a sigma the one that breaks it, or
-            has the highest cross-entropy. The draws of fewer are among those of more.
-        num_steps: equal steps in which each draw of a search ascends to eps; halving one of them takes up to 7 more.
-        early_stop, driver: see attacks.settings.
-    """
-
-    norm: str = "l2"
-    eps: str | float = 0.5
-    sigma: str | float = 0
-    draws: int = 10
-    num_steps: int = 20
-    early_stop: bool = False
-    driver: str = "auto"
+    norm: str = settings.norm(ABOUT)
+    eps: str | float = settings.eps("0.5")
+    sigma: str | float = setting(0.0, "standard deviation of noise that is then clipped to the box, whatever eps is; "
+                                      "0 to search", least=0, most=1)
+    draws: int = settings.count(10, "of which each image keeps the worst: the one of least norm, or with a sigma the "
+                                    "one that breaks it, or has the highest cross-entropy; those of fewer are among "
+                                    "those of more")
+    num_steps: int = settings.count(20, "equal steps in which each draw of a search ascends to eps; halving one of "
+                                        "them takes up to 7 more")
+    early_stop: bool = settings.early_stop()
+    driver: str = settings.driver()
 
 
 def label(config: Config) -> str:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from advmoe_jax.attacks import build, driver, objectives, sampling, settings
 from advmoe_jax.attacks.about import About
 from advmoe_jax.core import rng, units
+from advmoe_jax.core.fields import setting
 from advmoe_jax.ops import balls
 
 _FEWEST, _MOST = 5, 20  # coordinates of an l1 step
@@ -20,25 +21,18 @@ ABOUT = About()
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of MSD; the defaults are the authors' for CIFAR-10.
+    """Settings of MSD; the defaults are the authors' for CIFAR-10. An image needs to keep one of the three budgets."""
 
-    Attributes:
-        eps_linf, eps_l2, eps_l1: budgets, numbers or fractions; an image needs to keep one of them.
-        step_linf, step_l2: step sizes, as pgd.Config's.
-        step_l1: how far each of 20 coordinates moves in an l1 step; fewer move further, so that the l1 size stays.
-        num_steps: gradient steps, each with three more forward passes.
-        early_stop, driver: see attacks.settings.
-    """
-
-    eps_linf: str | float = 0.03
-    eps_l2: str | float = 0.5
-    eps_l1: str | float = 12
-    step_linf: str | float = 0.003
-    step_l2: str | float = 0.05
-    step_l1: str | float = 0.05
-    num_steps: int = 50
-    early_stop: bool = False
-    driver: str = "auto"
+    eps_linf: str | float = settings.eps("0.03")
+    eps_l2: str | float = settings.eps("0.5")
+    eps_l1: str | float = settings.eps("12")
+    step_linf: str | float = setting("0.003", "size of linf steps, as pgd.Config's")
+    step_l2: str | float = setting("0.05", "size of l2 steps")
+    step_l1: str | float = setting("0.05", "how far each of 20 coordinates moves in an l1 step; fewer move further, so "
+                                           "that the l1 size stays")
+    num_steps: int = settings.count(50, "gradient steps, each with three more forward passes")
+    early_stop: bool = settings.early_stop()
+    driver: str = settings.driver()
 
 
 def label(config: Config) -> str:
@@ -49,7 +43,7 @@ def label(config: Config) -> str:
 def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does.
     """
-    settings.read("msd", config, ABOUT, num_steps=1)
+    config = settings.read("msd", config)
     eps, sizes = {}, {}
     for norm in balls.NORMS:
         eps[norm] = units.eps(getattr(config, f"eps_{norm}"), norm, f"eps_{norm}")
@@ -94,11 +88,11 @@ class _MSD:
 
 def _l1_step(grad, u, size, keys):
     """Moves the 5 to 20 coordinates of largest gradient that have room for it, each by 20 `size` over their number."""
-    count = jax.vmap(lambda k: jax.random.randint(k, (), _FEWEST, _MOST + 1))(keys)[:, None]
+    count = jax.vmap(lambda k: jax.random.randint(k, (), _FEWEST, _MOST + 1, jnp.int32))(keys)[:, None]
     flat, place = grad.reshape(grad.shape[0], -1), u.reshape(u.shape[0], -1)
-    far = size * _MOST / count
+    far = size * _MOST / count.astype(u.dtype)
     stuck = ((flat < 0) & (place <= far)) | ((flat > 0) & (place >= 1 - far))
     largest, where = jax.lax.top_k(jnp.where(stuck, 0, jnp.abs(flat)), min(_MOST, flat.shape[-1]))
-    moves = (jnp.arange(largest.shape[-1])[None] < count) & (largest > 0)
+    moves = (jnp.arange(largest.shape[-1], dtype=count.dtype)[None] < count) & (largest > 0)
     step = jnp.where(moves, far * jnp.sign(jnp.take_along_axis(flat, where, -1)), 0)
     return jnp.zeros_like(flat).at[jnp.arange(len(flat))[:, None], where].set(step).reshape(grad.shape)

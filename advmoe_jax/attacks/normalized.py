@@ -14,33 +14,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import build, driver, objectives, pgd, settings
+from advmoe_jax.attacks import build, checks, driver, objectives, pgd, settings
 from advmoe_jax.attacks.about import About
 from advmoe_jax.core import units
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.core.fields import setting
 
 ABOUT = About(all_images=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of the attack; the defaults are SR-GKP's FGSM on CIFAR-10.
+    """Settings of the attack; the defaults are SR-GKP's FGSM on CIFAR-10."""
 
-    Attributes:
-        eps_sd: budget in standard deviations, linf.
-        num_steps: gradient steps; 1 is FGSM.
-        step_sd: step size in standard deviations, or "1 eps".
-        labels: "predicted", those of the clean images, as ART does when it is given none, or "true".
-        std: standard deviations of the channels, one number or one for each, separated by spaces.
-        driver: see attacks.settings.
-    """
-
-    eps_sd: str | float = 0.01
-    num_steps: int = 1
-    step_sd: str | float = "1 eps"
-    labels: str = "predicted"
-    std: str | float = "0.2023 0.1994 0.2010"
-    driver: str = "auto"
+    eps_sd: str | float = setting("0.01", "budget in standard deviations, linf")
+    num_steps: int = settings.count(1, "gradient steps; 1 is FGSM")
+    step_sd: str | float = setting("1 eps", "step size in standard deviations, or 1 eps")
+    labels: str = setting("predicted", "predicted, those of the clean images, as ART does when given none, or true",
+                          choices=("predicted", "true"))
+    std: str | float = setting("0.2023 0.1994 0.2010", "standard deviations of the channels, one number or one for "
+                                                       "each, separated by spaces")
+    driver: str = settings.driver()
 
 
 def label(config: Config) -> str:
@@ -54,8 +48,7 @@ def make(config: Config = Config()) -> build.Attack:
     Raises:
         UserError: a setting is out of range, or there are other channels than in `std`.
     """
-    settings.read("normalized", config, ABOUT, num_steps=1)
-    one_of("labels of normalized", config.labels, ("predicted", "true"))
+    config = settings.read("normalized", config)
     eps = units.eps(config.eps_sd, "", "eps_sd")
     step_size = units.step_size(config.step_sd, eps, config.num_steps, "", "step_sd")
     std = np.array([units.number(text, "normalized's std") for text in str(config.std).split()])
@@ -64,15 +57,15 @@ def make(config: Config = Config()) -> build.Attack:
     program = pgd.Search("linf", "none", objectives.get("ce"), keep_best=False, stops=False)
 
     def attack(logits_fn, key, x, y):
+        x = checks.images(x)
         if std.size not in (1, x.shape[-1]):
             raise UserError(f"normalized has {std.size} numbers in std and images {x.shape[-1]} channels: expected as "
                             "many, or one")
-        logits_fn = objectives.partial(logits_fn, x)
-        if config.labels == "predicted":
-            driver.count((1, 0), x.shape[0])
-            y = _predicted(logits_fn, x)
         inputs = build.inputs_of(logits_fn, key, x, y, eps=(eps * std)[None, None, None],
                                  step_size=(step_size * std)[None, None, None])
+        if config.labels == "predicted":
+            driver.count((1, 0), x.shape[0])
+            inputs.rows["y"] = _predicted(inputs.logits_fn, inputs.rows["x"])
         return jax.lax.stop_gradient(driver.run(program, inputs, config.num_steps + 1, config.driver)["x"])
 
     return attack

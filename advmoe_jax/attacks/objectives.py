@@ -1,10 +1,11 @@
 """What an attack increases, and when it has won. B batch, K classes."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 
 from advmoe_jax.attacks import driver
 from advmoe_jax.core import tree as trees
-from advmoe_jax.core.errors import one_of
+from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.ops import losses
 
 
@@ -63,6 +64,11 @@ def get(objective: str | Objective) -> Objective:
     return NAMED[one_of("attack loss", objective, NAMED)]
 
 
+def takes(objective: str | Objective) -> str | None:
+    """What `build.inputs_of` is to look at: the logits, if the objective is one of labels."""
+    return None if isinstance(objective, Objective) or objective == "kl" else "logits"
+
+
 def gradient(objective: Objective, model_fn: jax.tree_util.Partial, x: jax.Array, y: Any, *more: jax.Array
              ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The loss (B,), its gradient, and success (B,). `more` is what the model takes beside them."""
@@ -98,11 +104,15 @@ def partial(function: Callable, *examples: jax.Array) -> jax.tree_util.Partial:
     Args:
         function: a `jax.tree_util.Partial`, or a function of arrays like `examples`.
         examples: arrays of which the shapes and types count.
+    Returns:
+        The model; what it gives has the float type of the images, whatever it computes in.
     """
     if isinstance(function, jax.tree_util.Partial):
-        return function
-    model = jax.tree_util.Partial(lambda *inputs: function(*inputs))  # jax remembers what it traced of a function
-    traced = jax.make_jaxpr(model)(*(jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in examples))
+        return function if function.func is _typed else jax.tree_util.Partial(_typed, function)
+    # jax remembers what it traced of a function
+    model = jax.tree_util.Partial(_typed, jax.tree_util.Partial(lambda *inputs: function(*inputs)))
+    with tracing(*examples[1:]):
+        traced = jax.make_jaxpr(model)(*(jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in examples))
     if trees.is_traced(traced.consts):
         return model  # nothing is compiled here
     program = re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr))
@@ -116,6 +126,25 @@ def partial(function: Callable, *examples: jax.Array) -> jax.tree_util.Partial:
     if len(_closures) > _MOST_CLOSURES:
         _closures.popitem(last=False)
     return known.model
+
+
+def _typed(model_fn, x, *more):
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, x.dtype) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+                        else leaf, model_fn(x, *more))
+
+
+@contextlib.contextmanager
+def tracing(*keys: jax.Array) -> Iterator[None]:
+    """Turns what goes wrong while a model of images, and of keys if there are any, is traced into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        takes = "(images, keys), since attacks with eot average over a random model's draws" if keys else "images"
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"jax cannot trace logits_fn: {type(error).__name__}: {reason}; expected a pure function of "
+                        f"{takes}, in evaluation mode") from error
 
 
 def _same(constants, before):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from advmoe_jax.attacks.about import About
-from advmoe_jax.core import find, units
+from advmoe_jax.core import fields, find, units
 from advmoe_jax.core.errors import UserError, one_of, unknown_name
 from advmoe_jax.ops import balls
 
@@ -72,19 +72,18 @@ def attack(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), **sett
     about = getattr(module, "ABOUT", None)
     if not isinstance(about, About):
         raise UserError(f"attack {name} does not say what it is: expected ABOUT = About(...) in {name}.py")
-    fields = {field.name: field.type for field in dataclasses.fields(module.Config)}
+    known = fields.settings(module.Config)
     for setting, value in settings.items():
-        if setting not in fields:
-            raise unknown_name(f"setting of {name}", setting, fields)
-        if fields[setting] is bool:
+        if setting not in known:
+            raise unknown_name(f"setting of {name}", setting, known)
+        if isinstance(known[setting].default, bool):
             settings[setting] = one_of(f"{setting} of {name}", str(value).lower(), ("true", "false")) == "true"
-        elif fields[setting] is float and isinstance(value, str):
-            settings[setting] = units.number(value, f"{name}'s {setting}")
     if settings.get(about.fixed_by):
         defaults = {}
-    config = module.Config(**{k: v for k, v in defaults.items() if k in fields} | settings)
+    config = module.Config(**{k: v for k, v in defaults.items() if k in known} | settings)
+    run = module.make(config)
     unbounded = bool(about.fixed_by and units.number(getattr(config, about.fixed_by)))
-    return Spec(name, config, module.make(config), module.label(config), about, unbounded)
+    return Spec(name, config, run, module.label(config), about, unbounded)
 
 
 def attacks(text: str, **defaults: Any) -> tuple[Spec, ...]:

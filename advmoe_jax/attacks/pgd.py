@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from advmoe_jax.attacks import build, driver, objectives, settings
 from advmoe_jax.attacks.about import About
 from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.core.fields import setting
 from advmoe_jax.ops import balls
 
 STARTS = ("uniform", "gaussian", "none")
@@ -21,30 +22,20 @@ ABOUT = About(balls.NORMS)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of PGD.
+    """Settings of PGD."""
 
-    Attributes:
-        norm: "linf" | "l2" | "l1".
-        eps: budget, a number or a fraction such as "8/255".
-        num_steps: gradient steps in each restart.
-        step_size: a number, a fraction, "0.625 eps" or "2.5 eps/steps".
-        restarts: starts, of which each example keeps the worst.
-        start: "uniform" in the ball, "gaussian" (standard deviation 0.001, as TRADES) or "none".
-        loss: "ce" | "margin" | "kl", or an Objective.
-        keep: "best" iterate by (broken, loss), or the "last" one as papers do, which is weaker.
-        early_stop, driver: see attacks.settings.
-    """
-
-    norm: str = "linf"
-    eps: str | float = "8/255"
-    num_steps: int = 50
-    step_size: str | float = "2.5 eps/steps"
-    restarts: int = 1
-    start: str = "uniform"
-    loss: str | objectives.Objective = "ce"
-    keep: str = "best"
-    early_stop: bool = False
-    driver: str = "auto"
+    norm: str = settings.norm(ABOUT)
+    eps: str | float = settings.eps()
+    num_steps: int = settings.count(50, "gradient steps in each restart")
+    step_size: str | float = settings.step_size()
+    restarts: int = settings.count(1, "starts, of which each example keeps the worst")
+    start: str = setting("uniform", "uniform in the ball, gaussian (standard deviation 0.001, as TRADES) or none",
+                         choices=STARTS)
+    loss: str | objectives.Objective = settings.loss()
+    keep: str = setting("best", "the best iterate by (broken, loss), or the last one as papers do, which is weaker",
+                        choices=("best", "last"))
+    early_stop: bool = settings.early_stop()
+    driver: str = settings.driver()
 
 
 def label(config: Config) -> str:
@@ -57,29 +48,30 @@ def make(config: Config = Config()) -> build.Attack:
 
     `logits_fn` is best a `jax.tree_util.Partial(apply, variables)`. A closure works too, but its weights become
     constants, and other weights compile again. `key` is one key or one per example. `y` is (B,) labels, or what the
-    objective takes in their place. Like `make` of every attack, this one checks its settings.
+    objective takes in their place. x_adv and all computations beside the model are in float32, or float64 as `x` is,
+    whatever float type the logits have. Like `make` of every attack, this one checks its settings.
 
     Raises:
-        UserError: a setting is out of range.
+        UserError: a setting is out of range. From the attack: images, labels, keys or model cannot be, see
+            attacks.checks.
     """
-    one_of("start", config.start, STARTS)
-    one_of("keep", config.keep, ("best", "last"))
+    config = settings.read("pgd", config)
     if config.early_stop and config.keep == "last":
         raise UserError("pgd has early_stop=True and keep='last': expected keep='best', which it may stop at")
-    eps = settings.read("pgd", config, ABOUT, num_steps=1, restarts=1)["eps"]
-    step_size = units.step_size(config.step_size, eps, config.num_steps, config.norm)
+    step_size = units.step_size(config.step_size, config.eps, config.num_steps, config.norm, "step_size of pgd")
     looks_at_last = config.keep == "best" or config.restarts > 1
     program = Search(config.norm, config.start, objectives.get(config.loss), config.keep == "best", config.early_stop,
                      looks_at_last=looks_at_last)
 
     def attack(logits_fn, key, x, y):
-        inputs = build.inputs_of(logits_fn, key, x, y, eps=eps, step_size=step_size)
+        inputs = build.inputs_of(logits_fn, key, x, y, takes=objectives.takes(config.loss), eps=config.eps,
+                                 step_size=step_size)
 
         def one(inputs, restart):
             started = inputs._replace(scalars=inputs.scalars | {"restart": restart})
             return driver.run(program, started, config.num_steps + looks_at_last, config.driver)
 
-        worst = driver.none_yet(x)
+        worst = driver.none_yet(inputs.rows["x"])
         return jax.lax.stop_gradient(driver.rounds(one, inputs, worst, config.restarts, config.early_stop)["x"])
 
     return attack

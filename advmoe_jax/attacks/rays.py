@@ -21,20 +21,15 @@ ABOUT = About(("linf", "l2"), takes="values")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of RayS; the defaults are the authors'.
+    """Settings of RayS; the defaults are the authors'. The norm is that in which the nearest image is kept; the search
+    is the same."""
 
-    Attributes:
-        norm: "linf" | "l2", in which the nearest image is kept; the search is the same.
-        num_queries: labels that the attack may ask for, that of the clean image among them.
-        eps, beyond, early_stop, driver: see attacks.settings.
-    """
-
-    norm: str = "linf"
-    eps: str | float = "8/255"
-    num_queries: int = 10000
-    beyond: str = "clean"
-    early_stop: bool = False
-    driver: str = "auto"
+    norm: str = settings.norm(ABOUT)
+    eps: str | float = settings.eps()
+    num_queries: int = settings.count(10000, "labels that the attack may ask for, that of the clean image among them")
+    beyond: str = settings.beyond()
+    early_stop: bool = settings.early_stop()
+    driver: str = settings.driver()
 
 
 def label(config: Config) -> str:
@@ -47,9 +42,9 @@ def make(config: Config = Config()) -> build.Attack:
 
     Images that are misclassified when clean come back as they are.
     """
-    eps = settings.read("rays", config, ABOUT, num_queries=1)["eps"]
+    config = settings.read("rays", config)
     program = _RayS(config.norm, config.beyond, config.early_stop)
-    return build.one_run(program, config.num_queries, config.driver, eps=eps)
+    return build.one_run(program, config.num_queries, config.driver, eps=config.eps)
 
 
 def _labels(logits_fn, x):
@@ -113,7 +108,7 @@ class _RayS:
         next_block = bisected | (tried & ~broken)
         last = end == dim
         smallest = math.ceil(math.log2(dim))
-        new["level"] = jnp.minimum(carry["level"] + (next_block & last), smallest)
+        new["level"] = jnp.minimum(carry["level"] + (next_block & last).astype(jnp.int32), smallest)
         new["block"] = jnp.where(next_block, jnp.where(last, 0, carry["block"] + 1), carry["block"])
         new["through"] = new["within"] if self.early_stop else new["distance"] <= 0
         return new
@@ -132,4 +127,5 @@ def _column(value):
 def _places(shape):
     """(1, H, W, C): where each coordinate is when channels come first, as in the reference code."""
     height, width, channels = shape
-    return np.moveaxis(np.arange(height * width * channels).reshape(channels, height, width), 0, -1)[None]
+    places = np.arange(height * width * channels, dtype=np.int32).reshape(channels, height, width)
+    return np.moveaxis(places, 0, -1)[None]

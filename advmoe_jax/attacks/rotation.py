@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from advmoe_jax.attacks import build, settings
 from advmoe_jax.attacks.about import About
+from advmoe_jax.core.fields import setting
 from advmoe_jax.ops import warp
 
 ABOUT = About(takes="values")
@@ -17,13 +18,9 @@ ABOUT = About(takes="values")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of rotation; the default is MoL's.
+    """Settings of rotation; the default is MoL's."""
 
-    Attributes:
-        limit: degrees, 0 to 180; the angle is uniform in [-limit, limit].
-    """
-
-    limit: float = 180
+    limit: float = setting(180.0, "degrees; the angle is uniform in [-limit, limit]", least=0, most=180)
 
 
 def label(config: Config) -> str:
@@ -36,14 +33,14 @@ def make(config: Config = Config()) -> build.Attack:
 
     The nearest pixel is taken, and 0 from outside.
     """
-    limit = settings.read("rotation", config, ABOUT, limit="0 to 180 degrees")["limit"]
+    limit = settings.read("rotation", config).limit
     return build.of_images(lambda keys, x: rotate(x, angles(keys, limit)))
 
 
 @jax.jit
 def angles(keys: jax.Array, limit: float) -> jax.Array:
     """(B,) keys -> (B,) degrees in [-limit, limit]."""
-    return limit * jax.vmap(lambda key: jax.random.uniform(key, minval=-1, maxval=1))(keys)
+    return limit * jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32, -1, 1))(keys)
 
 
 @jax.jit

@@ -8,33 +8,26 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import build, sampling
+from advmoe_jax.attacks import build, sampling, settings
 from advmoe_jax.attacks.about import About
+from advmoe_jax.core.fields import setting
 
 ABOUT = About(("l2", "l1"), takes="values", fixed_by="amount")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of salt and pepper.
+    """Settings of salt and pepper. The search measures in the norm, and its budget is MoL's for CIFAR-10."""
 
-    Attributes:
-        norm: "l2" | "l1", in which the search measures.
-        eps: budget of the search; the default is MoL's for CIFAR-10.
-        amount: share of the pixels, 0 to 1, half of them white and half black on average, whatever eps is; 0 to search.
-        whole_pixels: whether all channels of a pixel turn at once.
-        draws, num_steps: as in gaussian_noise.Config.
-        early_stop, driver: see attacks.settings.
-    """
-
-    norm: str = "l1"
-    eps: str | float = 16
-    amount: str | float = 0
-    whole_pixels: bool = True
-    draws: int = 10
-    num_steps: int = 20
-    early_stop: bool = False
-    driver: str = "auto"
+    norm: str = settings.norm(ABOUT, "l1")
+    eps: str | float = settings.eps("16")
+    amount: str | float = setting(0.0, "share of the pixels, half of them white and half black on average, whatever "
+                                       "eps is; 0 to search", least=0, most=1)
+    whole_pixels: bool = setting(True, "whether all channels of a pixel turn at once")
+    draws: int = settings.count(10, "as in gaussian_noise")
+    num_steps: int = settings.count(20, "as in gaussian_noise")
+    early_stop: bool = settings.early_stop()
+    driver: str = settings.driver()
 
 
 def label(config: Config) -> str:

@@ -46,9 +46,8 @@ def attack_by(noise: Callable, about: About, config: Any, name: str) -> build.At
     Raises:
         UserError: a setting is out of range.
     """
-    fixed = about.fixed_by
-    numbers = settings.read(name, config, about, draws=1, num_steps=1, **{fixed: "0 to search, or up to 1"})
-    eps, strength = numbers["eps"], numbers[fixed]
+    config = settings.read(name, config)
+    strength = getattr(config, about.fixed_by)
     if strength and config.draws == 1:  # nothing to choose from: no pass through the model
         return build.of_images(lambda keys, x: _draw_jitted(
             noise, dict(keys=keys, x=x), jnp.asarray(strength, x.dtype)))
@@ -57,7 +56,7 @@ def attack_by(noise: Callable, about: About, config: Any, name: str) -> build.At
     else:
         program = _Search(noise, config.norm, config.num_steps, config.early_stop)
         num_steps = 1 + config.draws * program.steps_per_draw
-    return build.one_run(program, num_steps, config.driver, eps=eps, strength=strength)
+    return build.one_run(program, num_steps, config.driver, eps=config.eps, strength=strength)
 
 
 def _draw(noise, rows, strength, number=0):

@@ -1,57 +1,90 @@
-"""Settings that attacks share, and their checks.
+"""Settings that attacks share, and the check of all that an attack has."""
 
-norm, eps: the budget; eps is a number or a fraction such as "8/255", in pixel units of [0, 1].
-early_stop: whether an image is left alone once it is broken, or once the perturbation that was found is within eps.
-    Outside a traced program that saves its share of the work; the verdicts are the same.
-beyond: what a search for the smallest perturbation returns where that is larger than eps, see BEYOND.
-driver: how the steps are run, see driver.run.
-"""
+import dataclasses
+import warnings
+from typing import Any, TypeVar
 
-from typing import Any
-
-from advmoe_jax.attacks import driver
+from advmoe_jax.attacks import driver as drivers
 from advmoe_jax.attacks.about import About
-from advmoe_jax.core import units
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.attacks.objectives import NAMED, Objective
+from advmoe_jax.core import fields, units
+from advmoe_jax.core.fields import setting
 
 BEYOND = ("clean", "project", "keep")
 """The clean image, the perturbation scaled to eps, or the image that was found, outside the budget, for studies of
 distances."""
-
-_RANGES = {
-    "0 or more": lambda n: n >= 0, "more than 0": lambda n: n > 0,
-    "more than 0 and less than 1": lambda n: 0 < n < 1, "more than 0 and at most 1": lambda n: 0 < n <= 1,
-    "0 to 1": lambda n: 0 <= n <= 1, "0 to search, or up to 1": lambda n: 0 <= n <= 1,
-    "0 to 180 degrees": lambda n: 0 <= n <= 180}
+_MOST = 10**6  # of what is counted
+_LINF_EPS = [n / 255 for n in range(1, 17)]
+_Config = TypeVar("_Config")
 
 
-def read(name: str, config: Any, about: About, **limits: int | str) -> dict[str, float]:
-    """Checks the settings of an attack that are listed above, and others.
+def norm(about: About, default: str = "") -> Any:
+    """The norm of the perturbation: the first of the attack's unless given."""
+    return setting(default or about.norms[0], "norm of the perturbation", choices=about.norms)
+
+
+def eps(default: str | float = "8/255") -> Any:
+    """The budget."""
+    return setting(str(default), "budget, a number or a fraction such as 8/255, in pixel units of [0, 1]")
+
+
+def count(default: int, what: str, least: int = 1, most: int = _MOST) -> Any:
+    """A whole number."""
+    return setting(default, what, least=least, most=most)
+
+
+def step_size() -> Any:
+    """The size of gradient steps, as `units.step_size` reads it."""
+    return setting("2.5 eps/steps", "of gradient steps: a number, a fraction, 0.625 eps or 2.5 eps/steps")
+
+
+def loss(*names: str) -> Any:
+    """What is raised, one of NAMED."""
+    return setting("ce", "what is raised; in Python also an objectives.Objective", choices=names or tuple(NAMED))
+
+
+def early_stop(default: bool = False) -> Any:
+    """Whether the attack is over once it has won."""
+    return setting(default, "whether an image is left alone once it is broken, or once what was found is within eps; "
+                            "outside a traced program that saves work, and the verdicts are the same")
+
+
+def beyond() -> Any:
+    """What a search returns that finds nothing within eps."""
+    return setting("clean", "what a search for the smallest perturbation returns where that is larger than eps: the "
+                            "clean image, the perturbation scaled to eps, or the image that was found", choices=BEYOND)
+
+
+def driver() -> Any:
+    """How steps are run."""
+    return setting("auto", "how the steps are run, see driver.run", choices=drivers.DRIVERS)
+
+
+def read(name: str, config: _Config) -> _Config:
+    """Checks all settings of an attack.
 
     Args:
         name: of the attack, for errors.
-        config: its settings.
-        about: what it is.
-        limits: of each other field that is checked: the smallest whole number, or a range of numbers and fractions in
-            the words of _RANGES, such as "0 or more".
+        config: its settings. What is a number may be text, "1/10".
     Returns:
-        {"eps": in pixel units, if there is a budget; field: number, for those with a range}.
+        The settings with eps, and every number that has a fraction, as floats.
+    Warns:
+        An eps of so many grey levels, as for linf, in another norm.
     Raises:
-        UserError: a setting is out of range.
+        UserError: a setting is out of its range.
     """
-    if about.norms:
-        one_of(f"norm of {name}", config.norm, about.norms)
-    if hasattr(config, "driver"):
-        one_of("driver", config.driver, driver.DRIVERS)
-    if hasattr(config, "beyond"):
-        one_of(f"beyond of {name}", config.beyond, BEYOND)
-    numbers = {"eps": units.eps(config.eps, config.norm)} if about.norms else {}
-    for field, limit in limits.items():
-        value, what = getattr(config, field), f"{name}'s {field}"
-        if isinstance(limit, int):
-            units.whole(value, limit, what)
-            continue
-        numbers[field] = units.number(value, what)
-        if not _RANGES[limit](numbers[field]):
-            raise UserError(f"{name} has {field}={value}: expected {limit}")
-    return numbers
+    numbers = {}
+    for field, of in fields.settings(type(config)).items():
+        value, what = getattr(config, field), f"{field} of {name}"
+        if isinstance(of.default, float):
+            value = numbers[field] = units.number(value, what)
+        elif isinstance(of.default, str) and not isinstance(value, Objective):
+            value = str(value)
+        if not isinstance(value, Objective):
+            of.check(what, value)
+    if hasattr(config, "norm"):
+        numbers["eps"] = units.eps(config.eps, config.norm, f"eps of {name}")
+        if config.norm != "linf" and numbers["eps"] in _LINF_EPS:
+            warnings.warn(f"eps of {name} is {config.eps} for {config.norm}, as budgets of linf are: expected for "
+                          "example 0.5 for l2 or 12 for l1", stacklevel=3)
+    return dataclasses.replace(config, **numbers)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from advmoe_jax.attacks import build, settings
 from advmoe_jax.attacks.about import About
+from advmoe_jax.core.fields import setting
 from advmoe_jax.ops import colour
 
 ABOUT = About(takes="values")
@@ -17,14 +18,10 @@ ABOUT = About(takes="values")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of snow; the default is MoL's.
+    """Settings of snow; the default is MoL's."""
 
-    Attributes:
-        multiplier: of the lightness of pixels darker than the image's snow point, which is drawn from 85 to 212.5;
-            0 or more. MoL calls it darkness.
-    """
-
-    multiplier: float = 8
+    multiplier: float = setting(8.0, "of the lightness of pixels darker than the image's snow point, which is drawn "
+                                     "from 85 to 212.5; MoL calls it darkness", least=0, most=1e6)
 
 
 def label(config: Config) -> str:
@@ -35,14 +32,14 @@ def label(config: Config) -> str:
 def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does; the model and `y` do not matter.
     """
-    multiplier = settings.read("snow", config, ABOUT, multiplier="0 or more")["multiplier"]
+    multiplier = settings.read("snow", config).multiplier
     return build.of_images(lambda keys, x: _bleach(x, snow_points(keys), multiplier))
 
 
 @jax.jit
 def snow_points(keys: jax.Array) -> jax.Array:
     """(B,) keys -> (B,) lightness in bytes, uniform in [85, 212.5)."""
-    return jax.vmap(lambda key: jax.random.uniform(key, minval=255 / 3, maxval=255 / 3 + 255 / 2))(keys)
+    return jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32, 255 / 3, 255 / 3 + 255 / 2))(keys)
 
 
 @jax.jit

@@ -13,6 +13,7 @@ import numpy as np
 from advmoe_jax.attacks import build, sampling, settings
 from advmoe_jax.attacks.about import About
 from advmoe_jax.core import rng
+from advmoe_jax.core.fields import setting
 from advmoe_jax.ops import warp
 
 ABOUT = About(takes="values")
@@ -20,25 +21,18 @@ ABOUT = About(takes="values")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of the spatial attack; the defaults are the paper's for CIFAR-10.
+    """Settings of the spatial attack; the defaults are the paper's for CIFAR-10."""
 
-    Attributes:
-        pixels: most that an image is moved down or up, and right or left.
-        degrees: most that it is turned either way, 0 to 180.
-        shifts: number of translations in each direction, equally spaced from -pixels to pixels.
-        angles: number of rotations, equally spaced from -degrees to degrees. Odd numbers have 0 among them.
-        tries: 0 for the whole grid; else the number of random tries, uniform in the whole range, of which each image
-            keeps the worst. The tries of fewer are among those of more.
-        early_stop, driver: see attacks.settings.
-    """
-
-    pixels: float = 3
-    degrees: float = 30
-    shifts: int = 5
-    angles: int = 31
-    tries: int = 0
-    early_stop: bool = True
-    driver: str = "auto"
+    pixels: float = setting(3.0, "most that an image is moved down or up, and right or left", least=0, most=1e4)
+    degrees: float = setting(30.0, "most that it is turned either way", least=0, most=180)
+    shifts: int = settings.count(5, "translations in each direction, equally spaced from -pixels to pixels", most=100)
+    angles: int = settings.count(31, "rotations, equally spaced from -degrees to degrees; odd numbers have 0 too",
+                                 most=1000)
+    tries: int = settings.count(0, "0 for the whole grid; else the number of random tries, uniform in the whole range, "
+                                   "of which each image keeps the worst; those of fewer are among those of more",
+                               least=0)
+    early_stop: bool = settings.early_stop(True)
+    driver: str = settings.driver()
 
 
 def label(config: Config) -> str:
@@ -51,9 +45,7 @@ def make(config: Config = Config()) -> build.Attack:
 
     x_adv is misclassified if any try is; among those, or without one, it has the highest cross-entropy.
     """
-    limits = settings.read("spatial", config, ABOUT, shifts=1, angles=1, tries=0, pixels="0 or more",
-                           degrees="0 to 180 degrees")
-    config = dataclasses.replace(config, **limits)
+    config = settings.read("spatial", config)
     program = sampling.Tries(_moved, config, config.early_stop)
     return build.one_run(program, config.tries or len(grid(config)), config.driver)
 

@@ -14,6 +14,7 @@ import numpy as np
 from advmoe_jax.attacks import build, driver, objectives, settings
 from advmoe_jax.attacks.about import About
 from advmoe_jax.core import rng
+from advmoe_jax.core.fields import setting
 from advmoe_jax.ops import balls, losses
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which the share of the image is halved
@@ -22,20 +23,15 @@ ABOUT = About(balls.NORMS, takes="values")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of Square; the defaults are AutoAttack's.
+    """Settings of Square; the defaults are AutoAttack's."""
 
-    Attributes:
-        num_queries: forward passes after the first one.
-        share: of the image that the first windows cover; it is halved after 10, 50, 200, 500, 1000, ... queries.
-        norm, eps, early_stop (on in the reference code), driver: see attacks.settings.
-    """
-
-    norm: str = "linf"
-    eps: str | float = "8/255"
-    num_queries: int = 5000
-    share: float = 0.8
-    early_stop: bool = True
-    driver: str = "auto"
+    norm: str = settings.norm(ABOUT)
+    eps: str | float = settings.eps()
+    num_queries: int = settings.count(5000, "forward passes after the first one")
+    share: float = setting(0.8, "of the image that the first windows cover; it is halved after 10, 50, 200, 500, 1000, "
+                                "... queries", above=0, most=1)
+    early_stop: bool = settings.early_stop(True)
+    driver: str = settings.driver()
 
 
 def label(config: Config) -> str:
@@ -46,11 +42,12 @@ def label(config: Config) -> str:
 def make(config: Config = Config()) -> build.Attack:
     """Builds `attack(logits_fn, key, x, y) -> x_adv`, as pgd.make does.
     """
-    eps = settings.read("square", config, ABOUT, num_queries=1, share="more than 0 and at most 1")["eps"]
+    config = settings.read("square", config)
 
     def attack(logits_fn, key, x, y):
-        program = _Square(config.norm, sides(config, *x.shape[1:3]), config.early_stop)
-        return build.one_run(program, config.num_queries + 1, config.driver, eps=eps)(logits_fn, key, x, y)
+        inputs = build.inputs_of(logits_fn, key, x, y, eps=config.eps)
+        program = _Square(config.norm, sides(config, *inputs.rows["x"].shape[1:3]), config.early_stop)
+        return jax.lax.stop_gradient(driver.run(program, inputs, config.num_queries + 1, config.driver)["x"])
 
     return attack
 
@@ -119,7 +116,7 @@ class _Square:
         return carry
 
     def _stage(self, i):
-        return jnp.sum(i >= jnp.asarray([first for first, _ in self.sides])) - 1
+        return jnp.sum(i >= jnp.asarray([first for first, _ in self.sides], jnp.int32)) - 1
 
     def _bumps(self, height, width):
         """(stages, 2, H, W): bumps in the upper left corner, as they are and turned."""
@@ -136,21 +133,22 @@ class _Square:
         height, width, channels = x.shape
         if self.norm == "linf":
             return jnp.clip(x + eps * _signs(key, (1, width, channels), x.dtype), 0, 1)
-        side = max(height // 5, 1)
-        margin = max((height - 5 * side) // 2, 0)
-        down, across = (height - margin) // side, (width - margin) // side
+        side = max(min(height // 5, width), 1)
+        top = max((height - 5 * max(height // 5, 1)) // 2, 0)
+        left = min(top, width - side)
+        down, across = (height - top) // side, (width - left) // side
         turned, colour = jax.random.split(key)
         values = bump(self.norm, side)
         is_turned = jax.random.bernoulli(turned, 0.5, (down, across, 1, 1))
         values = jnp.where(is_turned, values[None, None], values.T[None, None])
         tiles = values[..., None] * _signs(colour, (down, across, 1, 1, channels), x.dtype)
         tiles = jnp.moveaxis(tiles, 2, 1).reshape(down * side, across * side, channels)
-        delta = jnp.zeros_like(x).at[margin:margin + down * side, margin:margin + across * side].set(tiles)
+        delta = jnp.zeros_like(x).at[top:top + down * side, left:left + across * side].set(tiles)
         return self._onto_ball(x, delta, eps)
 
     def _window(self, key, x, best, *, eps, stage):
         height, width, channels = x.shape
-        side = jnp.asarray([side for _, side in self.sides])[stage]
+        side = jnp.asarray([side for _, side in self.sides], jnp.int32)[stage]
         key, one, other, turned = jax.random.split(key, 4)
         top, left, inside = _place(one, side, height, width)
         if self.norm == "linf":
@@ -186,9 +184,10 @@ def _signs(key, shape, dtype):
 def _place(key, side, height, width):
     """The upper left corner of a window that lies in the image, and its mask (H, W, 1)."""
     down, across = jax.random.split(key)
-    top = jax.random.randint(down, (), 0, height - side + 1)
-    left = jax.random.randint(across, (), 0, width - side + 1)
-    rows, columns = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+    top = jax.random.randint(down, (), 0, height - side + 1, jnp.int32)
+    left = jax.random.randint(across, (), 0, width - side + 1, jnp.int32)
+    rows, columns = (np.arange(n, dtype=np.int32) for n in (height, width))
+    rows, columns = rows[:, None, None], columns[None, :, None]
     inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
     return top, left, inside.astype(jnp.float32)
 

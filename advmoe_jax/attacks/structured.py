@@ -14,25 +14,21 @@ from advmoe_jax.attacks import build, driver, pgd, settings
 from advmoe_jax.attacks.about import About
 from advmoe_jax.attacks.objectives import Objective
 from advmoe_jax.core import units
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.ops import balls
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of an attack with modes.
-
-    Attributes:
-        mode: what its runs raise.
-        norm, eps, num_steps, step_size, early_stop, driver: of each run of PGD, as in pgd.Config.
-    """
+    """Settings of an attack with modes; all but `mode` are those of each run of PGD."""
 
     mode: str
-    norm: str = "linf"
-    eps: str | float = "8/255"
-    num_steps: int = 50
-    step_size: str | float = "2.5 eps/steps"
-    early_stop: bool = True
-    driver: str = "auto"
+    norm: str = settings.norm(About(balls.NORMS))
+    eps: str | float = settings.eps()
+    num_steps: int = settings.count(50, "gradient steps, shared by the phases of a run")
+    step_size: str | float = settings.step_size()
+    early_stop: bool = settings.early_stop(True)
+    driver: str = settings.driver()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,29 +53,30 @@ def label(config: Settings) -> str:
     return f"{config.mode}-{config.num_steps}"
 
 
-def attack_by(name: str, config: Settings, about: About, modes: tuple[str, ...], begin: Callable, least_steps: int,
-              stops: bool) -> build.Attack:
+def attack_by(name: str, config: Settings, about: About, begin: Callable, stops: bool) -> build.Attack:
     """Builds `attack(outputs_fn, key, x, y) -> x_adv`.
 
     Args:
         name, config, about: of the attack.
-        modes: their names.
         begin: inputs -> (inputs, the candidate before the first run, the runs, each a list of phases).
-        least_steps: the smallest `num_steps`.
         stops: as in driver.rounds.
     Raises:
         UserError: a setting is out of range.
     """
-    one_of(f"mode of {name}", config.mode, modes)
-    eps = settings.read(name, config, about, num_steps=least_steps)["eps"]
-    units.step_size(config.step_size, eps, config.num_steps, config.norm)
+    config = settings.read(name, config)
+
+    def step_size_of(num_steps):
+        return units.step_size(config.step_size, config.eps, num_steps, config.norm, f"step_size of {name}")
+
+    step_size_of(config.num_steps)
 
     def attack(outputs_fn, key, x, y):
-        inputs, worst, runs = begin(build.inputs_of(outputs_fn, key, x, y, eps=eps))
+        inputs, worst, runs = begin(build.inputs_of(
+            outputs_fn, key, x, y, takes=about.takes, eps=config.eps))
 
         def one(inputs, number):
             steps, init = max(round(config.num_steps / len(runs[number])), 1), {}
-            step_size = jnp.asarray(units.step_size(config.step_size, eps, steps, config.norm), x.dtype)
+            step_size = jnp.asarray(step_size_of(steps), inputs.rows["x"].dtype)
             for phase in runs[number]:
                 program = pgd.Search(config.norm, "uniform", phase.objective, True, config.early_stop,
                                      cost=(phase.passes, 1))

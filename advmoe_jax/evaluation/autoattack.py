@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import objectives
+from advmoe_jax.attacks import checks, objectives
 from advmoe_jax.core import rng, units
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import one_of
 from advmoe_jax.evaluation import flags, suites, verdicts
 from advmoe_jax.evaluation.flags import Flag
 from advmoe_jax.ops import balls
@@ -64,22 +64,25 @@ def run_report(logits_fn: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax
         y: (B,) whole numbers, the labels.
         eps: budget in units of [0, 1], a number or a fraction such as "8/255".
         norm: "linf" | "l2" | "l1".
-        key: of all randomness; jax.random.key(0) unless given.
+        key: of all randomness, one; jax.random.key(0) unless given.
         suite: a name in evaluation.suites, or a list of attacks.
         batch_size: images at a time.
     Warns:
         Each sign that the result cannot be trusted; see `Report.flags`.
     Raises:
-        UserError: images outside [0, 1] or not finite, labels or logits of another shape or range, or eps given in
-            0-255 units.
+        UserError: images outside [0, 1] by more than rounding or not finite, labels or logits of another shape or
+            range, a model that jax cannot trace, or eps given in 0-255 units.
     """
     one_of("norm", norm, balls.NORMS)
     units.eps(eps, norm)
     chosen = suites.together(suite, norm, eps)
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0) if key is None else rng.typed(key)
     is_random = any(getattr(spec.config, "eot", 0) for spec in chosen.specs)
-    x, y = _checked(logits_fn, x, y, is_random)
-    logits_fn = objectives.partial(logits_fn, x, *([rng.rowwise(key, len(x))] if is_random else []))
+    x = np.asarray(checks.images(x), np.float32)
+    suites.check_shape(chosen, x.shape[1:])
+    keys = [rng.rowwise(key, len(x))] if is_random else []
+    logits_fn = objectives.partial(logits_fn, x, *keys)
+    y = np.asarray(checks.labels(y, len(x), checks.classes("logits", logits_fn, x, *keys)), np.int32)
     batch_size = min(units.whole(batch_size, 1, "batch_size"), len(x))
 
     def source(rows):
@@ -105,34 +108,3 @@ def run_report(logits_fn: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax
 
 def _without_aux(logits_fn, *inputs):
     return logits_fn(*inputs), {}
-
-
-def _checked(logits_fn, x, y, is_random) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels as arrays, after one look at everything that is usually wrong with them."""
-    x, y = np.asarray(x), np.asarray(y)
-    if x.ndim != 4 or x.shape[0] == 0:
-        raise UserError(f"x has shape {x.shape}: expected (B, H, W, C), B at least 1")
-    if not np.issubdtype(x.dtype, np.floating):
-        raise UserError(f"x is of type {x.dtype}: expected floats in [0, 1]")
-    if not np.all(np.isfinite(x)):
-        raise UserError("x has values that are NaN or infinite: expected floats in [0, 1]")
-    if x.min() < -1e-6 or x.max() > 1 + 1e-6:
-        raise UserError(f"x has values from {x.min():.6g} to {x.max():.6g}: expected [0, 1]; normalisation belongs "
-                        "into logits_fn")
-    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
-        raise UserError(f"y is of type {y.dtype} and shape {y.shape}: expected whole numbers of shape {x.shape[:1]}")
-    keys = (jax.eval_shape(lambda: jax.random.split(jax.random.key(0), len(x))),) if is_random else ()
-    try:
-        logits = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct(x.shape, jnp.float32), *keys)
-    except TypeError as error:
-        if not is_random or "argument" not in str(error):
-            raise
-        raise UserError("logits_fn takes no keys: expected (images, keys) -> logits for attacks with eot, which "
-                        "average over a random model's draws; a deterministic one needs none") from None
-    shape = getattr(logits, "shape", None)
-    if shape is None or len(shape) != 2 or shape[0] != len(x) or shape[1] < 2:
-        raise UserError(f"logits_fn gives {shape or type(logits).__name__} for {len(x)} images: expected ({len(x)}, K) "
-                        "logits, K at least 2")
-    if y.min() < 0 or y.max() >= shape[1]:
-        raise UserError(f"y has labels from {y.min()} to {y.max()}: expected 0 to {shape[1] - 1}")
-    return np.clip(x.astype(np.float32), 0, 1), y.astype(np.int32)

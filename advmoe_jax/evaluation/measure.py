@@ -16,7 +16,7 @@ from advmoe_jax.core import rng, units
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.split import Split
-from advmoe_jax.evaluation import flags, verdicts
+from advmoe_jax.evaluation import flags, suites, verdicts
 from advmoe_jax.evaluation.flags import Flag
 from advmoe_jax.evaluation.suites import Suite
 from advmoe_jax.evaluation.verdicts import Found
@@ -49,7 +49,8 @@ def _source(split, mesh):
 
 
 def check(suite: Suite, model: Model) -> None:
-    """Raises UserError if an attack of the suite needs what the model does not have."""
+    """Raises UserError if an attack of the suite needs what the model does not have, or a budget is out of reach."""
+    suites.check_shape(suite, model.image_shape)
     aux = _aux(model) if any(spec.about.needs for spec in suite.specs) else {}
     for spec in suite.specs:
         missing = [name for name in spec.about.needs if name not in aux]

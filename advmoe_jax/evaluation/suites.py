@@ -4,11 +4,12 @@ A suite's robust accuracy is the worst case per example over its attacks.
 """
 
 import dataclasses
+import math
 
 from advmoe_jax.attacks import adaptive, parse
 from advmoe_jax.attacks.parse import Spec
 from advmoe_jax.core import find
-from advmoe_jax.core.errors import unknown_name
+from advmoe_jax.core.errors import UserError, unknown_name
 
 _STANDARD = "apgd(loss=ce) apgd(loss=dlr,targets=9) fab(targets=9) square"
 _STANDARD_L1 = "apgd(loss=ce,restarts=5) apgd(loss=dlr,targets=5) fab(targets=9) square"
@@ -110,3 +111,13 @@ def alone(text: str, norm: str, eps: str | float) -> tuple[Suite, ...]:
     """A suite for each attack of a list. Arguments as `together`."""
     return tuple(Suite(spec.label, (spec,), False, {"suite": "", "attacks": spec.text})
                  for spec in parse.attacks(text, norm=norm, eps=eps))
+
+
+def check_shape(suite: Suite, shape: tuple[int, ...]) -> None:
+    """Raises UserError for a budget that no two images (H, W, C) of that shape use up."""
+    size = math.prod(shape)
+    for spec in suite.specs:
+        for norm, eps in spec.budgets.items():
+            if eps > (most := {"linf": 1, "l2": math.sqrt(size), "l1": size}[norm]):
+                raise UserError(f"{spec.label} has eps {eps:g} in {norm}, and two images of shape {shape} are at most "
+                                f"{most:.4g} apart: expected less, in units of [0, 1]")

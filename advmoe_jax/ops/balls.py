@@ -108,9 +108,9 @@ def random_start(key: jax.Array, x: jax.Array, eps: float | jax.Array, kind: str
         direction, radius = jax.random.split(k)
         if kind == "l2":
             v = jax.random.normal(direction, shape, x.dtype)
-            return v / jnp.linalg.norm(v.ravel()) * jax.random.uniform(radius) ** (1 / d)
+            return v / jnp.linalg.norm(v.ravel()) * jax.random.uniform(radius, dtype=x.dtype) ** (1 / d)
         v = jax.random.laplace(direction, shape, x.dtype)
-        return v / jnp.sum(jnp.abs(v)) * jax.random.uniform(radius) ** (1 / d)
+        return v / jnp.sum(jnp.abs(v)) * jax.random.uniform(radius, dtype=x.dtype) ** (1 / d)
 
     return project(x + eps * jax.vmap(draw)(key), x, eps, kind)
 

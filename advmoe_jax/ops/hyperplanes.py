@@ -12,6 +12,23 @@ from advmoe_jax.ops.balls import NORMS
 _MOST_STEPS = 60
 
 
+def distance(gap: jax.Array, normal: jax.Array, kind: str) -> jax.Array:
+    """Distance |gap| / |normal|, in the dual norm, to the plane {x + v: <normal, v> = gap}, box aside.
+
+    It does not depend on a factor that both have, however small or large. Where the normal is 0 it is infinite.
+
+    Args:
+        gap: (...).
+        normal: (..., d).
+        kind: norm of the distance.
+    """
+    largest = jnp.max(jnp.abs(normal), -1)
+    scale = jnp.where(largest > 0, largest, 1)
+    unit = jnp.abs(normal / scale[..., None])
+    length = {"linf": jnp.sum, "l1": jnp.max, "l2": lambda v, axis: jnp.sqrt(jnp.sum(v**2, axis))}[kind](unit, -1)
+    return jnp.where(largest > 0, jnp.abs(gap) / scale / jnp.where(largest > 0, length, 1), jnp.inf)
+
+
 def displacement(x: jax.Array, w: jax.Array, b: jax.Array, kind: str) -> jax.Array:
     """The perturbation (B, d) of least norm that brings x to its plane without leaving the box.
 
@@ -28,7 +45,7 @@ def displacement(x: jax.Array, w: jax.Array, b: jax.Array, kind: str) -> jax.Arr
     missing = jnp.abs(missing)
     size = jnp.abs(w)
     towards = -side[:, None] * jnp.sign(w)
-    room = jnp.where(towards > 0, 1 - x, x) * (size > 0)
+    room = jnp.where(size > 0, jnp.where(towards > 0, 1 - x, x), 0)
     far = _fill(size, room, missing) if kind == "l1" else _stretch(size, room, missing, kind)
     return towards * far
 

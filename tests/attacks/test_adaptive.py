@@ -123,7 +123,7 @@ def test_an_image_that_is_wrong_already_comes_back():
 
 
 @pytest.mark.parametrize("text, words", [
-    ("adaptive(mode=jiont)", "did you mean 'joint'"), ("adaptive(num_steps=2)", "adaptive's num_steps is 2"),
+    ("adaptive(mode=jiont)", "did you mean 'joint'"), ("adaptive(num_steps=2)", "num_steps of adaptive is 2"),
     ("adaptive(eps=8)", "8/255")])
 def test_bad_settings(text, words):
     with pytest.raises(UserError, match=words):

@@ -6,6 +6,7 @@ A new attack is covered as soon as its file is there; settings that it does not 
 import dataclasses
 import functools
 import inspect
+import math
 import pathlib
 
 import jax
@@ -16,7 +17,7 @@ import pytest
 from advmoe_jax import attacks
 from advmoe_jax.attacks import objectives, parse
 from advmoe_jax.attacks.about import About
-from advmoe_jax.core import find, rng
+from advmoe_jax.core import fields, find, rng
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls, losses
@@ -106,6 +107,29 @@ def test_says_what_it_is(name):
     assert module.ABOUT.fixed_by in fields | {""}
     assert bool(module.ABOUT.needs) == (module.ABOUT.takes in ("outputs", "routed"))
     assert parse.attack(name).about == module.ABOUT
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_has_a_range(name):
+    """What is beyond it is refused, by its name."""
+    for field, of in fields.settings(MODULES[name].Config).items():
+        assert of.what
+        wrong = ["nonsense"]
+        if type(of.default) in (int, float):
+            least = max(of.least, of.above)
+            assert math.isfinite(least) and math.isfinite(of.most) and least <= of.default <= of.most
+            wrong += [least - 1, 2 * of.most + 1, 10**400, "inf", float("nan"), None]
+            wrong += [least] if of.above > -math.inf else []
+            wrong += [least + 0.5] if isinstance(of.default, int) else []
+        for value in wrong:
+            with pytest.raises(UserError, match=field) as caught:
+                parse.attack(name, **{field: value})
+            assert "\n" not in str(caught.value)
+
+
+def test_an_eps_of_linf_in_another_norm_is_noticed():
+    with pytest.warns(UserWarning, match="eps of pgd is 8/255 for l2"):
+        parse.attack("pgd", norm="l2", eps="8/255")
 
 
 @pytest.mark.parametrize("name", [name for name, about in ABOUTS.items() if about.norms])
@@ -239,6 +263,33 @@ def test_inside_jit_and_as_a_plain_closure(name, norm):
         _same(spec.run(lambda u: _apply(weights, u), _keys(np.arange(BATCH)), x, y), _found(name, norm))
 
 
+def _traced(name, norm, x, y, logits_fn, **more):
+    """The images' shape and type, by which an attack runs or fails."""
+    spec = _spec(name, norm, **more)
+    return jax.eval_shape(lambda keys, x, y: spec.run(logits_fn, keys, x, y), _keys(np.arange(len(x))), x, y)
+
+
+@pytest.mark.parametrize("name, norm, logits, is_wide", [
+    *((*case, "float64", True) for case in CASES), *((*case, "bfloat16", False) for case in dict(CASES).items())])
+def test_logits_of_any_float_type(name, norm, logits, is_wide):
+    """The rest stays in the images' type, without promotions."""
+    weights, x, y = _case()
+    model = jax.tree_util.Partial(lambda w, u: _apply(w, u).astype(logits), weights)
+    with jax.enable_x64(is_wide), jax.numpy_dtype_promotion("strict"):
+        assert _traced(name, norm, x, y, model).dtype == x.dtype
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 40, 3), (64, 1, 1)])
+@pytest.mark.parametrize("name, norm, more", [
+    *(("square", norm, dict(num_queries=1)) for norm in balls.NORMS), ("msd", "", {}), ("rays", "l2", {}),
+    *((name, "", {}) for name in ("spatial", "rotation", "fog", "snow")),
+    *(("corruption", "", dict(kind=kind)) for kind in ("fog", "snow", "defocus_blur", "pixelate"))])
+def test_images_of_any_shape(name, norm, more, shape):
+    x = jnp.full((2, *shape), 0.5)
+    model = jax.tree_util.Partial(lambda u: jnp.stack([u.sum((1, 2, 3)), 1 - u.sum((1, 2, 3))], -1))
+    assert _traced(name, norm, x, jnp.zeros(2, int), model, **more).shape == x.shape
+
+
 @each
 def test_on_four_devices(name, norm):
     weights, x, y = _case()
@@ -303,7 +354,7 @@ def test_one_trace_a_configuration(name, norm):
     eps = EPS.get(norm, 0)
     first = attack(eps, weights, x)
     after_one = len(traces)
-    assert after_one <= 4
+    assert after_one <= 5  # four passes of a step, and the look at what is attacked
     second = attack(eps / 10, weights, x)
     attack(eps, tuple(2 * w for w in weights), 1 - x)
     assert len(traces) == after_one

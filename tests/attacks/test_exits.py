@@ -78,7 +78,7 @@ def test_member_attacks_each_in_turn():
 
 
 @pytest.mark.parametrize("text, words", [
-    ("exits(mode=avarage)", "did you mean 'average'"), ("exits(num_steps=0)", "is 0")])
+    ("exits(mode=avarage)", "did you mean 'average'"), ("exits(num_steps=0)", "num_steps of exits is 0")])
 def test_bad_settings(text, words):
     with pytest.raises(UserError, match=words):
         parse.attacks(text)

@@ -106,6 +106,18 @@ def test_robust_accuracy_curve(number):
         assert clear.sum() >= len(x) - 2 and 0 < robust.mean() < 1
 
 
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{c[0]}-{c[1]}" for c in CASES])
+def test_the_scale_of_the_logits_does_not_matter(number):
+    """C&W's c is in units of them."""
+    name, norm, classes, settings, _ = CASES[number]
+    weights, x, y = _case(classes)
+    for scale in (1e-6, 1e6):
+        more = settings | (dict(c=settings["c"] / scale) if name == "cw_l2" else {})
+        x_adv = _attack(name, _linear, {k: scale * w for k, w in weights.items()}, x, y, norm=norm, eps=0.0,
+                        beyond="keep", **more)
+        np.testing.assert_allclose(_sizes(x_adv, x, norm), _found(number)[1], rtol=2e-3)
+
+
 @each
 def test_beyond(name, norm, classes, settings, above):
     """What comes back where the boundary is further than eps."""
@@ -159,8 +171,7 @@ def test_images_that_are_wrong_when_clean_come_back():
 def test_deepfool_reaches_a_linear_boundary_in_one_step(norm):
     weights, x, y = _case(2)
     x_adv = _attack("deepfool", _linear, weights, x, y, norm=norm, eps=FAR[norm], num_steps=1)
-    length = np.linalg.norm(np.asarray(weights["w"][:, 1] - weights["w"][:, 0]), DUAL[norm])
-    np.testing.assert_allclose(_sizes(x_adv, x, norm), 1.02 * (_distances(2, norm) + 1e-4 / length), rtol=2e-4)
+    np.testing.assert_allclose(_sizes(x_adv, x, norm), 1.02 * _distances(2, norm) + 1.02e-5, rtol=1e-4)
     assert np.all(_broken(_linear, weights, x_adv, y))
 
 
@@ -173,7 +184,7 @@ def test_deepfool_lengthens_the_sum_of_its_steps_once():
     x = jnp.full((1, *SHAPE), 0.5)
     s = total = steps = 0
     while (gap := np.tanh(20 * s) - 0.95) <= 0:
-        total += (abs(gap) + 1e-4) / (20 / np.cosh(20 * s)**2)
+        total += abs(gap) / (20 / np.cosh(20 * s)**2) + 1e-5
         s, steps = 1.5 * total, steps + 1
     assert steps > 1
     x_adv = _attack("deepfool", fn, None, x, jnp.zeros(1, int), norm="linf", eps=1.0, overshoot=0.5)
@@ -519,16 +530,16 @@ def test_msd_l1_step_moves_5_to_20_coordinates_that_have_room():
 
 
 @pytest.mark.parametrize("name, settings, word", [
-    ("deepfool", dict(norm="l1"), "l2"), ("deepfool", dict(candidates=1), "2 or more"),
-    ("deepfool", dict(overshoot=-0.1), "0 or more"), ("deepfool", dict(beyond="keeps"), "did you mean 'keep'"),
-    ("ddn", dict(norm="linf"), "l2"), ("ddn", dict(gamma=1), "less than 1"), ("ddn", dict(start_eps=0), "more than 0"),
+    ("deepfool", dict(norm="l1"), "l2"), ("deepfool", dict(candidates=1), "2 to"),
+    ("deepfool", dict(overshoot=-0.1), "0 to 100"), ("deepfool", dict(beyond="keeps"), "did you mean 'keep'"),
+    ("ddn", dict(norm="linf"), "l2"), ("ddn", dict(gamma=1), "at most 0.999"), ("ddn", dict(start_eps=0), "above 0"),
     ("ddn", dict(levels=1), "no rounding"), ("ddn", dict(eps=-1), "0 or more"),
-    ("cw_l2", dict(norm="linf"), "l2"), ("cw_l2", dict(c=0), "more than 0"),
-    ("cw_l2", dict(learning_rate="fast"), "learning_rate"), ("cw_l2", dict(confidence=-1), "0 or more"),
-    ("cw_l2", dict(binary_search_steps=0), "1 or more"),
-    ("rays", dict(num_queries=0), "1 or more"), ("rays", dict(norm="l1"), "linf"),
+    ("cw_l2", dict(norm="linf"), "l2"), ("cw_l2", dict(c=0), "above 0"),
+    ("cw_l2", dict(learning_rate="fast"), "learning_rate"), ("cw_l2", dict(confidence=-1), "0 to"),
+    ("cw_l2", dict(binary_search_steps=0), "1 to 100"),
+    ("rays", dict(num_queries=0), "1 to"), ("rays", dict(norm="l1"), "linf"),
     ("msd", dict(eps_linf=8), "eps_linf.*8/255"), ("msd", dict(step_l2=-1), "step_l2.*0 or more"),
-    ("msd", dict(num_steps=0), "1 or more"), ("msd", dict(norm="l2"), "norm")])
+    ("msd", dict(num_steps=0), "1 to"), ("msd", dict(norm="l2"), "norm")])
 def test_bad_settings(name, settings, word):
     with pytest.raises(UserError, match=word) as caught:
         parse.attack(name, **settings)

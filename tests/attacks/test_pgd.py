@@ -281,9 +281,11 @@ def test_custom_objective_sees_all_outputs_and_any_target():
 
 @pytest.mark.parametrize("settings, word", [
     (dict(norm="l3"), "l2"), (dict(start="uniforn"), "uniform"), (dict(keep="first"), "best"), (dict(loss="cee"), "ce"),
-    (dict(num_steps=0), "1 or more"), (dict(restarts=0), "1 or more"), (dict(eps="8/0"), "fraction"),
+    (dict(num_steps=0), "1 to"), (dict(restarts=0), "1 to"), (dict(num_steps=1e20), "whole"),
+    (dict(eps="8/0"), "fraction"),
     (dict(eps=8), "8/255"), (dict(eps=-0.1), "0 or more"), (dict(eps="nan"), "number"),
-    (dict(step_size="fast"), "number"), (dict(step_size=-1.0), "0 or more")])
+    (dict(step_size="fast"), "number"), (dict(step_size=-1.0), "0 or more"),
+    (dict(step_size="2.5 eps / stop"), "'2.5 eps / stop'")])
 def test_bad_settings(settings, word):
     with pytest.raises(UserError, match=word) as caught:
         pgd.make(pgd.Config(**settings))
@@ -292,6 +294,7 @@ def test_bad_settings(settings, word):
 
 @pytest.mark.parametrize("step_size, num_steps, expected", [
     ("0.625 eps", 1, 5 / 255), ("2/255", 1, 2 / 255), (0.01, 1, 0.01), ("0.5 eps/steps", 2, 4 / 255),
+    ("0.5 eps / steps", 2, 4 / 255),
     ("2 eps", 1, 8 / 255)])
 def test_step_sizes(step_size, num_steps, expected):
     weights, x, y = _binary()
@@ -345,7 +348,7 @@ def test_text_with_a_fraction_and_words():
     ("pgd(num_steps", ["cannot be read", "pgd(num_steps"]),
     ("pgd)", ["cannot be read"]),
     ("pgd(num_steps)", ["num_steps", "no value", "name=value"]),
-    ("pgd(num_steps=0)", ["num_steps is 0", "1 or more"]),
+    ("pgd(num_steps=0)", ["num_steps of pgd is 0", "1 to"]),
     ("pgd(eps=8)", ["8/255"]),
     ("pgd(num_steps=)", ["num_steps"]),
     ("pgd(num_steps=many)", ["num_steps", "many"]),
