@@ -1,5 +1,8 @@
 """What attacks that look for the smallest perturbation share.
 
+What they find does not depend on the scale of the logits. Two are so defined that it does: C&W's constants are in units
+of the logits, and DDN's direction is that of the cross-entropy, which with more than two classes weighs them by it.
+
 x images (B, H, W, C) in [0, 1], d = H * W * C, K classes.
 """
 

@@ -50,6 +50,17 @@ def test_layers_are_those_of_the_parameters(name, routed):
 
 
 @each
+def test_variables_and_outputs_are_float32_where_float64_is_the_default(name):
+    """As jax_enable_x64 makes it: a checkpoint of one setting is read under the other."""
+    with jax.enable_x64(True):
+        net = _design(name, routed=True)
+        found = jax.eval_shape(lambda key, x: (variables := net.init(key), net.apply(variables, x)),
+                               jax.random.key(0), jax.ShapeDtypeStruct((BATCH, *SHAPE), jnp.float32))
+    assert {leaf.dtype for leaf in jax.tree.leaves(found) if jnp.issubdtype(leaf.dtype, jnp.floating)} == {
+        jnp.dtype("float32")}
+
+
+@each
 def test_inputs_have_the_channels_that_a_layer_reads(name):
     net, _ = _net(name)
     written = {}
