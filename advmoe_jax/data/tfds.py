@@ -4,20 +4,29 @@
 """
 
 import contextlib
+import dataclasses
 import difflib
+import io
 import logging
+import pathlib
+from typing import Any
 
 import numpy as np
 
 from advmoe_jax.core import paths
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.core.files import write_bytes
+from advmoe_jax.data import images as encoded
 from advmoe_jax.data.source import Dataset, in_memory
 
 _TEST_SPLITS = ("test", "validation")
+Config, check = encoded.Config(crop="pad"), encoded.check
 
 
 def dataset(root: str, variant: str = "") -> Dataset:
     """Reads the splits `train` and `test` (or `validation`) in the order of their records.
+
+    Encoded images that differ in size are decoded as they are read, see `images.Images`; others are kept in memory.
 
     Args:
         root: the folder of tensorflow-datasets (its `data_dir`); its own default if empty.
@@ -38,6 +47,9 @@ def dataset(root: str, variant: str = "") -> Dataset:
         if not class_names:
             raise UserError(f"tfds:{variant} has no feature 'label' with named classes")
         test = next((split for split in _TEST_SPLITS if split in builder.info.splits), "test")
+        if _differ_in_size(features):
+            stores = {of: _store(builder, split, variant, root) for of, split in (("train", "train"), ("test", test))}
+            return encoded.opened(f"tfds:{variant}", tuple(class_names), stores, Config)
         arrays = {"train": _read(builder, "train", variant, root), "test": _read(builder, test, variant, root)}
         return in_memory(f"tfds:{variant}", arrays, tuple(class_names))
 
@@ -68,8 +80,47 @@ def _builder(variant, root):
         raise UserError(f"tfds:{variant}: {str(error).splitlines()[0]}") from None
 
 
-def _read(builder, split, variant, root):
-    """Returns images (n, H, W, C) uint8 and labels (n,) int32."""
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """A store (see `images.Store`) of what tensorflow-datasets reads.
+
+    Attributes:
+        source: of records whose images are not decoded.
+        name: of the split.
+    """
+
+    source: Any
+    name: str
+
+    def read(self, number: int) -> bytes:
+        return bytes(self.source[int(number)]["image"])
+
+    def where(self, number: int) -> str:
+        return f"{self.name}, record {number}"
+
+
+def _differ_in_size(features):
+    from tensorflow_datasets import features as kinds
+    return "image" in features and isinstance(features["image"], kinds.Image) and None in features["image"].shape
+
+
+def _store(builder, split, variant, root):
+    """A store and its labels, which are read once, record by record, and kept beside the records if that is allowed."""
+    from tensorflow_datasets import decode
+    records = _records(builder, split, variant, root, decoders={"image": decode.SkipDecoding()})
+    kept = pathlib.Path(builder.data_dir) / f"labels-{split}.npy"
+    labels = np.load(kept) if kept.is_file() else np.zeros(0)
+    if len(labels) != len(records):
+        labels = np.array([record["label"] for record in records], np.int32)
+        content = io.BytesIO()
+        np.save(content, labels)
+        with contextlib.suppress(OSError):
+            write_bytes(kept, content.getvalue())
+    return Records(records, f"tfds:{variant} {split}"), labels
+
+
+def _records(builder, split, variant, root, **options):
+    """The records of a split, as `builder.as_data_source` gives them."""
     name, info = f"tfds:{variant}", builder.info
     if split not in info.splits:
         raise UserError(f"{name} has no split {split!r}: it has {', '.join(info.splits)}")
@@ -78,11 +129,18 @@ def _read(builder, split, variant, root):
     if not info.splits[split].num_examples:
         raise UserError(f"{name}: split {split!r} is empty")
     try:
-        records = builder.as_data_source(split=split)
-        images, labels = zip(*((record["image"], record["label"]) for record in records))
+        return builder.as_data_source(split=split, **options)
     except NotImplementedError:
         raise UserError(f"{name} in {builder.data_dir} is not in ArrayRecord format; "
                         f"{how_to_prepare(root, variant)}") from None
+
+
+def _read(builder, split, variant, root):
+    """Returns images (n, H, W, C) uint8 and labels (n,) int32."""
+    name = f"tfds:{variant}"
+    try:
+        records = _records(builder, split, variant, root)
+        images, labels = zip(*((record["image"], record["label"]) for record in records))
     except ImportError as error:
         raise UserError(f"{name}: decoding its images needs {error.name}, "
                         "which is not installed") from None
