@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from test_floors import FLOORS
 from tiny import FIELDS, fields_of
 
@@ -20,10 +21,11 @@ from advmoe_jax import main
 from advmoe_jax.bench import __main__ as bench
 from advmoe_jax.bench import attacks as attacks_bench
 from advmoe_jax.bench import conv, growth, layers, nets, reference, routing
+from advmoe_jax.bench import input as input_bench
 from advmoe_jax.bench import train as train_bench
 from advmoe_jax.core import recipe, status
 from advmoe_jax.core.recipe import Recipe
-from advmoe_jax.data import prepare
+from advmoe_jax.data import images, prepare
 from advmoe_jax.evaluation import autoattack, flags, suites
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
@@ -63,6 +65,8 @@ def small(words):
         fields, more = FIELDS, () if "--only" in words else ("--only", next(iter(loaded.runs)))
     elif "cifar10" in file:
         fields, more = FIELDS, DENSE
+    elif "imagenette" in file:
+        fields, more = FIELDS | {"data.image_size": 16, "data.resize": 18}, DENSE
     else:
         fields = fields_of(method or "advmoe")
     return (*(f"--config.{name}={value}" for name, value in fields.items()), *evaluation, *more)
@@ -79,7 +83,17 @@ def run_bench(words):
 
 
 def prepare_tiny(words):
-    """Runs the prepare command on a made-up archive in place of the official one."""
+    """Runs the prepare command on made-up files in place of the real ones."""
+    if words[0].startswith("imagefolder"):
+        place = Path(words[words.index("--raw") + 1])
+        for split, count in (("train", 16), ("val", 4)):
+            for label in range(3):
+                (place / split / f"n0{label}").mkdir(parents=True)
+                for i in range(count):
+                    image = np.random.default_rng((label, i)).integers(0, 256, (20, 24, 3), np.uint8)
+                    Image.fromarray(image).save(place / split / f"n0{label}" / f"{i}.jpg")
+        assert prepare.main(words) == 0
+        return
     rows = np.random.default_rng(0).integers(0, 256, (40, 3073), dtype=np.uint8)
     rows[:, 0] %= 10
     folder = Path("cifar-10-batches-bin")
@@ -131,6 +145,9 @@ def short_benchmarks(monkeypatch):
     monkeypatch.setattr(growth, "_BATCH", 8)
     monkeypatch.setattr(train_bench, "_BATCH", 8)
     monkeypatch.setattr(train_bench, "_prepared", lambda *_: (lambda: jnp.zeros(()), (2.0, 1.0)))  # it compiles twice
+    for name, value in dict(_SIZE=(40, 30), _IMAGES=8, _BATCH=4, _WORKERS=(0,), _VIEW=images.Config(16, 18)).items():
+        monkeypatch.setattr(input_bench, name, value)
+    monkeypatch.setattr(train_bench, "program", lambda *_: lambda iterations: jnp.zeros(()))
     monkeypatch.setattr(reference, "_TRAINING", 8)
     monkeypatch.setattr(reference, "_FORWARD", 8)
     for name, value in dict(_BATCH=4, _STEPS=2, _EXAMPLES=4, _BATCHES=(32,)).items():
@@ -246,7 +263,7 @@ def test_named_files_exist(name):
 
 def test_fields_that_are_named_exist(clone):
     """A README that calls a field by its old name sends people to an error."""
-    known = {field for file in ("digits_r18.py", "digits_r18.py:at_moe")
+    known = {field for file in ("digits_r18.py", "digits_r18.py:at_moe", "imagenette_r18.py")
              for field in _fields(recipe.load(f"configs/{file}"))} | {"data.name", "init_from"}
     groups = {field.partition(".")[0] for field in known if "." in field}
     for name in NAMES:

@@ -37,9 +37,9 @@ _OWNERS = {
 """Modules below advmoe_jax and their dataclasses, by group; those of named modules are added."""
 
 # These say where things are, how they are computed and what is measured afterwards, not what is trained.
-_FREE = ("eval.", "data.dir", "name", "file", "argument", "run", "model.dispatch")
-OF_A_HOST = ("data.dir", "file")
-"""Fields that may differ between the hosts of a run: where they find things."""
+_FREE = ("eval.", "data.dir", "name", "file", "argument", "run", "model.dispatch", "data.workers")
+OF_A_HOST = ("data.dir", "data.workers", "file")
+"""Fields that may differ between the hosts of a run: where they find things, and how they read them."""
 _VERSION = 2  # of config.json
 
 

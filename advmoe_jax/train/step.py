@@ -12,6 +12,7 @@ from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, tree
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import setting
+from advmoe_jax.data import pipeline
 from advmoe_jax.ops import augment
 from advmoe_jax.train import state as states
 from advmoe_jax.train.state import State
@@ -52,13 +53,13 @@ def preparation(attack: Attack | None, *, seed: int, mesh: jax.sharding.Mesh, da
         attack: of the ready images; None: there is none.
         seed: of the run.
         mesh: of all devices.
-        data_cfg: fields pad and flip.
+        data_cfg: fields pad, flip and, of images that are decoded, crop.
         parts: of a batch, which are attacked one after the other. An image has a key of its own, so that nothing
             depends on them.
     """
     def run(state: State, batch: Batch, crops: jax.Array, noise: jax.Array) -> Batch:
         crop = rng.stream(rng.key(seed, crops, state.step), "augment")
-        x = augment.to_float(augment.pad_crop_flip(crop, batch["image"], data_cfg.pad, data_cfg.flip))
+        x = augment.to_float(augment.pad_crop_flip(crop, batch["image"], pipeline.padding(data_cfg), data_cfg.flip))
         ready = {**batch, "image": x}
         if attack is not None:
             key = rng.stream(rng.key(seed, noise, state.step), "attack")
