@@ -23,7 +23,7 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import balls, losses
 
 Arrays = dict[str, np.ndarray]
-MOST_CHECKED = 32  # images, of those that all attacks before a check left
+MOST_CHECKED = 32  # images, of those that the suite left
 _SLACK = (1 + 1e-4, 1e-6)  # of eps, for the rounding of a norm
 
 
@@ -130,7 +130,7 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
         key: of the attacks.
         batch_size: images at a time; a multiple of the devices.
         survivors_only: whether only the worst case counts, or each attack alone too.
-        checks: more attacks, each on the first MOST_CHECKED images that all attempts before it left.
+        checks: more attacks, on those of the first MOST_CHECKED survivors of `specs` that still stand.
         log: what an earlier run found is taken from there, what this one finds is added.
         judge: x -> (logits, what is kept of each image, with leading B), which gives the verdicts; unless given, the
             first view, of which nothing is kept. "finite" (B,) bool among it says whether all of it is.
@@ -158,7 +158,7 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
         if spec.about.all_images:
             stands = np.ones_like(stands)
         if is_check:
-            stands &= np.cumsum(stands) <= MOST_CHECKED
+            stands &= np.cumsum(found.survivors(found.own)) <= MOST_CHECKED
         parts = list(logged.get(number, ()))
         todo = stands & ~np.isin(index, [i for _, arrays in parts for i in arrays["index"]])
         attack = functools.partial(_attack, spec, number, view, model, judge, source, key)
