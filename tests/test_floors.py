@@ -71,9 +71,11 @@ def test_what_is_imported_is_required_and_what_is_required_imported():
     required.read(ROOT.parent / "setup.cfg")
     extras = dict(required["options.extras_require"])
     packages, optional = ({re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in text.split()} for text in (
-        required["options"]["install_requires"], " ".join(extras[name] for name in ("quickstart", "tfds", "oracle"))))
+        required["options"]["install_requires"],
+        " ".join(extras[name] for name in ("images", "quickstart", "tfds", "oracle"))))
     imported = {name.split(".")[0] for file in MODULES for name in _imports(ROOT / file, of="")}
-    imported = {{"sklearn": "scikit_learn"}.get(name, name).replace("orbax", "orbax_checkpoint") for name in imported}
+    packages_of = {"sklearn": "scikit_learn", "PIL": "pillow", "absl": "absl_py", "orbax": "orbax_checkpoint"}
+    imported = {packages_of.get(name, name) for name in imported}
     assert packages <= imported
     by_hand = {"torchattacks"}  # its own requirements would downgrade others
     assert imported - sys.stdlib_module_names - {"advmoe_jax"} <= packages | optional | by_hand
