@@ -36,7 +36,7 @@ BAD_FIELDS = {
     "eps_8_for_linf": ("attack.eps=8", "attack.eps", "linf", "[0, 1]", "'8/255'"),
     "eps_is_negative": ("attack.eps=-0.1", "attack.eps", "'-0.1'", "0 or more"),
     "eps_is_text": ("attack.eps=abc", "attack.eps", "'abc'", "'8/255'"),
-    "step_size_2_for_linf": ("train.attack=pgd(step_size=2)", "step_size is 2 for linf", "'2/255'"),
+    "step_size_2_for_linf": ("train.attack=pgd(step_size=2)", "step_size of pgd is 2 for linf", "'2/255'"),
     "norm_without_eps": ("eval.norm=l2", "eval.norm is l2", "eval.eps"),
     "attack_norm_without_eps": ("eval.attacks=pgd(norm=l2)", "pgd has norm=l2 and no eps"),
     "eval_eps_8_for_linf": ("eval.eps=8", "eval.eps", "'8/255'"),
@@ -44,7 +44,7 @@ BAD_FIELDS = {
     "attack_start": ("train.attack=pgd(start=gauss)", "'gauss'", "gaussian"),
     "attack_step_size": ("train.attack=pgd(step_size=big)", "step_size", "'big'"),
     "attack_router_grad": ("attack.router_grad=ste", "'ste'", "ste_full"),
-    "attack_num_steps": ("train.attack=pgd(num_steps=0)", "num_steps is 0", "1 or more"),
+    "attack_num_steps": ("train.attack=pgd(num_steps=0)", "num_steps of pgd is 0", "1 to 1000000"),
     "data_name": ("data.name=cifar11", "data.name 'cifar11'", "did you mean 'cifar10'"),
     "data_variant": ("data.name=digits:x", "digits has no variant 'x'"),
     "data_missing": ("data.name=cifar10", "python -m advmoe_jax.data.prepare cifar10 --out data"),
@@ -366,10 +366,10 @@ def test_a_checkpoint_that_is_rotated_away_while_it_is_read(trained, tmp_path, m
     last, read = tmp_path / "w" / "checkpoints" / "last", checkpoint._read_arrays
     forget_configs(tmp_path / "w")
 
-    def rotated(folder):
+    def rotated(folder, **how):
         if (last / "1").exists():
             (last / "1").rename(last / "2")
-        return read(folder)
+        return read(folder, **how)
 
     monkeypatch.setattr(checkpoint, "_read_arrays", rotated)
     monkeypatch.setattr(suspicions, "of_model", lambda *_: ())

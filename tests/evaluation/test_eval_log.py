@@ -12,7 +12,7 @@ ABOUT, OTHER = {"step": 4, "weights": "a"}, {"step": 4, "weights": "b"}
 def _filled(folder, finished=False):
     log = eval_log.FileLog(folder, ABOUT)
     for number in range(2):
-        log.add({"attempt": number}, {"index": np.arange(number + 1)})
+        log.add({"attempt": number, "passes": {}, "seconds": 0.0}, {"index": np.arange(number + 1)})
     if finished:
         (folder / "summary.json").write_text("{}")
     return log

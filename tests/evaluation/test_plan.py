@@ -88,7 +88,8 @@ CHOSEN = suites.alone("fgsm pgd(num_steps=2)", "linf", "0.1")
 
 
 def _jobs(steps, known=(), chosen=CHOSEN, n=COUNT, seed=SEED):
-    return plan.jobs(chosen, steps, known, n=n, seed=seed)
+    checkpoints = [plan.Checkpoint(step, tuple(names)) for step, names in steps.items()]
+    return plan.jobs(chosen, checkpoints, known, n=n, seed=seed)
 
 
 def _measured(checkpoint, step, suite, unreliable=False, n=COUNT, seed=SEED):
@@ -100,16 +101,16 @@ def _measured(checkpoint, step, suite, unreliable=False, n=COUNT, seed=SEED):
 
 def test_a_job_for_each_suite_and_checkpoint():
     jobs = _jobs({30: ["best"], 40: ["last"]})
-    assert [(job.step, job.names, job.suite.name) for job in jobs] == [
+    assert [(job.checkpoint.step, job.checkpoint.names, job.suite.name) for job in jobs] == [
         (30, ("best",), "fgsm"), (30, ("best",), "pgd-2"), (40, ("last",), "fgsm"), (40, ("last",), "pgd-2")]
     assert not any(job.is_measured or job.was_reliable for job in jobs)
-    assert len({job.entry for job in jobs}) == 4 and all(job.entry.startswith(job.names[0]) for job in jobs)
+    assert len({job.entry for job in jobs}) == 4 and all(job.entry.startswith(job.checkpoint.names[0]) for job in jobs)
 
 
 def test_best_and_last_of_one_step_are_one_job():
     """The same weights would else be attacked twice."""
     jobs = _jobs({40: ["best", "last"]})
-    assert [(job.step, job.names, job.suite.name) for job in jobs] == [
+    assert [(job.checkpoint.step, job.checkpoint.names, job.suite.name) for job in jobs] == [
         (40, ("best", "last"), "fgsm"), (40, ("best", "last"), "pgd-2")]
     assert jobs[0].entry == _measured("best", 40, CHOSEN[0])["id"]
     assert jobs[0].what == "the best and last checkpoint (step 40)"

@@ -84,7 +84,7 @@ def test_linf_and_l2_projections_are_those_of_numpy(points):
 
 def _l1_by_solver(v, x, eps):
     """min |z - v|^2 with |z|_1 <= eps and 0 <= x + z <= 1, as a quadratic programme in z = p - n, p and n >= 0."""
-    d = len(v)
+    d, v, x = len(v), v.astype(np.float64), x.astype(np.float64)
     result = optimize.minimize(
         lambda pn: np.sum((pn[:d] - pn[d:] - v)**2), np.zeros(2 * d), method="SLSQP",
         jac=lambda pn: np.concatenate([2 * (pn[:d] - pn[d:] - v), -2 * (pn[:d] - pn[d:] - v)]),
