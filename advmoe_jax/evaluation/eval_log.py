@@ -40,7 +40,7 @@ class FileLog:
             raise UserError(f"{self.folder} holds an unfinished evaluation of another model, other images or versions: "
                             f"expected {', '.join(f'{k} {v}' for k, v in about.items())}; delete the folder to start "
                             "it anew")
-        self._records, intact = files.check_json_lines(self.folder / "log.jsonl", {"attempt", "passes", "seconds"})
+        self._records, intact = files.check_json_lines(self.folder / "log.jsonl", {"attempt"})
         if writes and not intact:  # what comes behind the damage is measured again
             files.write_text(self.folder / "log.jsonl", "".join(f"{json.dumps(record)}\n" for record in self._records))
         whole = all(self._part(number).exists() for number in range(len(self._records)))
