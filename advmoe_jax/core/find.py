@@ -31,14 +31,14 @@ def module(package: str, name: str, defines: str | tuple[str, ...], kind: str | 
     Raises:
         UserError: no such module, with the nearest names; or it lacks what it must define, or cannot be imported.
     """
+    kind = kind or package.removesuffix("s")
     wanted = [defines] if isinstance(defines, str) else defines
     known = names(package, *wanted)
     file = f"advmoe_jax/{package}/{name}.py"
     if name not in known:
         if name.isidentifier() and importlib.util.find_spec(f"advmoe_jax.{package}.{name}") is not None:
-            raise UserError(f"{file} is no {kind or package.removesuffix('s')}: expected it to define "
-                            f"{' or '.join(wanted)}")
-        raise unknown_name(kind or package.removesuffix("s"), name, known)
+            raise UserError(f"unknown {kind} {name!r}: expected {file} to define {' or '.join(wanted)}")
+        raise unknown_name(kind, name, known)
     try:
         return importlib.import_module(f"advmoe_jax.{package}.{name}")
     except (ImportError, SyntaxError) as error:

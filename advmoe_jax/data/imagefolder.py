@@ -36,7 +36,7 @@ def dataset(root: str, variant: str = "") -> Dataset:
     stores = {split: (Files(np.array([os.fsencode(item.file) for of in classes.values() for item in of])),
                       np.repeat(np.arange(len(classes)), [len(of) for of in classes.values()]))
               for split, classes in found.items()}
-    return images.opened(name, tuple(found["train"]), stores, Config)
+    return images.opened(name, stores, tuple(found["train"]), Config)
 
 
 def raw_images(path: pathlib.Path, variant: str, allow_unknown: bool) -> dict[str, Classes]:

@@ -115,7 +115,7 @@ class Images:
         return _cut(self.store.read(self.order[row]), how)
 
 
-def opened(name: str, class_names: tuple[str, ...], stores: dict[str, tuple[Store, np.ndarray]], view: Config
+def opened(name: str, stores: dict[str, tuple[Store, np.ndarray]], class_names: tuple[str, ...], view: Config
            ) -> Dataset:
     """A data set of {split: (store, labels by its numbers)}.
 

@@ -69,7 +69,7 @@ def read(name: str, root: str, view: images.Config) -> Dataset:
         counts = [len(shard["labels"]) for shard in shards]
         files = [_Part(str(folder / shard["file"]), 0, count, count) for shard, count in zip(shards, counts)]
         stores[split] = _store(name, files), np.concatenate([shard["labels"] for shard in shards])
-    return images.opened(name, tuple(index["class_names"]), stores, view)
+    return images.opened(name, stores, tuple(index["class_names"]), view)
 
 
 def read_index(folder):

@@ -26,9 +26,8 @@ Config, check = encoded.Config(crop="pad"), encoded.check
 def dataset(root: str, variant: str = "") -> Dataset:
     """Reads the splits `train` and `test` in the order of their records.
 
-    `validation` stands in for a test split that is absent or whose labels are hidden.
-
-    Encoded images that differ in size are decoded as they are read, see `images.Images`; others are kept in memory.
+    `validation` stands in for a test split that is absent or whose labels are hidden. Encoded images that differ in
+    size are decoded as they are read, see `images.Images`; others are kept in memory.
 
     Args:
         root: the folder of tensorflow-datasets (its `data_dir`); its own default if empty.
@@ -50,16 +49,14 @@ def dataset(root: str, variant: str = "") -> Dataset:
         if not class_names or label.shape:
             raise UserError(f"tfds:{variant} has no feature 'label' with one of named classes for an image")
         tests = [split for split in _TEST_SPLITS if split in builder.info.splits] or ["test"]
-        is_encoded = _differ_in_size(features)
-        read = _store if is_encoded else _read
+        stays = _stays_encoded(features)
+        read = _store if stays else _read
         train, test = (read(builder, split, variant, root) for split in ("train", tests[0]))
         if test[1].min() < 0 and len(tests) > 1:
             console.warn(f"tfds:{variant} hides the labels of {tests[0]!r}: {tests[1]!r} stands in for it")
             test = read(builder, tests[1], variant, root)
-        name, found = f"tfds:{variant}", {"train": train, "test": test}
-        if is_encoded:
-            return encoded.opened(name, tuple(class_names), found, Config)
-        return in_memory(name, found, tuple(class_names))
+        found = f"tfds:{variant}", {"train": train, "test": test}, tuple(class_names)
+        return encoded.opened(*found, Config) if stays else in_memory(*found)
 
 
 def how_to_prepare(root: str, variant: str = "") -> str:
@@ -102,40 +99,56 @@ class Records:
     name: str
 
     def read(self, number: int) -> bytes:
-        return bytes(self.source[int(number)]["image"])
+        try:
+            return bytes(self.source[int(number)]["image"])
+        except Exception:  # as in _records
+            raise UserError(f"{self.where(number)} is damaged: prepare the set anew") from None
 
     def where(self, number: int) -> str:
         return f"{self.name}, record {number}"
 
 
-def _differ_in_size(features):
+def _stays_encoded(features):
     from tensorflow_datasets import features as kinds
     return "image" in features and isinstance(features["image"], kinds.Image) and None in features["image"].shape
 
 
 def _store(builder, split, variant, root):
-    """A store and its labels, which are read once, record by record, and kept beside the records if that is allowed."""
+    """A store and its labels (n,) int32, which are read once, record by record, and kept beside the records if that is
+    allowed."""
     from tensorflow_datasets import decode
-    options = {"decoders": {"image": decode.SkipDecoding()}}
-    records = _each(builder, split, variant, root, **options)  # checks the split before anything is read
-    count, kept = builder.info.splits[split].num_examples, pathlib.Path(builder.data_dir) / f"labels-{split}.npy"
-    labels = np.zeros(0)
-    with contextlib.suppress(OSError, ValueError, EOFError):
+    decoders = {"image": decode.SkipDecoding()}
+    records = _records(builder, split, variant, root, decoders=decoders)
+    kept = pathlib.Path(builder.data_dir) / f"labels-{split}.npy"
+    labels = np.zeros(0, np.int32)
+    with contextlib.suppress(OSError, ValueError, EOFError):  # there is none, or it is damaged
         labels = np.load(kept, allow_pickle=False)
-    if labels.shape != (count,):
-        labels = np.array([record["label"] for record in records], np.int32)
-        content = io.BytesIO()
+    if labels.shape != (builder.info.splits[split].num_examples,):
+        labels, content = np.array([label for _, label in records], np.int32), io.BytesIO()
         np.save(content, labels)
         with contextlib.suppress(OSError):
             write_bytes(kept, content.getvalue())
-    return Records(builder.as_data_source(split=split, **options), f"tfds:{variant} {split}"), labels
+    return Records(builder.as_data_source(split=split, decoders=decoders), f"tfds:{variant} {split}"), labels
 
 
-def _each(builder, split, variant, root, **options):
-    """An iterator of the records of a split, shard by shard, so that a damaged one is named.
+def _read(builder, split, variant, root):
+    """Images (n, H, W, C) uint8 and labels (n,) int32."""
+    images, labels, sizes = [], [], set()
+    for image, label in _records(builder, split, variant, root):
+        sizes.add(image.shape)
+        images.append(image)
+        labels.append(label)
+    if len(sizes) > 1:
+        raise UserError(f"tfds:{variant}: {split} images differ in size ({min(sizes)} and {max(sizes)}): "
+                        "expected one size")
+    return np.stack(images), np.asarray(labels, np.int32)
+
+
+def _records(builder, split, variant, root, **options):
+    """An iterator over image and label of every record, as `builder.as_data_source` gives them.
 
     Raises:
-        UserError: there are no such records.
+        UserError: at once if there is no such split or feature or a shard is missing; later for damaged shards.
     """
     name, info = f"tfds:{variant}", builder.info
     if split not in info.splits:
@@ -144,15 +157,18 @@ def _each(builder, split, variant, root, **options):
         raise UserError(f"{name} has no feature 'image': it has {', '.join(sorted(info.features))}")
     if not info.splits[split].num_examples:
         raise UserError(f"{name}: split {split!r} is empty")
+    lost = f"delete {builder.data_dir} and prepare it anew; {how_to_prepare(root, variant)}"
+    for shard in info.splits[split].filepaths:
+        if not shard.exists():
+            raise UserError(f"{shard} is missing: {lost}")
 
     def records():
         for number, shard in enumerate(info.splits[split].filepaths):
             part = f"{split}[{number}shard]"
             try:
                 for record in builder.as_data_source(split=part, **options) if info.splits[part].num_examples else ():
-                    if record is None:
-                        raise ValueError
-                    yield record
+                    image, label = record["image"], int(record["label"])
+                    yield image, label
             except NotImplementedError:
                 raise UserError(f"{name} in {builder.data_dir} is not in ArrayRecord format; "
                                 f"{how_to_prepare(root, variant)}") from None
@@ -160,21 +176,9 @@ def _each(builder, split, variant, root, **options):
                 raise UserError(f"{name}: decoding its images needs {error.name}, "
                                 "which is not installed") from None
             except Exception:  # of a damaged record the library gives None, or raises what its decoder raised
-                raise UserError(f"{shard} is {'damaged' if shard.exists() else 'missing'}: delete {builder.data_dir} "
-                                f"and prepare it anew; {how_to_prepare(root, variant)}") from None
+                raise UserError(f"{shard} is damaged: {lost}") from None
 
     return records()
-
-
-def _read(builder, split, variant, root):
-    """Returns images (n, H, W, C) uint8 and labels (n,) int32."""
-    found = [(record["image"], int(record["label"])) for record in _each(builder, split, variant, root)]
-    images, labels = zip(*found)
-    sizes = {image.shape for image in images}
-    if len(sizes) > 1:
-        raise UserError(f"tfds:{variant}: {split} images differ in size ({min(sizes)} and {max(sizes)}): "
-                        "expected one size")
-    return np.stack(images), np.asarray(labels, np.int32)
 
 
 @contextlib.contextmanager

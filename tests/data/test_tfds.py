@@ -100,7 +100,7 @@ def test_images_that_differ_in_size_stay_encoded(tmp_path):
     files = [tmp_path / f"{i}.jpg" for i in range(5)]
     for i, file in enumerate(files):
         file.write_bytes(pictures.jpeg(i, width=20 + i))
-    prepare(tmp_path, "photos", files=files)
+    prepare(tmp_path, "photos", ("train", "validation", "test"), files=files, hidden=("test",))
     config = configs.default(data="tfds:photos")
     config.data.dir, config.data.image_size, config.data.resize = str(tmp_path), 12, 16
     read = []
@@ -114,7 +114,11 @@ def test_images_that_differ_in_size_stay_encoded(tmp_path):
             data.train.labels)
         read.append(data.train.take(np.arange(5))["image"])
     np.testing.assert_array_equal(*read)
-    assert (tmp_path / "photos/1.0.0/labels-train.npy").exists()
+    assert (tmp_path / "photos/1.0.0/labels-train.npy").exists() and data.test.labels.min() == 0
+    [shard] = (tmp_path / "photos/1.0.0").glob("photos-train*")
+    _damage(shard, None)
+    with pytest.raises(UserError, match=f"{shard} is missing: "):
+        pipeline.load(config.data, "test", 5)
 
 
 def test_images_of_one_size_are_used_as_they_are(tmp_path):
