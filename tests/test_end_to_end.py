@@ -315,12 +315,15 @@ def test_config_file(path, monkeypatch):
             configs.load(f"{path}:advmo")
 
 
+TRACED = set()
+
+
 @pytest.mark.parametrize("path", CONFIG_FILES)
 def test_a_step_of_a_config_can_be_traced(path, monkeypatch):
-    """At a small size, and without running it; of a recipe one run of each system."""
+    """At a small size, and without running it; what several configs have in common once."""
     monkeypatch.chdir(REPO)
     monkeypatch.syspath_prepend(str((REPO / path).parent))
-    mesh, seen = meshes.make(), set()
+    mesh, seen = meshes.make(), TRACED
     for config in _runs(path, _arguments(path)).values():
         for text in ("model.depth=4", "model.width=4", "data.batch_size=8"):
             configs.override(config, text)

@@ -34,7 +34,7 @@ _OWNERS = {
 """Modules below advmoe_jax and their dataclasses, by group; those of named modules are added."""
 
 # These say where things are, how they are computed and what is measured afterwards, not what is trained.
-_FREE = ("eval.", "data.dir", "name", "file", "argument", "run", "model.dispatch")
+_FREE = ("eval.", "data.dir", "name", "file", "argument", "run", "model.dispatch", "data.workers")
 _VERSION = 2  # of config.json
 
 

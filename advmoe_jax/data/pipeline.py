@@ -16,11 +16,16 @@ import numpy as np
 from advmoe_jax.core import find
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.core.fields import setting
+from advmoe_jax.core.fields import Only, setting
+from advmoe_jax.data import images
 from advmoe_jax.data.source import Dataset
 from advmoe_jax.data.split import Rows, Split, stratified
 
 _SMALL = 20_000
+
+
+def _is_padded(cfg: Any) -> bool:
+    return getattr(cfg, "crop", "pad") == "pad"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,8 @@ class Config:
     dir: str = setting("data", "where prepared data is")
     subset: int = setting(0, "keep the first so many training images; 0 for all", least=0, most=10**9)
     batch_size: int = setting(128, "images of an iteration, on all devices together", least=1, most=10**6)
-    pad: int = setting(4, "pixels that crops may move by", least=0, most=1024)
+    pad: int = setting(4, "pixels that crops may move by", least=0, most=1024, only=Only(
+        "images that are not cropped before, by data.crop=resized", lambda config: _is_padded(config.data)))
     flip: bool = setting(True, "whether half of the images are mirrored")
 
 
@@ -62,13 +68,13 @@ def load(cfg: Any, select_on: str, select_examples: int) -> Data:
     """Loads a data set and sets aside what chooses the best checkpoint.
 
     Args:
-        cfg: has the fields `name`, `dir` and `subset`, as `open_dataset` takes them.
+        cfg: `config.data`; see `open_dataset`.
         select_on: "validation", held out of the training images (see `holdout`), or "test".
         select_examples: at most so many of them choose.
     Raises:
         UserError: see `open_dataset` and `holdout`.
     """
-    dataset = open_dataset(cfg.name, cfg.dir, cfg.subset)
+    dataset = open_dataset(cfg.name, cfg.dir, cfg.subset, cfg)
     train, test = dataset.train, dataset.test
     if select_on == "test":
         rows, select, select_rows = np.arange(len(train)), test, np.arange(len(test))
@@ -78,18 +84,22 @@ def load(cfg: Any, select_on: str, select_examples: int) -> Data:
     return Data(train, rows, select, select_rows[:select_examples], test, dataset.num_classes, dataset.image_shape)
 
 
-def open_dataset(name: str, root: str, subset: int = 0) -> Dataset:
+def open_dataset(name: str, root: str, subset: int = 0, view: Any = None) -> Dataset:
     """Loads a data set.
 
     Args:
         name: a source's module name, with a variant after a colon if it has any ("tfds:cifar10").
         root: where prepared data is (`config.data.dir`), local or gs://.
         subset: keep only the first so many training images; 0 keeps all.
+        view: has the fields of `images.Config` if the images are decoded as they are read; None: the source's defaults.
     Raises:
         UserError: unknown name, data missing or damaged, or a subset larger than the set.
     """
     source, _, variant = name.partition(":")
-    dataset = find.module("data", source, defines="dataset", kind="data.name").dataset(root, variant)
+    module = find.module("data", source, defines="dataset", kind="data.name")
+    dataset = module.dataset(root, variant)
+    if view is not None and hasattr(module, "Config"):
+        dataset = images.seen(dataset, view, module.Config)
     num_train = len(dataset.train)
     if not 0 <= subset <= num_train:
         raise UserError(f"data.subset is {subset}, but {name} has {num_train} training images: "
@@ -152,6 +162,11 @@ def batch_indices(indices: np.ndarray, batch_size: int, seed: int, stream: str,
     return np.asarray(indices, np.int64)[order[position * batch_size:(position + 1) * batch_size]]
 
 
+def padding(cfg: Any) -> int:
+    """Pixels that crops move by on the device: data.pad, or 0 for images that were cropped at random before."""
+    return cfg.pad if _is_padded(cfg) else 0
+
+
 def padded_batches(indices: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All examples in order, in batches of one size, for evaluation.
 
@@ -177,10 +192,14 @@ def device_batch(mesh: jax.sharding.Mesh, split: Split, rows: np.ndarray) -> dic
     Returns:
         {"image": (B, H, W, C) uint8, "label": (B,) int32, "index": (B,) int32, which is `rows`}, cut over the devices.
     """
-    sharding = meshes.by_example(mesh)
     share = len(rows) // jax.process_count()
     mine = np.asarray(rows[jax.process_index() * share:(jax.process_index() + 1) * share], np.int64)
-    local = split.take(mine) | {"index": mine.astype(np.int32)}
+    return on_devices(mesh, split.take(mine) | {"index": mine.astype(np.int32)})
+
+
+def on_devices(mesh: jax.sharding.Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A global batch of this process's part: arrays (B / processes, ...), cut over the devices."""
+    sharding = meshes.by_example(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in local.items()}
 
 

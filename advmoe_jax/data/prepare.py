@@ -2,13 +2,14 @@
 
 import contextlib
 import logging
+import pathlib
 import tempfile
 
 from etils import epath
 
 from advmoe_jax.core import cli, find, paths
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.data import raw
+from advmoe_jax.data import raw, records, shards
 from advmoe_jax.data.source import (
     META,
     SPLITS,
@@ -25,9 +26,10 @@ def prepare(name: str, out: str, raw_path: str | None = None, force: bool = Fals
     """Writes OUT/NAME/ from the official files; an intact folder that is there is kept.
 
     Args:
-        name: a data set with official files ("cifar10").
+        name: a data set with official files ("cifar10"), or of images that stay encoded ("imagefolder:flowers").
         out: where prepared data is kept (`config.data.dir`), local or gs://.
-        raw_path: the official archive, a .zip of its files, or a folder with either; None downloads it.
+        raw_path: the official archive, a .zip of its files, or a folder with either; None downloads it where
+            that is possible.
         force: write even if OUT/NAME/ is there.
         allow_unknown_hash: accept other content than the official, with a warning.
     Returns:
@@ -37,6 +39,11 @@ def prepare(name: str, out: str, raw_path: str | None = None, force: bool = Fals
     """
     base, _, variant = name.partition(":")
     source = find.module("data", base, defines="dataset", kind="data set")
+    if hasattr(source, "raw_images"):
+        folder = records.place(name, out)
+        found = source.raw_images(pathlib.Path(raw_path), variant, allow_unknown_hash) if raw_path else None
+        print(shards.write(name, folder, found, records.command(name, out), force))
+        return epath.Path(folder)
     if not hasattr(source, "OFFICIAL"):
         raise UserError(source.how_to_prepare(out, variant))
     refuse_variant(base, variant)
@@ -66,15 +73,15 @@ def _summary(dataset):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, or 2 for bad input."""
-    official = ", ".join(find.names("data", "OFFICIAL"))
+    official = ", ".join(find.names("data", "OFFICIAL", "raw_images"))
     parser = cli.Parser(prog="python -m advmoe_jax.data.prepare", description=(
         "Checks the official files of a data set and writes DIR/NAME/, which training reads."))
-    parser.add_argument("name", help=f"the data set: {official}")
+    parser.add_argument("name", help=f"the data set: {official}; images of your own: imagefolder:NAME")
     parser.add_argument("--out", required=True, metavar="DIR",
                         help="where prepared data is kept (config.data.dir)")
     parser.add_argument("--raw", metavar="PATH",
                         help="the official archive, a .zip of its files, or a folder that holds "
-                             "either; downloaded if not given")
+                             "either; downloaded if not given, where that is possible")
     parser.add_argument("--force", action="store_true", help="write even if DIR/NAME/ is there")
     parser.add_argument("--allow-unknown-hash", action="store_true",
                         help="accept other or fewer files than the official ones, with a warning")

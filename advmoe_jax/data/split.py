@@ -4,14 +4,15 @@ Legend: n examples of a split, B of a batch; H height, W width, C channels.
 """
 
 import dataclasses
+import functools
 import hashlib
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from advmoe_jax.core.errors import UserError
 
-_CHUNK = 4096  # examples that are hashed at once
+_CHUNK = 256  # examples that are hashed at once
 
 
 class Split(Protocol):
@@ -20,6 +21,8 @@ class Split(Protocol):
     Attributes:
         labels: (n,) int32, in host memory.
         image_shape: (H, W, C).
+        decodes: whether images are decoded as they are read. Training then has them drawn ahead, by
+            `draw(row, generator)` of `images.Images`.
     """
 
     @property
@@ -27,6 +30,9 @@ class Split(Protocol):
 
     @property
     def image_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def decodes(self) -> bool: ...
 
     def __len__(self) -> int:
         """n."""
@@ -59,6 +65,8 @@ class Arrays:
     labels: np.ndarray
     name: str = "a split"
 
+    decodes: ClassVar[bool] = False
+
     def __post_init__(self):
         images, labels = self.images, self.labels
         if images.dtype != np.uint8 or images.ndim != 4:
@@ -89,7 +97,7 @@ class Rows:
     whole: Split
     rows: np.ndarray
 
-    @property
+    @functools.cached_property
     def labels(self) -> np.ndarray:
         return self.whole.labels[self.rows]
 
@@ -100,8 +108,18 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def decodes(self) -> bool:
+        return self.whole.decodes
+
     def take(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         return self.whole.take(self.rows[rows])
+
+    def draw(self, row: int, generator: np.random.Generator) -> np.ndarray | None:
+        return self.whole.draw(self.rows[row], generator)
+
+    def where(self, row: int) -> str:
+        return self.whole.where(self.rows[row])
 
 
 def fingerprint(split: Split, rows: np.ndarray | None = None) -> str:

@@ -1,6 +1,7 @@
 """The loop: evaluate? save? next batch, steps, log one iteration late. One loop for all systems."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from advmoe_jax.core import console, rng, units
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import NonFiniteError, Preempted, UserError
 from advmoe_jax.core.fields import setting
-from advmoe_jax.data import pipeline
+from advmoe_jax.data import feed, pipeline
 from advmoe_jax.data.split import Split
 from advmoe_jax.models.model import Model
 from advmoe_jax.train import checkpoint, log, preemption
@@ -78,7 +79,8 @@ def run(config: ConfigDict, workdir: epath.Path, system: System, train: Split, s
     total, batch_size = system.length, config.data.batch_size
     per_epoch = pipeline.steps_per_epoch(len(system.rows), batch_size)
     metrics = log.Metrics(workdir / "metrics.jsonl")
-    with checkpoint.opened(workdir) as saved, preemption.watch() as notice:
+    with (checkpoint.opened(workdir) as saved, preemption.watch() as notice,
+          feed.opened(config.data, config.seed, train, system.rows, system.visits, mesh) as batch_of):
         state = _begin(config, system, saved, metrics, mesh)
         first, best = int(state.step), saved.best_rates()
         window, pending, told = [], None, {}
@@ -107,8 +109,7 @@ def run(config: ConfigDict, workdir: epath.Path, system: System, train: Split, s
                     saved.save("last", step, state, {})
                 raise Preempted(f"stopped by SIGTERM; saved at step {step} of {total}: "
                                 "the same command continues from there")
-            state, fresh = iterate(system, state, step, per_epoch, lambda stream, step=step: pipeline.device_batch(
-                mesh, train, pipeline.batch_indices(system.rows, batch_size, config.seed, stream, step)))
+            state, fresh = iterate(system, state, step, per_epoch, functools.partial(batch_of, step))
             pending = _settle(window, pending, system, saved) or (step + 1, fresh)
     return state
 

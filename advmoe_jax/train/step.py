@@ -9,6 +9,7 @@ import optax
 
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, tree
+from advmoe_jax.data import pipeline
 from advmoe_jax.ops import augment
 from advmoe_jax.train import state as states
 from advmoe_jax.train.state import State
@@ -31,11 +32,11 @@ def preparation(attack: Attack | None, *, seed: int, mesh: jax.sharding.Mesh, da
         attack: of the ready images; None: there is none.
         seed: of the run.
         mesh: of all devices.
-        data_cfg: fields pad and flip.
+        data_cfg: fields pad, flip and, of images that are decoded, crop.
     """
     def run(state: State, batch: Batch, crops: jax.Array, noise: jax.Array) -> Batch:
         crop = rng.stream(rng.key(seed, crops, state.step), "augment")
-        x = augment.to_float(augment.pad_crop_flip(crop, batch["image"], data_cfg.pad, data_cfg.flip))
+        x = augment.to_float(augment.pad_crop_flip(crop, batch["image"], pipeline.padding(data_cfg), data_cfg.flip))
         ready = {**batch, "image": x}
         if attack is not None:
             key = rng.stream(rng.key(seed, noise, state.step), "attack")

@@ -73,3 +73,8 @@ class System:
     model: Model
     describe: str
     every: Mapping[str, Callable[[State], State]] = dataclasses.field(default_factory=dict)
+
+    def visits(self, first: int) -> list[tuple[int, str]]:
+        """(iteration, random stream) of every batch that it is fed from iteration `first` on, in order."""
+        return [(step, stream) for step in range(first, self.length) for stream in dict.fromkeys(
+            update.inputs.batch for update in self.steps if step % update.every == 0)]

@@ -329,7 +329,7 @@ def test_names_without_official_files(name, message, tmp_path, capsys):
 def test_every_source_can_be_prepared_or_says_how():
     for name in find.names("data", "dataset"):
         module = find.module("data", name, "dataset")
-        assert hasattr(module, "OFFICIAL") != hasattr(module, "how_to_prepare")
+        assert sum(hasattr(module, way) for way in ("OFFICIAL", "how_to_prepare", "raw_images")) == 1
         if hasattr(module, "OFFICIAL"):
             official = module.OFFICIAL
             hashes = [*official.archives.values()]
@@ -459,7 +459,7 @@ def test_command_line():
     root = pathlib.Path(__file__).parents[2]
     run = subprocess.run([sys.executable, "-m", "advmoe_jax.data.prepare", "--help"],
                          capture_output=True, text=True, cwd=root, check=True)
-    assert run.stdout.count("\n") < 24 and "cifar10, cifar100, svhn" in run.stdout
+    assert run.stdout.count("\n") < 24 and "cifar10, cifar100, imagefolder," in run.stdout
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The contract of splits, for every data source and for what is made of splits."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from advmoe_jax.core import find
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.data import pipeline, source, split
+from advmoe_jax.data import images, pipeline, prepare, source, split
 from advmoe_jax.data.split import Arrays, Rows
 
 SOURCES = find.names("data", "dataset")
@@ -16,22 +17,30 @@ SOURCES = find.names("data", "dataset")
 @pytest.fixture(scope="module")
 def dataset(request, tmp_path_factory):
     """Data of a source; of official files, random images stand in for the real ones."""
-    name, folder = request.param, str(tmp_path_factory.mktemp(request.param))
+    name, view, folder = request.param, None, str(tmp_path_factory.mktemp(request.param))
     module = find.module("data", name, "dataset")
     if hasattr(module, "OFFICIAL"):
         rng, classes = np.random.default_rng(0), module.OFFICIAL.class_names
         arrays = {part: (rng.integers(0, 256, (9, 32, 32, 3), np.uint8), rng.integers(0, len(classes), 9, np.int32))
                   for part in source.SPLITS}
         source.write_prepared(source.in_memory(name, arrays, classes), folder)
+    if hasattr(module, "raw_images"):
+        pytest.importorskip("array_record")
+        import pictures  # beside this file
+        raw = tmp_path_factory.mktemp("raw") / "set"
+        (pictures.tiny_imagenet if name == "tiny_imagenet" else pictures.tree)(raw)
+        name = "imagefolder:small" if name == "imagefolder" else name
+        view = dataclasses.asdict(images.Config(image_size=16, resize=18))
+        prepare.prepare(name, folder, str(raw), allow_unknown_hash=True)
     if name == "tfds":
         pytest.importorskip("tensorflow_datasets")
         pytest.importorskip("array_record")
-        from test_tfds import prepare  # beside this file
-        prepare(folder, "tiny_set")
+        import test_tfds  # beside this file
+        test_tfds.prepare(folder, "tiny_set")
         name = "tfds:tiny_set"
     if name == "digits":
         pytest.importorskip("sklearn")
-    return functools.partial(pipeline.open_dataset, name, folder)
+    return functools.partial(pipeline.open_dataset, name, folder, view=view)
 
 
 @pytest.mark.parametrize("subset", [0, 4])

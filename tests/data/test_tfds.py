@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from advmoe_jax.core import config as configs
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
 
@@ -14,8 +15,9 @@ pytest.importorskip("array_record")
 
 
 def prepare(folder, name, splits=("train", "test"), shape=(4, 4, 3), sizes=(4,), dtype=np.uint8,
-            feature="image", num_images=5, shards=1, hidden=()):
-    """Prepares `folder`/NAME with images that hold their own number; labels of `hidden` splits are -1."""
+            feature="image", num_images=5, shards=1, hidden=(), files=None):
+    """Prepares `folder`/NAME with images that hold their own number, or with those of image files; labels of `hidden`
+    splits are -1."""
     features = library.features
 
     class Imitation(library.core.GeneratorBasedBuilder, skip_registration=True):
@@ -23,7 +25,7 @@ def prepare(folder, name, splits=("train", "test"), shape=(4, 4, 3), sizes=(4,),
 
         def _info(self):
             return library.core.DatasetInfo(builder=self, features=features.FeaturesDict({
-                feature: features.Tensor(shape=shape, dtype=dtype),
+                feature: features.Image() if files else features.Tensor(shape=shape, dtype=dtype),
                 "label": features.ClassLabel(names=["even", "odd"])}))
 
         def _split_generators(self, dl_manager):
@@ -33,7 +35,8 @@ def prepare(folder, name, splits=("train", "test"), shape=(4, 4, 3), sizes=(4,),
         def _generate_examples(self, is_hidden):
             for i in range(num_images):
                 size = sizes[i % len(sizes)]
-                yield i, {feature: np.full((size, 4, 3), i, dtype), "label": -1 if is_hidden else i % 2}
+                yield i, {feature: str(files[i]) if files else np.full((size, 4, 3), i, dtype),
+                          "label": -1 if is_hidden else i % 2}
 
     Imitation.name = name
     Imitation(data_dir=str(folder), file_format="array_record").download_and_prepare(
@@ -90,6 +93,42 @@ def test_damaged_files_are_named(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             pipeline.open_dataset("tfds:tiny_set", str(root))
         assert "\n" not in str(error.value)
+
+
+def test_images_that_differ_in_size_stay_encoded(tmp_path):
+    import pictures  # beside this file
+    files = [tmp_path / f"{i}.jpg" for i in range(5)]
+    for i, file in enumerate(files):
+        file.write_bytes(pictures.jpeg(i, width=20 + i))
+    prepare(tmp_path, "photos", ("train", "validation", "test"), files=files, hidden=("test",))
+    config = configs.default(data="tfds:photos")
+    config.data.dir, config.data.image_size, config.data.resize = str(tmp_path), 12, 16
+    read = []
+    for _ in range(2):  # labels are kept the first time
+        data = pipeline.load(config.data, "test", 5)
+        assert data.train.decodes and data.image_shape == (12, 12, 3) and len(data.test) == 5
+        contents = [data.train.store.read(number) for number in data.train.order]
+        assert [files[i].read_bytes() for i in range(5)] == sorted(contents, key=[
+            file.read_bytes() for file in files].index)
+        assert [[file.read_bytes() for file in files].index(content) % 2 for content in contents] == list(
+            data.train.labels)
+        read.append(data.train.take(np.arange(5))["image"])
+    np.testing.assert_array_equal(*read)
+    assert (tmp_path / "photos/1.0.0/labels-train.npy").exists() and data.test.labels.min() == 0
+    [shard] = (tmp_path / "photos/1.0.0").glob("photos-train*")
+    _damage(shard, None)
+    with pytest.raises(UserError, match=f"{shard} is missing: "):
+        pipeline.load(config.data, "test", 5)
+
+
+def test_images_of_one_size_are_used_as_they_are(tmp_path):
+    prepare(tmp_path, "tiny_set")
+    config = configs.default(data="tfds:tiny_set")
+    config.data.dir = str(tmp_path)
+    assert pipeline.load(config.data, "test", 5).image_shape == (4, 4, 3)
+    config.data.image_size = 12
+    with pytest.raises(UserError, match="tfds:tiny_set has images of one size, used as they are"):
+        pipeline.load(config.data, "test", 5)
 
 
 @pytest.mark.parametrize("options, message", [

@@ -1,0 +1,146 @@
+"""The batches of training, in the order in which a run takes them. Those that must be decoded are made ahead.
+
+What a batch holds is a function of (seed, stream, step), whatever the number of workers and processes: a resumed run
+starts at its step. B batch, of which a process makes its part.
+"""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import connection
+from typing import Any
+
+import jax
+import numpy as np
+
+from advmoe_jax.core import console
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.data import pipeline
+from advmoe_jax.data.split import Split
+
+Visit = tuple[int, str]
+"""(step, stream)."""
+
+
+@contextlib.contextmanager
+def opened(cfg: Any, seed: int, split: Split, rows: np.ndarray, visits: Callable[[int], Sequence[Visit]],
+           mesh: jax.sharding.Mesh) -> Iterator[Callable[[int, str], dict[str, jax.Array]]]:
+    """Gives a function (step, stream) -> the batch, as `pipeline.device_batch` gives it.
+
+    Args:
+        cfg: `config.data`: fields batch_size and, of images that are decoded, workers.
+        seed: of the run.
+        split: the training images.
+        rows: (n,) those to draw from.
+        visits: step -> what will be asked for from there on, in this order.
+        mesh: of all devices.
+    """
+    coming = None
+    with contextlib.ExitStack() as stack:
+
+        def batch_of(step, stream):
+            nonlocal coming
+            if not split.decodes:
+                wanted = pipeline.batch_indices(rows, cfg.batch_size, seed, stream, step)
+                return pipeline.device_batch(mesh, split, wanted)
+            if coming is None:
+                coming = stack.enter_context(contextlib.closing(decoded(
+                    split, rows, visits(step), batch_size=cfg.batch_size, seed=seed, workers=cfg.workers,
+                    part=(jax.process_index(), jax.process_count()))))
+            visit, batch = next(coming)
+            if visit != (step, stream):
+                raise ValueError(f"asked for {(step, stream)}, expected {visit}")
+            return pipeline.on_devices(mesh, batch)
+
+        yield batch_of
+
+
+def decoded(split: Split, rows: np.ndarray, visits: Sequence[Visit], *, batch_size: int, seed: int, workers: int = 0,
+            part: tuple[int, int] = (0, 1)) -> Iterator[tuple[Visit, dict[str, np.ndarray]]]:
+    """Decodes the batches of `visits` in order; two batches are held ahead.
+
+    An image that cannot be decoded is replaced by the next good one of its batch, and a warning counts them.
+
+    Args:
+        split: of images to decode.
+        rows: (n,) those to draw from.
+        visits: what to make.
+        batch_size: B.
+        seed: of the run.
+        workers: processes that decode; 0: threads of this one.
+        part: which part of each batch this process makes, and of how many.
+    Yields:
+        The visit; "image" (B / parts, S, S, 3) uint8, "label" and "index" (B / parts,) int32.
+    Raises:
+        UserError: grain is missing, an image cannot be read, or none of a batch can be decoded.
+    """
+    try:
+        import grain
+        from absl import flags
+    except ImportError:
+        raise UserError("training on images that are decoded needs grain: "
+                        "run `pip install 'advmoe_jax[images]'`") from None
+    flags.FLAGS.mark_as_parsed()  # grain's own, which command lines of absl would have read
+    share, threads, lost = batch_size // part[1], os.cpu_count() or 1, set()
+    names = tuple(dict.fromkeys(stream for _, stream in visits))
+    draws = _Draws(split, rows, names, np.array([names.index(stream) for _, stream in visits], np.uint8),
+                   np.array([step for step, _ in visits], np.int32), batch_size, seed, part[0] * share, share)
+    source = grain.MapDataset.range(len(visits) * share).map(draws)
+    if workers:
+        ahead = source.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)).mp_prefetch(
+            grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(2 * share // workers, 1)), _as_worker)
+    else:
+        ahead = source.to_iter_dataset(grain.ReadOptions(threads, max(2 * share, threads)))
+    with contextlib.closing(iter(ahead.batch(share))) as batches:
+        for visit, batch in zip(visits, batches):
+            wanted = batch.pop("wanted")
+            if new := set(wanted[wanted != batch["index"]].tolist()) - lost:
+                lost |= new
+                console.warn(f"{split.where(min(new))} cannot be decoded, {len(lost)} images so far: others of their "
+                             "batches take their places")
+            yield visit, batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Draws:
+    """Makes the images of `decoded` by their number; a function that other processes get."""
+
+    split: Split
+    rows: np.ndarray
+    names: tuple[str, ...]
+    streams: np.ndarray
+    steps: np.ndarray
+    batch_size: int
+    seed: int
+    first: int
+    share: int
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        visit, place = divmod(int(number), self.share)
+        stream, step, place = self.names[self.streams[visit]], int(self.steps[visit]), self.first + place
+        batch = pipeline.batch_indices(self.rows, self.batch_size, self.seed, stream, step)
+        for row in (*batch[place:], *batch[:place]):
+            words = (self.seed % 2**64, zlib.crc32(f"{stream}/crop".encode()), step, int(row))
+            image = self.split.draw(row, np.random.Generator(np.random.Philox(np.random.SeedSequence(words))))
+            if image is not None:
+                return {"image": image, "label": self.split.labels[row], "index": np.int32(row),
+                        "wanted": np.int32(batch[place])}
+        raise UserError(f"none of the {len(batch)} images of a batch can be decoded, the first is "
+                        f"{self.split.where(batch[0])}")
+
+
+def _as_worker(*_):
+    """Leaves signals to the process that it works for, and ends with it, however that ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    def watch():
+        connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

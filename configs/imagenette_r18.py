@@ -1,0 +1,30 @@
+"""Narrow ResNet-18 on ten ImageNet classes (Imagenette), 64 pixels, linf eps 2/255.
+
+Meant for few images, such as 2,400 for training and 800 for testing: its numbers say nothing about ImageNet.
+
+Command:  python -m advmoe_jax.data.prepare imagefolder:imagenette --raw FOLDER --out data   (FOLDER holds a tar archive
+          of class folders for train and one for val, or the folders)
+          python -m advmoe_jax.main --config configs/imagenette_r18.py
+          python -m advmoe_jax.main --config configs/imagenette_r18.py:at_dense  (at_sdense, at_moe, natural)
+Hardware: 2 CPU cores.
+Time:     not measured yet; meant to be less than 30 minutes.
+Expected: not run yet.
+"""
+
+from advmoe_jax.core import config as configs
+from advmoe_jax.systems import methods
+
+
+def get_config(method="advmoe"):
+    config = configs.default(data="imagefolder:imagenette")
+    methods.choose(config, method)
+    config.data.image_size, config.data.resize, config.data.scale = 64, 72, 0.25
+    config.data.batch_size = 64
+    config.model.stem = "imagenet"
+    config.model.width = 32
+    config.attack.eps = "2/255"
+    config.train.length = "60 epochs"
+    config.train.eval_every = "5 epochs"
+    config.train.save_every = "5 epochs"
+    config.eval.batch_size = 240  # the validation images in one batch, and no second shape to compile
+    return config
