@@ -107,16 +107,16 @@ def _config(method, fields):
     return cfg
 
 
-def program(method: str, fields: dict[str, Any]) -> Callable[[int], Any]:
+def program(method: str, fields: dict[str, Any], image_shape: tuple[int, int, int] = ()) -> Callable[[int], Any]:
     """`run(iterations)`, which does all that training does on random images, but for a learning rate of 0, so that
     the load stays. `fields` of the config are written with __ for the dot."""
     cfg = _config(method, fields)
-    mesh = meshes.make()
-    net = network.make(cfg.model, nets.IMAGE_SHAPE, nets.CLASSES, mesh)
+    mesh, shape = meshes.make(), image_shape or nets.IMAGE_SHAPE
+    net = network.make(cfg.model, shape, nets.CLASSES, mesh)
     numbers = np.random.default_rng(0)
-    images = Arrays(numbers.integers(0, 256, (_EXAMPLES, *nets.IMAGE_SHAPE), np.uint8),
+    images = Arrays(numbers.integers(0, 256, (_EXAMPLES, *shape), np.uint8),
                     numbers.integers(0, nets.CLASSES, _EXAMPLES).astype(np.int32))
-    data = pipeline.Data(images, np.arange(_EXAMPLES), images, np.arange(0), images, nets.CLASSES, nets.IMAGE_SHAPE)
+    data = pipeline.Data(images, np.arange(_EXAMPLES), images, np.arange(0), images, nets.CLASSES, shape)
     system = find.module("systems", cfg.system.name, defines="make").make(cfg, net, data, mesh, {})
     state = system.init(jax.random.key(0))
     if net.num_experts > 1:

@@ -19,6 +19,7 @@ from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import tree
 from advmoe_jax.core.errors import NonFiniteError, Preempted, UserError
+from advmoe_jax.data.split import Arrays
 from advmoe_jax.evaluation import measure, verdicts
 from advmoe_jax.ops import routing
 from advmoe_jax.systems.assemble import assemble
@@ -151,6 +152,53 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(experiment, whole, 
     assert _steps(tmp_path, "last") == ([3] if step >= 3 else [])
     _train(experiment, tmp_path)
     _assert_same(_outcome(experiment, tmp_path), whole[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A split whose images are, as encoded ones, drawn ahead."""
+
+    whole: Arrays
+
+    decodes = True
+
+    def __len__(self):
+        return len(self.whole)
+
+    @property
+    def labels(self):
+        return self.whole.labels
+
+    def draw(self, row, generator):
+        return np.roll(self.whole.take(row)["image"], generator.integers(3), 1)
+
+
+def test_killed_while_images_are_drawn_ahead(experiment, tmp_path):
+    """By a system one of whose steps rests in every second iteration."""
+    pytest.importorskip("grain")
+    first, *others = experiment.system.steps
+    system = dataclasses.replace(experiment.system, steps=(dataclasses.replace(first, every=2), *others))
+    config = experiment.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data.workers = 0
+    drawn = dataclasses.replace(experiment, config=config, system=system, data=dataclasses.replace(
+        experiment.data, train=Drawn(experiment.data.train)))
+    asked, on_devices = [], loop.pipeline.on_devices
+
+    def counted(mesh, local):
+        if len(local["index"]) == config.data.batch_size:  # or it is of an evaluation
+            asked.append(local["index"].tolist())
+        return _kill() if len(asked) == 7 else on_devices(mesh, local)  # in iteration 4
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.pipeline, "on_devices", counted)
+        with pytest.raises(Killed):
+            _train(drawn, tmp_path / "killed")
+        _train(drawn, tmp_path / "killed")
+    _train(drawn, tmp_path / "whole")
+    assert asked[5:7] == asked[7:9], "it goes on from iteration 3"
+    assert len(asked) == 7 + 4
+    _assert_same(*(_outcome(drawn, tmp_path / which) for which in ("killed", "whole")))
 
 
 def test_killed_before_the_last_save(experiment, whole, tmp_path):
