@@ -20,10 +20,11 @@ from advmoe_jax import main
 from advmoe_jax.bench import __main__ as bench
 from advmoe_jax.bench import attacks as attacks_bench
 from advmoe_jax.bench import conv, growth, layers, nets, reference, routing
+from advmoe_jax.bench import input as input_bench
 from advmoe_jax.bench import train as train_bench
 from advmoe_jax.core import recipe, status
 from advmoe_jax.core.recipe import Recipe
-from advmoe_jax.data import prepare
+from advmoe_jax.data import images, prepare
 from advmoe_jax.evaluation import autoattack, flags, suites
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
@@ -131,6 +132,9 @@ def short_benchmarks(monkeypatch):
     monkeypatch.setattr(growth, "_BATCH", 8)
     monkeypatch.setattr(train_bench, "_BATCH", 8)
     monkeypatch.setattr(train_bench, "_prepared", lambda *_: (lambda: jnp.zeros(()), (2.0, 1.0)))  # it compiles twice
+    for name, value in dict(_SIZE=(40, 30), _IMAGES=8, _BATCH=4, _WORKERS=(0,), _VIEW=images.Config(16, 18)).items():
+        monkeypatch.setattr(input_bench, name, value)
+    monkeypatch.setattr(train_bench, "program", lambda *_: lambda iterations: jnp.zeros(()))
     monkeypatch.setattr(reference, "_TRAINING", 8)
     monkeypatch.setattr(reference, "_FORWARD", 8)
     for name, value in dict(_BATCH=4, _STEPS=2, _EXAMPLES=4, _BATCHES=(32,)).items():

@@ -126,7 +126,7 @@ def program(method: str, fields: dict[str, Any], image_shape: tuple[int, int, in
         nonlocal state
         for step in range(iterations):
             state, metrics = loop.iterate(system, state, step, 1, lambda stream, step=step: pipeline.device_batch(
-                mesh, images, pipeline.batch_indices(system.rows, _BATCH, 0, stream, step)))
+                mesh, images, pipeline.batch_indices(system.rows, cfg.data.batch_size, 0, stream, step)))
         return metrics
 
     return run

@@ -6,6 +6,7 @@ starts at its step. B batch, of which a process makes its part.
 
 import contextlib
 import dataclasses
+import math
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,7 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.split import Split
 
+_CHUNK = 16  # images that a worker hands over at once, at most: handing over costs as much as drawing a small one
 Visit = tuple[int, str]
 """(step, stream)."""
 
@@ -87,17 +89,19 @@ def decoded(split: Split, rows: np.ndarray, visits: Sequence[Visit], *, batch_si
                         "run `pip install 'advmoe_jax[images]'`") from None
     flags.FLAGS.mark_as_parsed()  # grain's own, which command lines of absl would have read
     share, threads, lost = batch_size // part[1], os.cpu_count() or 1, set()
+    chunk = math.gcd(share, _CHUNK)
     names = tuple(dict.fromkeys(stream for _, stream in visits))
     draws = _Draws(split, rows, names, np.array([names.index(stream) for _, stream in visits], np.uint8),
-                   np.array([step for step, _ in visits], np.int32), batch_size, seed, part[0] * share, share)
-    source = grain.MapDataset.range(len(visits) * share).map(draws)
+                   np.array([step for step, _ in visits], np.int32), batch_size, seed, part[0] * share, share, chunk)
+    source = grain.MapDataset.range(len(visits) * share // chunk).map(draws)
     if workers:
         ahead = source.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)).mp_prefetch(
-            grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(2 * share // workers, 1)), _as_worker)
+            grain.MultiprocessingOptions(workers, max(2 * share // chunk // workers, 1)), _as_worker)
     else:
-        ahead = source.to_iter_dataset(grain.ReadOptions(threads, max(2 * share, threads)))
-    with contextlib.closing(iter(ahead.batch(share))) as batches:
-        for visit, batch in zip(visits, batches):
+        ahead = source.to_iter_dataset(grain.ReadOptions(threads, max(2 * share // chunk, threads)))
+    with contextlib.closing(iter(ahead.batch(share // chunk))) as batches:
+        for visit, chunks in zip(visits, batches):
+            batch = {name: values.reshape(share, *values.shape[2:]) for name, values in chunks.items()}
             wanted = batch.pop("wanted")
             if new := set(wanted[wanted != batch["index"]].tolist()) - lost:
                 lost |= new
@@ -108,7 +112,7 @@ def decoded(split: Split, rows: np.ndarray, visits: Sequence[Visit], *, batch_si
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Draws:
-    """Makes the images of `decoded` by their number; a function that other processes get."""
+    """Makes the chunks of `decoded` by their number; a function that other processes get."""
 
     split: Split
     rows: np.ndarray
@@ -119,19 +123,27 @@ class _Draws:
     seed: int
     first: int
     share: int
+    chunk: int
 
-    def __call__(self, number: int) -> dict[str, Any]:
-        visit, place = divmod(int(number), self.share)
-        stream, step, place = self.names[self.streams[visit]], int(self.steps[visit]), self.first + place
+    def __call__(self, number: int) -> dict[str, np.ndarray]:
+        visit, place = divmod(int(number) * self.chunk, self.share)
+        stream, step = self.names[self.streams[visit]], int(self.steps[visit])
         batch = pipeline.batch_indices(self.rows, self.batch_size, self.seed, stream, step)
-        for row in (*batch[place:], *batch[:place]):
+        places = range(self.first + place, self.first + place + self.chunk)
+        images, index = zip(*(self._draw(np.roll(batch, -place), stream, step) for place in places))
+        index = np.array(index, np.int32)
+        return {"image": np.stack(images), "label": self.split.labels[index], "index": index,
+                "wanted": batch[places].astype(np.int32)}
+
+    def _draw(self, rows, stream, step):
+        """The first of the images that can be decoded, and its row."""
+        for row in rows:
             words = (self.seed % 2**64, zlib.crc32(f"{stream}/crop".encode()), step, int(row))
             image = self.split.draw(row, np.random.Generator(np.random.Philox(np.random.SeedSequence(words))))
             if image is not None:
-                return {"image": image, "label": self.split.labels[row], "index": np.int32(row),
-                        "wanted": np.int32(batch[place])}
-        raise UserError(f"none of the {len(batch)} images of a batch can be decoded, the first is "
-                        f"{self.split.where(batch[0])}")
+                return image, row
+        raise UserError(f"none of the {len(rows)} images of a batch can be decoded, the first is "
+                        f"{self.split.where(rows[0])}")
 
 
 def _as_worker(*_):
