@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from test_floors import FLOORS
 from tiny import FIELDS, fields_of
 
@@ -64,6 +65,8 @@ def small(words):
         fields, more = FIELDS, () if "--only" in words else ("--only", next(iter(loaded.runs)))
     elif "cifar10" in file:
         fields, more = FIELDS, DENSE
+    elif "imagenette" in file:
+        fields, more = FIELDS | {"data.image_size": 16, "data.resize": 18}, DENSE
     else:
         fields = fields_of(method or "advmoe")
     return (*(f"--config.{name}={value}" for name, value in fields.items()), *evaluation, *more)
@@ -80,7 +83,17 @@ def run_bench(words):
 
 
 def prepare_tiny(words):
-    """Runs the prepare command on a made-up archive in place of the official one."""
+    """Runs the prepare command on made-up files in place of the real ones."""
+    if words[0].startswith("imagefolder"):
+        place = Path(words[words.index("--raw") + 1])
+        for split, count in (("train", 16), ("val", 4)):
+            for label in range(3):
+                (place / split / f"n0{label}").mkdir(parents=True)
+                for i in range(count):
+                    image = np.random.default_rng((label, i)).integers(0, 256, (20, 24, 3), np.uint8)
+                    Image.fromarray(image).save(place / split / f"n0{label}" / f"{i}.jpg")
+        assert prepare.main(words) == 0
+        return
     rows = np.random.default_rng(0).integers(0, 256, (40, 3073), dtype=np.uint8)
     rows[:, 0] %= 10
     folder = Path("cifar-10-batches-bin")
@@ -250,7 +263,7 @@ def test_named_files_exist(name):
 
 def test_fields_that_are_named_exist(clone):
     """A README that calls a field by its old name sends people to an error."""
-    known = {field for file in ("digits_r18.py", "digits_r18.py:at_moe")
+    known = {field for file in ("digits_r18.py", "digits_r18.py:at_moe", "imagenette_r18.py")
              for field in _fields(recipe.load(f"configs/{file}"))} | {"data.name", "init_from"}
     groups = {field.partition(".")[0] for field in known if "." in field}
     for name in NAMES:
