@@ -18,7 +18,7 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.files import write_text
 from advmoe_jax.data import class_folders, records
 from advmoe_jax.data.class_folders import Classes, Item
-from advmoe_jax.data.source import META, SPLITS
+from advmoe_jax.data.source import META, SPLITS, refuse_foreign, sha256
 
 _BYTES = 256 << 20  # images of a shard; not many more shards than files that a process may open
 _OURS = re.compile(rf"\.?({META}|({'|'.join(SPLITS)})-\d{{5}}\.(array_record|json))(\.\w+)?")
@@ -39,11 +39,7 @@ def write(name: str, folder: pathlib.Path, found: dict[str, Classes] | None, aga
     Raises:
         UserError: the folder holds other files, the disk is too small, or images cannot be read.
     """
-    if folder.is_file():
-        raise UserError(f"{folder} is a file, expected a folder or nothing; choose another --out")
-    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if foreign := sorted(name for name in there if not _OURS.fullmatch(name)):
-        raise UserError(f"{folder} holds {foreign[0]}, which is not of a prepared data set; choose another --out")
+    refuse_foreign(folder, _OURS.fullmatch)
     index = records.read_index(folder) if records.is_there(folder) and not force else None
     if found is None:
         return _verified(name, folder, index, again)
@@ -104,7 +100,7 @@ def _whole(folder, file, shard, index):
         about = known.get(file) or json.loads((folder / file).with_suffix(".json").read_text())
     except (OSError, ValueError):
         return None
-    return about if about.get("of") == _digest(shard) and about["sha256"] == _sha256(folder / file) else None
+    return about if about.get("of") == _digest(shard) and about["sha256"] == sha256(folder / file) else None
 
 
 def _write_shard(folder, file, shard):
@@ -122,7 +118,7 @@ def _write_shard(folder, file, shard):
     writer.close()
     with open(new, "rb+") as written:
         os.fsync(written.fileno())
-    about = {"file": file, "of": _digest(shard), "bytes": records.size(new), "sha256": _sha256(new), "labels": labels}
+    about = {"file": file, "of": _digest(shard), "bytes": records.size(new), "sha256": sha256(new), "labels": labels}
     os.replace(new, folder / file)
     _write_about(folder, file, about)
     return about
@@ -153,7 +149,7 @@ def _verified(name, folder, index, again):
     if index is None:
         raise UserError(f"no prepared {name} in {folder}, and no --raw to prepare it from; run `{again}`")
     damaged = [shard["file"] for shards in index["splits"].values() for shard in shards
-               if _sha256(folder / shard["file"]) != shard["sha256"]]
+               if sha256(folder / shard["file"]) != shard["sha256"]]
     if damaged:
         raise UserError(f"{folder}: {len(damaged)} shards are missing or damaged, as {damaged[0]}; run `{again}`, "
                         "which keeps the others")
@@ -164,11 +160,3 @@ def _summary(index):
     counts = " and ".join(f"{sum(len(shard['labels']) for shard in index['splits'][split]):,} {split}"
                           for split in SPLITS)
     return f"{counts} images, {len(index['class_names'])} classes"
-
-
-def _sha256(path: pathlib.Path) -> str:
-    """In hex; "" if there is no such file."""
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

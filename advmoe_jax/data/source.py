@@ -13,7 +13,8 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -123,7 +124,7 @@ def read_prepared(name: str, root: str | os.PathLike, variant: str = "") -> Data
         path = folder / file
         if not path.is_file():
             raise UserError(f"{path} is missing; {again} --force`")
-        found = _sha256(path)
+        found = sha256(path)
         if found != expected:
             raise UserError(
                 f"{path} is damaged: sha256 {found}, expected {expected}; {again} --force`")
@@ -216,12 +217,12 @@ def writing(folder: os.PathLike, size: int) -> Iterator[None]:
         raise OSError(code, f"{what} were to be written: {error.strerror or error}", str(folder)) from None
 
 
-def refuse_foreign(folder: epath.Path):
-    """Raises a UserError if `folder` holds anything that `write_prepared` does not write."""
+def refuse_foreign(folder: epath.Path, is_ours: Callable[[str], Any] = (META, *_FILES).__contains__) -> None:
+    """Raises a UserError if `folder` holds anything that a prepared one does not, by its name."""
     if folder.is_file():
         raise UserError(f"{folder} is a file, expected a folder or nothing; choose another --out")
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if foreign := sorted(there - {META, *_FILES}):
+    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if foreign := sorted(name for name in there if not is_ours(name)):
         raise UserError(f"{folder} holds {foreign[0]}, which is not of a prepared data set; "
                         "choose another --out")
 
@@ -242,11 +243,15 @@ def _fill(folder, dataset):
             "class_names": dataset.class_names,
             "shape": dataset.image_shape,
             "counts": {split: len(part) for split, part in zip(SPLITS, parts)},
-            "sha256": {file: _sha256(folder / file) for file in _FILES},
+            "sha256": {file: sha256(folder / file) for file in _FILES},
         }
         (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
 
 
-def _sha256(path):
+def sha256(path: epath.PathLike) -> str:
+    """Of a file's content, in hex; "" if there is no such file."""
+    path = epath.Path(path)
+    if not path.is_file():
+        return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

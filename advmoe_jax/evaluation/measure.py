@@ -23,6 +23,7 @@ from advmoe_jax.evaluation import black_box, flags, suites, verdicts
 from advmoe_jax.evaluation.flags import Flag
 from advmoe_jax.evaluation.suites import Suite
 from advmoe_jax.evaluation.verdicts import Found
+from advmoe_jax.models import model as models
 from advmoe_jax.models.model import Model, Variables
 from advmoe_jax.ops import augment
 from advmoe_jax.ops.statistics import wilson
@@ -56,7 +57,7 @@ def check(suite: Suite, model: Model) -> None:
     """Raises UserError if an attack of the suite needs what the model does not have, or cannot take its images, or a
     budget is out of reach."""
     suites.check_shape(suite, model.image_shape)
-    aux = _aux(model) if any(spec.about.needs for spec in suite.specs) else {}
+    aux = models.output_shapes(model)[1] if any(spec.about.needs for spec in suite.specs) else {}
     for spec in suite.specs:
         missing = [name for name in spec.about.needs if name not in aux]
         if missing or spec.about.takes not in ("logits", "values", "outputs", *model.surfaces):
@@ -65,11 +66,6 @@ def check(suite: Suite, model: Model) -> None:
         of_images = getattr(find.module("attacks", spec.name, defines="make"), "check", None)
         if of_images is not None:
             of_images(spec.config, model.image_shape[-1])
-
-
-def _aux(model: Model) -> dict[str, jax.ShapeDtypeStruct]:
-    x = jax.ShapeDtypeStruct((1, *model.image_shape), np.float32)
-    return jax.eval_shape(lambda variables, x: model.outputs_fn(variables)(x)[1], model.shapes, x)
 
 
 def suspicions(model: Model, variables: Variables, split: Split, rows: np.ndarray, *, mesh, seed: int

@@ -131,6 +131,12 @@ class Model(Protocol):
         """
 
 
+def output_shapes(model: Model) -> tuple[jax.ShapeDtypeStruct, dict[str, jax.ShapeDtypeStruct]]:
+    """Logits and aux of one image, without computing anything."""
+    x = jax.ShapeDtypeStruct((1, *model.image_shape), np.float32)
+    return jax.eval_shape(lambda variables, x: model.outputs_fn(variables)(x), model.shapes, x)
+
+
 def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | None = None) -> Model:
     """Builds the model that `config.model` describes: a module of this room with a `backbone` is a network, one with
     `model(cfg, image_shape, num_classes, mesh)` builds its own.

@@ -4,11 +4,10 @@ Legend: kernels (k, k, I, O), linear ones (I, O); n units of a layer. What masks
 """
 
 import dataclasses
-import functools
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 import jax
@@ -32,7 +31,7 @@ class _Unit:
         by: axis of what is selected from by itself, as the filter groups of "grouped"; None: the whole layer.
     """
 
-    consecutive: object
+    consecutive: Callable[[int], int]
     axes: tuple[int, ...]
     by: int | None = None
 
@@ -155,7 +154,7 @@ def budget_loss(q: Mapping[str, jax.Array], sizes: Mapping[str, int], target: fl
     return jax.nn.relu(kept / sum(sizes.values()) / target - 1)
 
 
-@functools.partial(jax.custom_vjp)
+@jax.custom_vjp
 def straight_through(scores: jax.Array, keep: jax.Array) -> jax.Array:
     """The mask of the largest scores as numbers, 1 where kept, with gradients as if it were the scores themselves.
 

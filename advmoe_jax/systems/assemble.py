@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from advmoe_jax.attacks import parse
@@ -85,8 +84,7 @@ def assemble(config: ConfigDict, starts: bool = True) -> Experiment:
 
 
 def _check_outputs(model: models.Model) -> None:
-    x = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
-    logits = jax.eval_shape(lambda variables, x: model.outputs_fn(variables)(x)[0], model.shapes, x)
+    logits, _ = models.output_shapes(model)
     if logits.shape != (1, model.num_classes):
         raise UserError(f"the {model.kind} model gives logits of shape {logits.shape} for one image: expected "
                         f"{(1, model.num_classes)}, one for each class of the data")
