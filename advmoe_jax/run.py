@@ -26,7 +26,7 @@ _OWN = ("checkpoints", "config.json", "eval", "metrics.jsonl", "report.md", "res
 
 def _all(config: ConfigDict) -> tuple[str, ...]:
     """The checkpoints that are evaluated unless one is named."""
-    return ("best", "last", ema.NAME) if config.train.ema else ("best", "last")
+    return tuple(name for name in checkpoint.NAMES if name != ema.NAME or config.train.ema)
 
 
 def check_workdir(config: ConfigDict, workdir: epath.Path, exists: bool) -> None:

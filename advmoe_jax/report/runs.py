@@ -12,8 +12,9 @@ from advmoe_jax.core import config as configs
 from advmoe_jax.core import files, tables
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.evaluation import results
+from advmoe_jax.train import checkpoint
 
-CHECKPOINTS = ("best", "last", "ema")
+CHECKPOINTS = checkpoint.NAMES
 ADAPTIVE = "RA %, adaptive"
 
 
