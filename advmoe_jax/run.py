@@ -21,7 +21,8 @@ from advmoe_jax.report import reports
 from advmoe_jax.systems.assemble import Experiment, assemble
 from advmoe_jax.train import checkpoint, ema, loop
 
-_OWN = ("checkpoints", "config.json", "eval", "metrics.jsonl", "report.md", "results.json", "status.json")
+_OWN = ("checkpoints", "config.json", "eval", "metrics.jsonl", "pruning.json", "report.md", "results.json",
+        "status.json")
 
 
 def _all(config: ConfigDict) -> tuple[str, ...]:
@@ -125,6 +126,9 @@ def _train(experiment: Experiment, workdir: epath.Path) -> None:
     written = workdir / "config.json"
     if jax.process_index() == 0 and not (written.exists() and not configs.differences(config, configs.read(written))):
         configs.write(config, written)
+    if jax.process_index() == 0:
+        for name, content in system.files.items():
+            files.write_json(workdir / name, content)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("workdir")
     if status.read(workdir).state in ("new", "failed"):

@@ -48,3 +48,21 @@ class LayerSpec:
 def consumers(specs: tuple[LayerSpec, ...], path: str) -> tuple[str, ...]:
     """Paths of the layers that read what the layer at `path` writes."""
     return tuple(spec.path for spec in specs if path in spec.inputs)
+
+
+def block_convs(specs: tuple[LayerSpec, ...], convs: str = "3x3") -> tuple[LayerSpec, ...]:
+    """The convolutions inside blocks: not those that read the image, no projection shortcut, none with groups.
+
+    Args:
+        specs: of a network.
+        convs: "3x3" or "all", 1x1 ones too.
+    """
+    def is_shortcut(spec):
+        """It reads what another layer reads, and what it gives is added to something."""
+        readers = [other for other in specs if spec.path in other.inputs]
+        return (any(other.path != spec.path and other.inputs == spec.inputs and len(other.kernel) == 4
+                    for other in specs) and all(other.join == "add" for other in readers))
+
+    sizes = {"3x3": (3,), "all": (1, 3)}[convs]
+    return tuple(spec for spec in specs if len(spec.kernel) == 4 and spec.kernel[0] == spec.kernel[1] in sizes
+                 and spec.groups == 1 and spec.inputs and not (spec.kernel[0] == 1 and is_shortcut(spec)))

@@ -1,12 +1,10 @@
 """Multiply-accumulates per image, counted layer by layer: convolutions and linear layers, without BatchNorm."""
 
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any
 
-import numpy as np
-
 from advmoe_jax.core import tree
+from advmoe_jax.ops import masks as masking
 
 
 def count(network, masks: Mapping[str, Any] | None = None) -> dict[str, int]:
@@ -21,9 +19,7 @@ def count(network, masks: Mapping[str, Any] | None = None) -> dict[str, int]:
         computed, zeros of masks included: with `model.dispatch` "all" every expert and the router, else one expert a
         layer, padding left out. Of the network: "params".
     """
-    shapes = tree.named_leaves(network.shapes["params"])
-    kept = {name: Fraction(int(np.count_nonzero(np.broadcast_to(mask, shapes[name].shape))), shapes[name].size)
-            for name, mask in tree.named_leaves(masks or {}).items()}
+    shapes, kept = tree.named_leaves(network.shapes["params"]), masking.shares(network.shapes["params"], masks)
 
     def counted(spec):
         return spec.macs * kept.get(f"{spec.path}/kernel", 1)

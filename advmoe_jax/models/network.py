@@ -22,10 +22,10 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import Only, setting
 from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.core.tables import Table
-from advmoe_jax.models import macs, routing_facts, trace
+from advmoe_jax.models import macs, routing_facts
 from advmoe_jax.models import router as routers
 from advmoe_jax.models.layers import BLOCK
-from advmoe_jax.ops import dispatch, routing
+from advmoe_jax.ops import dispatch, routing, trace
 from advmoe_jax.ops.dispatch import Choice, Dispatch
 
 GROUPS = ("backbone", "router")

@@ -1,12 +1,14 @@
 """Masks: pytrees like the parameters with None where a leaf is dense. 1 keeps an entry, 0 removes it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from advmoe_jax.core import tree as trees
 from advmoe_jax.core.errors import UserError, unknown_name
 from advmoe_jax.core.layer_spec import LayerSpec
 
@@ -52,6 +54,23 @@ def apply(params: PyTree, masks: PyTree) -> PyTree:
     return map_masked(lambda leaf, mask: jnp.where(jnp.asarray(mask) != 0, leaf, jnp.zeros_like(leaf)), params, masks)
 
 
+def of_leaves(params: PyTree, masks: Mapping[str, Any]) -> PyTree:
+    """Masks like `params`, None where dense, of masks by the path of their leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: masks.get(trees.path_name(path)), params)
+
+
+def shares(shapes: PyTree, masks: PyTree | None) -> dict[str, Fraction]:
+    """{path: share of its entries that is kept} of the leaves that have a mask.
+
+    Args:
+        shapes: of the parameters.
+        masks: like them, None where dense.
+    """
+    shapes = trees.named_leaves(shapes)
+    return {name: Fraction(int(np.count_nonzero(np.broadcast_to(mask, shapes[name].shape))), shapes[name].size)
+            for name, mask in trees.named_leaves(masks or {}).items()}
+
+
 def kept_channels(mask: jax.Array, ndim: int) -> jax.Array:
     """(O,) bool, output channels of which any entry is kept, of a mask that broadcasts to a kernel of `ndim` axes."""
     full = jnp.reshape(mask, (1,) * (ndim - jnp.ndim(mask)) + jnp.shape(mask))
@@ -61,8 +80,9 @@ def kept_channels(mask: jax.Array, ndim: int) -> jax.Array:
 def cover_norms(masks: PyTree, params: PyTree, layers: Iterable[LayerSpec]) -> PyTree:
     """Masks that remove the scale and bias of a norm too where all of a channel before it is removed.
 
-    A channel of zeros still gives the bias of the norm behind it. A layer's own bias is covered in the same way. The
-    norm behind a routed layer stays as it is: every channel of it serves a channel of each expert.
+    A channel of zeros still gives the bias of the norm behind it. A layer's own bias is covered in the same way. A
+    channel of the norm behind a routed layer serves one of each expert, and goes if it is gone in all; where experts
+    overlap it stays.
 
     Args:
         masks: {group: tree}, None where dense; groups without any may be left out.
@@ -75,9 +95,10 @@ def cover_norms(masks: PyTree, params: PyTree, layers: Iterable[LayerSpec]) -> P
     for spec in layers:
         place = _at(covered, spec.path)
         mask = place.get("kernel") if place else None
-        if mask is None or spec.routed:
+        if mask is None or spec.kernel[-1] % spec.width:
             continue
         kept = kept_channels(mask, len(spec.kernel))
+        kept = jnp.broadcast_to(kept, spec.kernel[-1:]).reshape(-1, spec.width).any(0)
         for path in filter(None, (spec.path, spec.norm)):
             node = _at(covered, path)
             for name in ("scale", "bias"):

@@ -51,6 +51,14 @@ def _unit(text: str) -> _Unit:
     raise unknown_name("unit", text, UNITS)
 
 
+def check_unit(text: str, name: str = "unit") -> None:
+    """Raises UserError for a unit that does not exist."""
+    try:
+        _unit(text)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
 def select(scores: Mapping[str, jax.Array], keep: str | float | Fraction, *, unit: str = "weight",
            scope: str = "layer", norm: str = "l1") -> dict[str, jax.Array]:
     """Keeps the units of the largest scores, exactly n - floor((1 - keep) * n) of n; of equal ones the first.

@@ -15,11 +15,32 @@ from scipy.spatial import distance
 
 from advmoe_jax.core import shares
 from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.fields import setting
+from advmoe_jax.pruning.about import About
+from advmoe_jax.pruning.subject import Subject
 
+ABOUT = About("SR-GKP", "NeurIPS 2023", "grouped kernel")
 GROUPINGS = ("snaking", "ordering", "random")
 SEARCHES = ("beam", "greedy", "least_smooth", "random")
 BETAS = ("sticky", "fresh")
 FINALS = ("cost", "roughness")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fields of `config.system` for this method; see `plan`."""
+
+    groups: int = setting(8, "n, groups of filters in a layer", least=1, most=4096)
+    beam_width: int = setting(2, "branches of a selection, and selections that a check leaves", least=1, most=64)
+    check_step: int = setting(3, "a check comes after so many channels", least=1, most=4096)
+    alpha: float = setting(0.9, "weight of the distances in a check; the rest is that of smoothness", least=0, most=1)
+    power: int = setting(2, "p of the smoothness", least=1, most=8)
+    beta_mode: str = setting("sticky", "weight of the outer distances: as at the first check (released code), or of "
+                                       "what is kept so far (paper)", choices=BETAS)
+    grouping: str = setting("snaking", "how filters are grouped", choices=GROUPINGS)
+    search: str = setting("beam", "how channels are chosen", choices=SEARCHES)
+    final: str = setting("cost", "which of the selections found is taken, the one of least", choices=FINALS)
+    method_seed: int = setting(0, "of what the method draws", least=0, most=2**32 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +116,30 @@ def plan(kernel: np.ndarray, *, groups: int = 8, rate: str | float = "7/16", bea
             chosen = _search(similarity, smooth, keep, beam_width, check_step, alpha, beta_mode, final)
         kept.append(tuple(sorted(int(channel) for channel in chosen)))
     return Plan(order, tuple(kept))
+
+
+def masks(subject: Subject, cfg: Config) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
+    """{path of a layer: mask of its kernel}, and of each layer its filters' order and what each group keeps.
+
+    In a routed layer every expert's filters are planned by themselves, one expert after the other.
+    """
+    found, plans = {}, {}
+    for spec in subject.convs:
+        kernel, parts = subject.leaf(f"{spec.path}/kernel"), []
+        order, kept = [], []
+        for window in subject.windows(spec):
+            try:
+                layer = plan(kernel[..., window], groups=cfg.groups, rate=subject.rate, beam_width=cfg.beam_width,
+                             check_step=cfg.check_step, alpha=cfg.alpha, power=cfg.power, beta_mode=cfg.beta_mode,
+                             grouping=cfg.grouping, search=cfg.search, final=cfg.final, seed=cfg.method_seed)
+            except UserError as error:
+                raise UserError(f"{spec.path}: {error}") from None
+            parts.append(mask(layer, spec.kernel[-2]))
+            order += [int(filter_) + window.start for filter_ in layer.order]
+            kept += map(list, layer.kept)
+        found[spec.path] = np.concatenate(parts, -1)
+        plans[spec.path] = {"order": order, "kept": kept}
+    return found, plans
 
 
 def mask(layer: Plan, channels: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from advmoe_jax.systems import adversary
 from advmoe_jax.systems.sources import Source, initial
 from advmoe_jax.train import ema, optim, step
 from advmoe_jax.train import state as states
+from advmoe_jax.train.state import State
 from advmoe_jax.train.system import Inputs, System
 
 LOSSES = ("natural", "madry", "trades", "mart")
@@ -98,7 +99,8 @@ class Update:
 
 
 def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sources: Mapping[str, Source],
-          updates: tuple[Update, ...], describe: str, objective: Callable[..., step.Objective] = objective) -> System:
+          updates: tuple[Update, ...], describe: str, objective: Callable[..., step.Objective] = objective,
+          masks: Mapping[str, Any] | None = None, after: Callable[[State], State] = states.masked) -> System:
     """A system whose iterations are `updates` in order.
 
     Args:
@@ -110,12 +112,15 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
         updates: what an iteration does.
         describe: one line on the system.
         objective: what a system that changes the loss puts in the place of `objective`, and may build on it.
+        masks: {group: tree} that it starts with; those of the sources unless given.
+        after: applied to the state after each step.
     """
     per_epoch = pipeline.steps_per_epoch(len(data.rows), cfg.data.batch_size)
     length = units.steps(cfg.train.length, per_epoch, what="train.length")
     optimizers = {group: optim.make(cfg.optim[model.optim[group]], per_epoch, length, u.every)
                   for u in updates for group in u.owns}
-    variables, masks = initial(model, sources)
+    variables, inherited = initial(model, sources)
+    masks = inherited if masks is None else masks
     trained = model.in_training(cfg.train)
 
     def begin(variables, masks=None):
@@ -138,7 +143,8 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
     abstract = jax.eval_shape(init, jax.random.key(0))
     steps = tuple(
         step.make(u.name, objective(trained, cfg, router_loss=u.router_loss), prepare, u.inputs, owns=u.owns,
-                  optimizers=optimizers, state=abstract, mesh=mesh, every=u.every, parts=cfg.train.accumulate)
+                  optimizers=optimizers, state=abstract, mesh=mesh, every=u.every, parts=cfg.train.accumulate,
+                  after=after)
         for u in updates)
     averaging = {"1 steps": ema.update(cfg.train.ema)} if cfg.train.ema else {}
     return System(init, steps, length, data.rows, model, describe, averaging)

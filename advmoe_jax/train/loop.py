@@ -32,8 +32,14 @@ Rates = tuple[float, float]
 
 def _length_of_training(value: str, name: str) -> None:
     amount, unit = units.length(value, name)
-    if amount < 1 or unit == "%":
+    if 0 < amount < 1 or unit == "%":
         raise UserError(f"{name} is {value!r}: expected for example '12 epochs' or '300 steps'")
+
+
+def check(config) -> None:
+    """Raises UserError for a run that does nothing."""
+    if units.length(config.train.length, "train.length")[0] == 0 and not config.init_from:
+        raise UserError(f"train.length is {config.train.length!r}: expected more, or init_from with a finished run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +95,7 @@ def run(config: ConfigDict, workdir: epath.Path, system: System, train: Split, s
         window, pending, told = [], None, {}
         window_start = line_at = time.perf_counter()
         for step in range(first, total + 1):
-            if due := _due(config, step, per_epoch, total) if step > first else ():
+            if due := _due(config, step, per_epoch, total) if step > first or not total else ():
                 pending = _settle(window, pending, system, saved)
                 if window:
                     means = log.means(window)
@@ -99,7 +105,7 @@ def run(config: ConfigDict, workdir: epath.Path, system: System, train: Split, s
                     if "eval" in due or time.perf_counter() - line_at > _SECONDS_BETWEEN_LINES:
                         console.say(log.line(step, total, step / per_epoch, means, batch_size, system.model.progress))
                         line_at = time.perf_counter()
-                if "eval" in due:
+                if "eval" in due and step >= min(system.first_best, total):
                     best = _select_best(config, step, state, select(state), best, metrics, saved)
                 if "save" in due:
                     saved.save("last", step, state, {})
@@ -195,7 +201,7 @@ def _due(config: ConfigDict, step: int, per_epoch: int, total: int) -> tuple[str
         every = units.steps(config.train[name], per_epoch, total, f"train.{name}")
         return step == total or (every > 0 and step % every == 0)
 
-    if step == 0:
+    if step == 0 < total:
         return ()
     due = tuple(name for name in ("eval", "save") if falls(f"{name}_every"))
     return due or (("log",) if falls("log_every") else ())

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,6 +66,8 @@ class System:
         describe: one line for the log and the report.
         every: {length as text, "1 epochs": state -> state}, after each so many iterations: a projection, a schedule of
             masks.
+        first_best: the iteration after which a checkpoint may be the best one: when all that is to go is gone.
+        files: {name: JSON} that the run leaves in its workdir before its first step.
     """
 
     init: Callable[[jax.Array], State]
@@ -74,6 +77,8 @@ class System:
     model: Model
     describe: str
     every: Mapping[str, Callable[[State], State]] = dataclasses.field(default_factory=dict)
+    first_best: int = 0
+    files: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def visits(self, first: int) -> list[tuple[int, str]]:
         """(iteration, random stream) of every batch that it is fed from iteration `first` on, in order."""

@@ -1,5 +1,7 @@
 """The arithmetic of masks on trees."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -126,14 +128,30 @@ def test_the_norms_of_a_network_are_covered_behind_removed_channels():
 
 
 @pytest.mark.usefixtures("tiny_resnet")
-def test_the_norm_behind_a_routed_layer_is_not_covered():
+def test_the_norm_behind_a_routed_layer_is_covered_where_no_expert_needs_it():
     """A channel of it serves one of each expert; masks and parameters still fit."""
     net, variables = _network(2)
     covered, found = _covered(net, variables["params"], ("conv1", "layer1_0/conv1"))
-    assert found.keys() == {"backbone/bn1/scale", "backbone/bn1/bias"}
+    norm = [f"backbone/layer1_0/bn1/{name}" for name in ("scale", "bias")]
+    assert found.keys() == {"backbone/bn1/scale", "backbone/bn1/bias", *norm}
+    mask = np.broadcast_to(covered["backbone"]["layer1_0"]["conv1"]["kernel"],
+                           variables["params"]["backbone"]["layer1_0"]["conv1"]["kernel"].shape)
+    width = variables["params"]["backbone"]["layer1_0"]["bn1"]["scale"].size
+    kept = mask.any((0, 1, 2)).reshape(-1, width).any(0)
+    for name in norm:
+        np.testing.assert_array_equal(found[name], kept)
     applied = masks.apply(variables["params"], covered)
     chex.assert_trees_all_equal_shapes(applied, variables["params"])
     chex.assert_trees_all_equal(applied["router"], variables["params"]["router"])
+
+
+def test_a_norm_of_experts_loses_what_none_of_them_needs():
+    spec = LayerSpec("a", (2, 6), 3, 1, (1, 1), "bn", (), routed=True)
+    params = {"a": {"kernel": np.ones((2, 6))}, "bn": {"scale": np.ones(3), "bias": np.ones(3)}}
+    mask = {"a": {"kernel": np.array([0, 1, 0, 0, 1, 1])}}
+    assert masks.cover_norms(mask, params, (spec,))["bn"]["bias"].tolist() == [0, 1, 1]
+    overlapping = dataclasses.replace(spec, width=4)
+    assert masks.cover_norms(mask, params, (overlapping,))["bn"]["bias"] is None
 
 
 def test_dense_is_dense():

@@ -25,6 +25,7 @@ from advmoe_jax.models import network
 from advmoe_jax.models.router import ROUTINGS
 from advmoe_jax.ops import losses, routing
 from advmoe_jax.systems import adversarial, adversary, methods
+from advmoe_jax.systems.sources import Source
 from advmoe_jax.train import loop
 from advmoe_jax.train import state as states
 from advmoe_jax.train import step as train_step
@@ -36,7 +37,9 @@ ADVMOE, DENSE = ("advmoe",), ("standard", "model.num_experts=1")
 CASES = {
     "advmoe": [ADVMOE, *(
         ("advmoe", f"model.routing={name}", "system.loss=madry") for name in ROUTINGS if name != "layer")],
-    "standard": [DENSE, ("standard", "system.loss=madry")]}
+    "standard": [DENSE, ("standard", "system.loss=madry")],
+    "prune": [("prune", "model.num_experts=1", "system.loss=madry", "system.rate=1/2", "system.groups=4",
+               "init_from=base")]}
 each_system = pytest.mark.parametrize("case", [
     pytest.param(case, marks=pytest.mark.slow if "model.routing=global" in case else ())
     for cases in CASES.values() for case in cases], ids="-".join)
@@ -58,7 +61,9 @@ def _system(case, devices=4):
     net = network.make(config.model, SHAPE, CLASSES)
     data = pipeline.Data(_split(), np.arange(COUNT), _split(), np.arange(4), _split(), CLASSES, SHAPE)
     make = find.module("systems", config.system.name, defines="make").make
-    return make(config, net, data, mesh, {}), mesh
+    variables = jax.device_get(jax.jit(net.init)(jax.random.key(3)))
+    sources = {config.init_from: Source(None, config, net, variables, {}, 0)} if config.init_from else {}
+    return make(config, net, data, mesh, sources), mesh
 
 
 @functools.cache

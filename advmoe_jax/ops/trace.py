@@ -1,4 +1,4 @@
-"""The layers of a linen module, found by one abstract evaluation.
+"""The layers of linen modules, found by one abstract evaluation.
 
 Inputs and outputs of every layer and norm are tagged, and the tags are found again in the traced program. The values
 between them are followed from output to input: those are the paths of the data. Nothing is computed.
@@ -8,6 +8,7 @@ no kernel. Arrays are (B, ..., C).
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,15 +41,25 @@ class _Sources:
 
 
 def layers(module: nn.Module, x: Any, *args) -> tuple[LayerSpec, ...]:
-    """Every convolution and linear layer that a module calls, in the order of the calls.
-
-    A layer that is called several times is described by its first call, but for its inputs: they are those of all
-    calls, joined by "add".
+    """As `layers_of`, of a module that has no variables yet.
 
     Args:
         module: any linen module.
         x: (B, H, W, C), its first argument; shape and type suffice.
         *args: its other arguments, which are taken for settings and not for data.
+    """
+    return layers_of(lambda x: module.init_with_output(jax.random.key(0), x, *args)[0], x)
+
+
+def layers_of(function: Callable[[jax.Array], Any], x: Any) -> tuple[LayerSpec, ...]:
+    """Every convolution and linear layer that a function calls, in the order of the calls.
+
+    A layer that is called several times is described by its first call, but for its inputs: they are those of all
+    calls, joined by "add".
+
+    Args:
+        function: applies or initialises linen modules.
+        x: (B, H, W, C), its argument; shape and type suffice.
     """
     specs: dict[str, LayerSpec] = {}
 
@@ -69,8 +80,8 @@ def layers(module: nn.Module, x: Any, *args) -> tuple[LayerSpec, ...]:
         return _tag(y, _NORM + path) if is_norm else y
 
     def outputs(x):
-        with nn.intercept_methods(tagged):
-            return module.init_with_output(jax.random.key(0), x, *args)[0]
+        with nn.intercept_methods(tagged), jax.disable_jit():  # what jit has traced before would not be intercepted
+            return function(x)
 
     inputs: dict[str, _Sources] = {}
     norms: dict[str, str] = {}

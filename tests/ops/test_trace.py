@@ -9,7 +9,8 @@ from flax import linen as nn
 
 from advmoe_jax.core import config
 from advmoe_jax.core.layer_spec import LayerSpec, consumers
-from advmoe_jax.models import layers, network, resnet, trace
+from advmoe_jax.models import layers, network, resnet
+from advmoe_jax.ops import trace
 
 IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 

@@ -1,0 +1,180 @@
+"""Prunes a finished run by one of the methods of `advmoe_jax.pruning`, then trains what is left by the ordinary losses.
+
+What is left of each layer is written to pruning.json before the first step.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advmoe_jax.core import find, shares, tree, units
+from advmoe_jax.core import mesh as meshes
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.core.fields import Only, setting
+from advmoe_jax.data import pipeline
+from advmoe_jax.models.model import Model
+from advmoe_jax.ops import augment
+from advmoe_jax.ops import masks as masking
+from advmoe_jax.pruning import pruned as pruning
+from advmoe_jax.pruning.pruned import Pruned
+from advmoe_jax.systems import adversarial, adversary
+from advmoe_jax.systems.adversarial import Update, build
+from advmoe_jax.systems.sources import Source, initial
+from advmoe_jax.train import state as states
+from advmoe_jax.train.state import State
+from advmoe_jax.train.system import Inputs, System
+
+_NEEDS_IMAGES = Only("a system.method that reads gradients or features", lambda config: _about(config).needs_images)
+
+
+def _about(config):
+    return find.module(pruning.ROOM[0], config.system.method, defines=pruning.ROOM[1:], kind="system.method").ABOUT
+
+
+def _is_rate(value: str, name: str) -> None:
+    if not 0 < shares.share(value, name) < 1:
+        raise UserError(f"{name} is {value!r}: expected more than 0 and less than 1, such as '7/16'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(adversarial.Config):
+    """Fields of `config.system`, beside those of the method."""
+
+    loss: str = setting("natural", "of training what is left", choices=adversarial.LOSSES)
+    method: str = setting("srgkp", "a module of advmoe_jax.pruning", room=pruning.ROOM)
+    rate: str = setting("7/16", "share of the multiply-accumulates of the convolutions in blocks that goes",
+                        read=_is_rate)
+    kernels: str = setting("3x3", "the convolutions that the rate is of", choices=pruning.KERNELS)
+    skip: str = setting("(^|/)router/", "regular expression; layers whose path has a match stay whole")
+    images: int = setting(256, "training images that scores are made of", least=1, most=10**6, only=_NEEDS_IMAGES)
+    scored_on: str = setting("clean", "those images, or what the first of train.attack makes of them",
+                             choices=("clean", "attacked"), only=_NEEDS_IMAGES)
+
+
+def check(config) -> None:
+    """Raises UserError for a run that has nothing to prune, or whose checkpoints would not be pruned."""
+    if not config.init_from:
+        raise UserError("system.name=prune needs init_from: expected a finished run, or a model made by "
+                        "python -m advmoe_jax.interop.torch_import")
+    if _about(config).when == "soft" and units.length(config.train.eval_every, "train.eval_every")[1] != "epochs":
+        raise UserError(f"train.eval_every is {config.train.eval_every!r}: expected whole epochs with system.method="
+                        f"{config.system.method}, which zeroes filters after each and trains them on between")
+
+
+def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sources: Mapping[str, Source]) -> System:
+    """Builds the system. Arguments as `systems.adversarial.build`."""
+    system, about = cfg.system, _about(cfg)
+    title = f"{model.kind} pruned by {about.title} at {system.rate}, then {system.loss}"
+    updates = (Update("train", model.groups, Inputs("data", "train", "train")),)
+    if not sources:  # it is evaluated alone
+        return build(cfg, model, data, mesh, sources, updates, title)
+    variables, inherited = initial(model, sources)
+    x, y = _images(cfg, model, data, variables) if about.needs_images else (None, None)
+
+    def chosen(variables):
+        subject = pruning.of(_logits(model), variables, model.layers, system.rate, system.kernels, system.skip, x, y,
+                             tree.named_leaves(inherited))
+        return pruning.choose(subject, system.method, method)
+
+    module = find.module(pruning.ROOM[0], system.method, defines=pruning.ROOM[1:])
+    method = module.Config(**{field.name: system[field.name] for field in dataclasses.fields(module.Config)}
+                           ) if hasattr(module, "Config") else None
+    first = chosen(variables)
+    masks = _joined(first.masks, inherited)
+    starts = jax.tree.map(np.ones_like, masks) if about.when == "soft" else masks
+    fades = about.when == "decay"
+    built = build(cfg, model, data, mesh, sources, updates, title, masks=starts,
+                  after=(lambda state: state) if about.when in ("soft", "decay") else states.masked)
+    per_epoch = pipeline.steps_per_epoch(len(data.rows), cfg.data.batch_size)
+    more, period = {}, 0
+    if about.when in ("hard", "soft"):
+        more = {"1 epochs": lambda state: _again(state, chosen, inherited, mesh)}
+    elif fades:
+        period = units.steps(system.decay_length, per_epoch, built.length, "system.decay_length")
+        more = {"1 steps": _fade(max(period, 1))}
+        period = min(period, built.length)
+    if fades:
+        built = dataclasses.replace(built, init=_whole(built.init, variables, mesh))
+    return dataclasses.replace(built, every={**more, **built.every}, first_best=period, files={
+        "pruning.json": report(first, system)},
+        describe=f"{title}: MACs {first.macs[0]:,} to {first.macs[1]:,}, parameters {first.params[0]:,} to "
+                 f"{first.params[1]:,}")
+
+
+def report(pruned: Pruned, system: Any) -> dict[str, Any]:
+    """What pruning.json says.
+
+    "sha256" is over the compact JSON of ["layer1.0.conv1.weight", order, kept], layer by layer in their order, where
+    the method has an order: with it two programs compare their searches.
+    """
+    layers = {_dotted(path): {name: of for name, of in plan.items()} for path, plan in pruned.plan.items()}
+    lines = [json.dumps([f"{name}.weight", plan["order"], plan["kept"]], separators=(",", ":"))
+             for name, plan in layers.items() if "order" in plan]
+    found = {"method": system.method, "title": pruned.about.title, "rate": system.rate,
+             "macs": dict(zip(("before", "after"), pruned.macs)),
+             "params": dict(zip(("before", "after"), pruned.params)),
+             "leaves_out": pruned.about.leaves_out, "layers": layers}
+    return found | ({"sha256": hashlib.sha256("".join(lines).encode()).hexdigest()} if lines else {})
+
+
+def _dotted(path: str) -> str:
+    """As PyTorch names it, "layer1.0.conv1" of "backbone/layer1_0/conv1"."""
+    return path.removeprefix("backbone/").replace("/", ".").replace("_", ".")
+
+
+def _logits(model: Model):
+    return lambda variables, x: model.outputs_fn(variables)(x)[0]
+
+
+def _images(cfg, model: Model, data: pipeline.Data, variables: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Training images in [0, 1] and their labels, as they are or attacked."""
+    rows = data.rows[:cfg.system.images]
+    batch = data.train.take(rows)
+    x, y = np.asarray(augment.to_float(jnp.asarray(batch["image"]))), batch["label"]
+    if cfg.system.scored_on == "attacked":
+        attack = adversary.named(cfg, "ce")[0]
+        x = np.asarray(attack.run(jax.tree_util.Partial(_logits(model), variables), jax.random.key(cfg.seed), x, y))
+    return x, y
+
+
+def _joined(masks: Any, inherited: Mapping[str, Any]) -> dict[str, Any]:
+    """{group: masks} of groups that have any: what either removes."""
+    def both(ours, theirs):
+        return ours if theirs is None else theirs if ours is None else np.asarray(ours, bool) & np.asarray(theirs, bool)
+
+    found = {group: jax.tree.map(both, part, inherited[group], is_leaf=lambda leaf: leaf is None)
+             if group in inherited else part for group, part in masks.items()}
+    return {group: jax.tree.map(np.asarray, part) for group, part in found.items() if jax.tree.leaves(part)}
+
+
+def _again(state: State, chosen, inherited, mesh) -> State:
+    """The state with masks chosen anew, applied."""
+    found = _joined(chosen(jax.device_get(state.variables)).masks, inherited)
+    return states.masked(state.replace(masks=jax.device_put(found, meshes.replicated(mesh))))
+
+
+def _fade(period: int):
+    """state -> the state in whose parameters what goes has faded by one step of so many; a state is donated."""
+    def run(state):
+        left = jnp.maximum(period - state.step, 0)
+        factor = left / (left + 1)
+        params = {group: masking.map_masked(
+            lambda leaf, mask: jnp.where(mask != 0, leaf, leaf * factor.astype(leaf.dtype)), part, state.masks[group])
+            if group in state.masks else part for group, part in state.params.items()}
+        return state.replace(params=params)
+
+    return jax.jit(run, donate_argnums=0)
+
+
+def _whole(init, variables, mesh):
+    """An init whose parameters are not masked yet."""
+    def begin(key):
+        return init(key).replace(params=jax.device_put(variables["params"], meshes.replicated(mesh)))
+
+    return begin
