@@ -55,8 +55,8 @@ class Config:
     router_width: int = setting(16, "hidden width of the routers", least=1, most=65536, only=ROUTED)
     dispatch: str = setting("auto", "how experts are computed, see ops/dispatch.py", choices=dispatch.DISPATCHES,
                             only=ROUTED)
-    mean: str = setting("", "what the model subtracts from images in [0, 1], a number for each channel; empty: it takes "
-                            "them as they are", read=normalisation.means)
+    mean: str = setting("", "what the model subtracts from images in [0, 1], a number for each channel; empty: it "
+                            "takes them as they are", read=normalisation.means)
     std: str = setting("", "what it then divides them by, a number for each channel",
                        read=normalisation.deviations)
 
