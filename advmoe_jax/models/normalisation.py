@@ -16,6 +16,7 @@ IMAGENET = "0.485 0.456 0.406", "0.229 0.224 0.225"
 CIFAR10 = "0.4914 0.4822 0.4465", "0.2023 0.1994 0.2010"
 """(mean, std) of CIFAR-10's training images, as many CIFAR models take them."""
 
+NAMES = "model.mean", "model.std"
 _LEAST = float(np.finfo(np.float32).tiny)  # what is below may become 0
 
 
@@ -43,27 +44,26 @@ def deviations(text: str, name: str) -> tuple[float, ...]:
     return numbers
 
 
-def check(mean: str, std: str) -> None:
-    """Raises UserError for one without the other, or another number of channels."""
-    found = means(mean, "model.mean"), deviations(std, "model.std")
+def check(mean: str, std: str, names: tuple[str, str] = NAMES) -> None:
+    """Raises UserError for one without the other, or another number of channels; `names` are those of the two."""
+    texts, found = (mean, std), (means(mean, names[0]), deviations(std, names[1]))
     for given, missing in ((0, 1), (1, 0)):
         if found[given] and not found[missing]:
-            names = "model.mean", "model.std"
-            raise UserError(f"{names[given]} is {shown((mean, std)[given])} and {names[missing]} is empty: expected "
-                            "both or neither")
+            raise UserError(f"{names[given]} is {shown(texts[given])} and {names[missing]} is empty: expected both or "
+                            "neither")
     if len(found[0]) != len(found[1]):
-        raise UserError(f"model.mean has {len(found[0])} numbers and model.std {len(found[1])}: expected one for each "
+        raise UserError(f"{names[0]} has {len(found[0])} numbers and {names[1]} {len(found[1])}: expected one for each "
                         "channel in both")
 
 
 def read(mean: str, std: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Both as numbers, for images of so many channels; ((), ()) of empty texts. Errors as `check`."""
     check(mean, std)
-    numbers = means(mean, "model.mean")
+    numbers = means(mean, NAMES[0])
     if numbers and len(numbers) != channels:
-        raise UserError(f"model.mean and model.std have {len(numbers)} numbers and images {channels} channels: "
+        raise UserError(f"{' and '.join(NAMES)} have {len(numbers)} numbers and images {channels} channels: "
                         "expected one for each channel")
-    return numbers, deviations(std, "model.std")
+    return numbers, deviations(std, NAMES[1])
 
 
 def apply(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
