@@ -19,6 +19,8 @@ from advmoe_jax.data import prepare
 from advmoe_jax.interop import archs, import_run, torch_import
 from advmoe_jax.interop.torch_files import Checkpoint
 from advmoe_jax.models import network, normalisation
+from advmoe_jax.report import commands, runs
+from advmoe_jax.systems import sources
 from advmoe_jax.train import checkpoint
 
 SHARED = pathlib.Path(__file__).resolve().parents[2].parent / "shared"
@@ -71,6 +73,12 @@ def test_a_finished_run(tmp_path, capsys):
             found = saved.restore_trained(which, net.shapes)
             np.testing.assert_array_equal(found.variables["params"]["backbone"]["layer3_2"]["conv2"]["kernel"],
                                           state["layer3.2.conv2.weight"].transpose(2, 3, 1, 0))
+    start = configs.default(data="cifar10", model="cifar_resnet", system="standard")
+    start.init_from = str(tmp_path / "w")
+    assert sources.initial(net, sources.load(start, (32, 32, 3), 10))[1] == {}
+    assert commands.train(runs.load(tmp_path / "w")) == (
+        "python -m advmoe_jax.interop.torch_import --arch resnet20 --weights weights.npz "
+        f"--out {tmp_path}/w --mean '0.485 0.456 0.406' --std '0.229 0.224 0.225' --data cifar10 --shortcut-pad both")
     for meta in checkpoint.metas(tmp_path / "w").values():
         assert meta["step"] == 0 and meta["imported"]["file"] == "weights.npz" and len(meta["imported"]["sha256"]) == 64
 

@@ -18,7 +18,8 @@ SHAPE, CLASSES = (8, 8, 3), 4
 MEAN, STD = "0.485 0.456 0.406", "0.2,0.25, 0.3"
 BY_HAND = (np.float32([.485, .456, .406]), np.float32([.2, .25, .3]))
 DENSE = ("model.num_experts=1",)
-KINDS = {"dense": DENSE, "layer": (), "image": ("model.routing=global", "model.dispatch=blocks"),
+KINDS = {"dense": DENSE, "layer": (), "image": ("model.routing=embedding",),
+         "pathways": ("model.routing=global", "model.dispatch=blocks"),
          "ensemble": ("system.name=standard", "model.name=ensemble", "model.num_members=2", *DENSE)}
 
 
@@ -31,7 +32,8 @@ def _model(kind, *more):
     return models.make(config.model, SHAPE, CLASSES)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [
+    pytest.param(kind, marks=pytest.mark.slow) if kind == "pathways" else kind for kind in KINDS])
 def test_it_is_the_same_as_by_hand(kind):
     plain, own = _model(kind), _model(kind, f"model.mean={MEAN}", f"model.std={STD}")
     assert own.shapes == plain.shapes and own.layers == plain.layers

@@ -20,8 +20,8 @@ def _net(model, size=32, classes=10, **fields):
 
 @pytest.mark.parametrize("params, model, fields", [
     (658_586, "cifar_resnet", dict(depth=44)), (9_231_114, "vgg", dict(depth=11)),
-    (23_520_842, "resnet", dict(depth=50)), (60_192_808, "resnet", dict(
-        depth=152, stem="imagenet", classes=1000))])
+    (23_520_842, "resnet", dict(depth=50)), pytest.param(
+        60_192_808, "resnet", dict(depth=152, stem="imagenet", classes=1000), marks=pytest.mark.slow)])
 def test_parameters(params, model, fields):
     """Of He's, kuangliu's and torchvision's; more of them are in tests/pruning/test_paper_macs.py."""
     assert tree.size(_net(model, **fields).shapes["params"]) == params

@@ -12,6 +12,7 @@ from advmoe_jax.models import network
 from advmoe_jax.pruning import paper_macs
 from advmoe_jax.pruning.paper_macs import Pool
 
+_slow = functools.partial(pytest.param, marks=pytest.mark.slow)  # their layers take seconds to trace
 IMAGENET = dict(model="resnet", stem="imagenet", size=224, classes=1000)
 TINY = dict(size=64, classes=200)
 
@@ -60,8 +61,8 @@ def _of_cifar_resnet(layers):
 @pytest.mark.parametrize("depth, sixteenths, macs, params", [
     (20, 0, 40_938_122, 269_722), (20, 7, 23_390_858, 152_794), (32, 0, 69_479_050, 464_154),
     (32, 7, 39_545_482, 262_554), (32, 10, 26_716_810, 176_154), (56, 0, 126_560_906, 853_018),
-    (56, 7, 71_854_730, 482_074), (56, 10, 48_409_226, 323_098), (110, 0, 254_995_082, 1_727_962),
-    (110, 7, 144_550_538, 975_994), (110, 10, 97_217_162, 653_722)])
+    (56, 7, 71_854_730, 482_074), (56, 10, 48_409_226, 323_098), _slow(110, 0, 254_995_082, 1_727_962),
+    _slow(110, 7, 144_550_538, 975_994), _slow(110, 10, 97_217_162, 653_722)])
 def test_resnets_of_cifar(depth, sixteenths, macs, params):
     """ReLUs are functions there, shortcuts pools."""
     found = _count(_in_blocks, sixteenths, pools=_of_cifar_resnet, depth=depth)
@@ -87,8 +88,8 @@ def _relus(spec):
     (_in_blocks, 0, _relus, dict(depth=50) | IMAGENET, 4122.828, 25_557_032),
     (_in_blocks_3x3, 12, None, dict(depth=50) | IMAGENET, 2725.954, 17_069_096),
     (_in_blocks, 6, None, dict(depth=50) | IMAGENET, 2759.672, 17_803_304),
-    (_in_blocks_3x3, 0, None, dict(depth=101, model="resnet") | TINY, 10081.092, 42.902),
-    (_in_blocks_3x3, 14, None, dict(depth=101, model="resnet") | TINY, 5721.113, 24.226)])
+    _slow(_in_blocks_3x3, 0, None, dict(depth=101, model="resnet") | TINY, 10081.092, 42.902),
+    _slow(_in_blocks_3x3, 14, None, dict(depth=101, model="resnet") | TINY, 5721.113, 24.226)])
 def test_what_is_given_in_millions(pruned, sixteenths, relus, of, macs, params):
     """ReLUs of the whole ResNet-50 are modules, torchvision's; all others here are functions. Of the pools of
     bottlenecks the first counts."""
