@@ -1,6 +1,7 @@
 """Narrow ResNet-18 on ten ImageNet classes (Imagenette), 64 pixels, linf eps 2/255.
 
 Meant for few images, such as 2,400 for training and 800 for testing: its numbers say nothing about ImageNet.
+Images are in [0, 1], with normalisation inside the model.
 
 Command:  python -m advmoe_jax.data.prepare imagefolder:imagenette --raw FOLDER --out data   (FOLDER holds a tar archive
           of class folders for train and one for val, or the folders)
@@ -12,6 +13,7 @@ Expected: not run yet.
 """
 
 from advmoe_jax.core import config as configs
+from advmoe_jax.models import normalisation
 from advmoe_jax.systems import methods
 
 
@@ -22,6 +24,7 @@ def get_config(method="advmoe"):
     config.data.batch_size = 64
     config.model.stem = "imagenet"
     config.model.width = 16
+    config.model.mean, config.model.std = normalisation.IMAGENET
     config.attack.eps = "2/255"
     config.train.length = "20 epochs"
     config.train.eval_every = "5 epochs"

@@ -23,10 +23,13 @@ from advmoe_jax.bench import attacks as attacks_bench
 from advmoe_jax.bench import conv, growth, layers, nets, reference, routing
 from advmoe_jax.bench import input as input_bench
 from advmoe_jax.bench import train as train_bench
+from advmoe_jax.core import config as configs
 from advmoe_jax.core import recipe, status
 from advmoe_jax.core.recipe import Recipe
 from advmoe_jax.data import images, prepare
 from advmoe_jax.evaluation import autoattack, flags, suites
+from advmoe_jax.interop import torch_import
+from advmoe_jax.models import network
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 ROOT = Path(__file__).parent.parent
@@ -105,6 +108,23 @@ def prepare_tiny(words):
     assert prepare.main([*words, "--allow-unknown-hash"]) == 0
 
 
+def import_tiny(words):
+    """Runs the import command on a made-up file of its architecture in place of the real one."""
+    cfg = configs.default(model="cifar_resnet").model
+    cfg.update(num_experts=1, model_scale=1.0, width=1)
+    net = network.make(cfg, (32, 32, 3), 10)
+    assert words[words.index("--arch") + 1] == f"resnet{cfg.depth}"
+    state = {}
+    for spec in net.layers:
+        name = torch_import.layer_names(net)[spec.path]
+        state[f"{name}.weight"] = np.ones((*spec.kernel[:1:-1], *spec.kernel[:2]) if spec.norm else spec.kernel[::-1])
+        norm = torch_import.norm_name(name) if spec.norm else name
+        state |= {f"{norm}.{part}": np.ones(spec.width) for part in (
+            ("weight", "bias", "running_mean", "running_var") if spec.norm else ("bias",))}
+    np.savez("tiny.npz", **state)
+    assert torch_import.main(["tiny.npz" if word.endswith(".th") else word for word in words]) == 0
+
+
 def run_script(words):
     words = [*words, "-n"] if words[0] == "make" else words
     result = subprocess.run(words, capture_output=True, text=True, timeout=60)
@@ -113,7 +133,8 @@ def run_script(words):
         assert result.stdout.splitlines()[-1].startswith("gcloud compute tpus tpu-vm"), result.stdout
 
 
-RUN = {"advmoe_jax.main": run_main, "advmoe_jax.data.prepare": prepare_tiny, "advmoe_jax.bench": run_bench}
+RUN = {"advmoe_jax.main": run_main, "advmoe_jax.data.prepare": prepare_tiny, "advmoe_jax.bench": run_bench,
+       "advmoe_jax.interop.torch_import": import_tiny}
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +200,8 @@ def test_commands(clone, short_benchmarks, short_suites, monkeypatch, capsys):
             seen.add((name, program))
     assert seen >= {(README, "make"), (README, "advmoe_jax.main"), (README, "advmoe_jax.data.prepare"),
                     (README, "launch/tpu_pod.sh"), (CONFIGS, "advmoe_jax.main"), (BENCH, "advmoe_jax.bench"),
-                    (ATTACKS, "advmoe_jax.main"), (ATTACKS, "advmoe_jax.bench")}
+                    (CONFIGS, "advmoe_jax.interop.torch_import"), (ATTACKS, "advmoe_jax.main"),
+                    (ATTACKS, "advmoe_jax.bench")}
     for path in ("digits_r18/report.md", "dense/report.md", "longer/report.md", "digits_table/report.md",
                  "digits_table/natural-eps0.1-s0/report.md"):
         assert (clone / "runs" / path).exists(), path
@@ -272,7 +294,6 @@ def test_fields_that_are_named_exist(clone):
 
 
 def _fields(config):
-    from advmoe_jax.core import config as configs
     return configs.flatten(config)
 
 

@@ -17,6 +17,7 @@ class LayerSpec:
         out_size: (H, W) of the output; (T, 1) for T tokens; (1, 1) for one vector.
         norm: path of the norm that reads the output as it is, None if there is none.
         inputs: paths of the layers whose outputs it reads, in the order in which they are joined; empty for the image.
+            An output with fewer channels than the layer reads was padded with empty ones on its way.
         join: how several inputs become one: "add", channel by channel, or "concat", one after the other; where both
             happen, what happened last. "" for a single one. The image counts as one, though `inputs` leaves it out.
         routed: whether each image takes one expert's channels.

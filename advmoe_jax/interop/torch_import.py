@@ -7,6 +7,9 @@ and linear weights (O, I); a BatchNorm has weight, bias, running_mean, running_v
 released code registers its one router in the model and in every routed convolution, so that a checkpoint holds the
 router's tensors many times, as "router.fc.weight", "layer1.0.conv1.router.fc.weight" and so on.
 
+As a command it makes a finished run of a checkpoint file, see `interop.import_run`:
+`python -m advmoe_jax.interop.torch_import --arch resnet20 --weights FILE.th --out WORKDIR`.
+
 I input channels, O output channels, k kernel size.
 """
 
@@ -19,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.core import find, tree
+from advmoe_jax.core import cli, find, tree
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.models.network import Network
 
@@ -51,7 +54,7 @@ def to_variables(network: Network, state_dict: Mapping[str, Any],
     unknown = sorted(found.keys() - names.values())
     for name in names.values():
         if name not in found:
-            raise _missing(name, found, unknown)
+            raise missing(name, found, unknown)
     if unknown:
         raise UserError(f"unknown tensor {unknown[0]} {np.shape(found[unknown[0]])} in the state dict: "
                         f"expected only tensors of this network{_nearest(unknown[0], names.values())}")
@@ -133,7 +136,8 @@ def _as_leaf(name: str, value: Any, leaf: jax.ShapeDtypeStruct, is_kernel: bool)
     return jnp.asarray(value.transpose(_KERNEL_FROM_TORCH[value.ndim]) if is_kernel else value)
 
 
-def _missing(name: str, found: Iterable[str], unknown: Iterable[str]) -> UserError:
+def missing(name: str, found: Iterable[str], unknown: Iterable[str]) -> UserError:
+    """That a tensor is not among those found; `unknown` are those of them that have no use."""
     if name.startswith(_ROUTER) and not any(other.startswith(_ROUTER) for other in found):
         return UserError(f"the state dict has no router: expected tensors such as {name}, or a router_state_dict")
     return UserError(f"the state dict has no tensor {name}, which this network needs{_nearest(name, unknown)}")
@@ -142,3 +146,14 @@ def _missing(name: str, found: Iterable[str], unknown: Iterable[str]) -> UserErr
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"; the nearest name is {near[0]}" if near else ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, or 2 for bad input."""
+    from advmoe_jax.interop import import_run  # which imports this
+
+    return import_run.main(argv)
+
+
+if __name__ == "__main__":
+    cli.leave(main)

@@ -1,5 +1,6 @@
 """Layers that the backbones share. B batch, H W height and width, I input, O output, E experts, w expert width."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -63,23 +64,29 @@ class BatchNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution without bias, padding k // 2.
+    """Convolution, padding k // 2.
 
     Attributes:
         features: O.
         size: k.
         stride: in both directions.
+        use_bias: whether a bias, which starts at 0, is added.
     """
 
     features: int
     size: int = 3
     stride: int = 1
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, H, W, I) -> (B, H / stride, W / stride, O)."""
         shape = (self.size, self.size, x.shape[-1], self.features)
-        return conv.conv2d(x, _kernel(self, x, kaiming, shape), self.stride)
+        y = conv.conv2d(x, _kernel(self, x, kaiming, shape), self.stride)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return y + bias.astype(y.dtype)[None, None, None]
 
 
 class RoutedConv(nn.Module):
@@ -124,6 +131,53 @@ class RoutedConv(nn.Module):
         stored = self.num_experts * self.width if self.experts == "disjoint" else self.channels
         shape = (self.size, self.size, x.shape[-1], stored)
         return dispatch.conv(x, _kernel(self, x, self._init, shape), choice, starts, self.width, self.stride)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """What the routed layers of a network have in common: fields of `config.model`.
+
+    Attributes:
+        num_experts: E; 1: no layer is routed.
+        model_scale: r.
+        experts, expert_init: as of RoutedConv.
+    """
+
+    num_experts: int
+    model_scale: float
+    experts: str
+    expert_init: str
+
+    @property
+    def are_several(self) -> bool:
+        return self.num_experts > 1
+
+
+def experts_of(cfg) -> Experts:
+    """Those that `config.model` describes."""
+    return Experts(cfg.num_experts, cfg.model_scale, cfg.experts, cfg.expert_init)
+
+
+def expert_conv(x: jax.Array, choose: Choose, experts: Experts, channels: int, size: int = 3, stride: int = 1, *,
+                name: str, is_routed: bool = True) -> jax.Array:
+    """A convolution of a block, (B, H, W, I) -> (B, H / stride, W / stride, w): routed if there are several experts,
+    else a narrowed one. Called in a compact method, whose module gets the layer.
+
+    Args:
+        x: its input.
+        choose: tells a routed layer what its images take.
+        experts: of the network.
+        channels: C of the dense layer, of which w = floor(r * C).
+        size, stride: as in Conv.
+        name: of the layer.
+        is_routed: whether it is, where there are several experts.
+    """
+    width = scaled_width(channels, experts.model_scale)
+    if experts.are_several and is_routed:
+        layer = RoutedConv(channels, width, experts.num_experts, experts.experts, experts.expert_init, size, stride,
+                           name=name)
+        return layer(x, choose(x))
+    return Conv(width, size, stride, name=name)(x)
 
 
 def scaled_width(channels: int, model_scale: float) -> int:

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from advmoe_jax.core import tree
-from advmoe_jax.ops import masks as masking
+from advmoe_jax.core import masked, tree
 
 
 def count(network, masks: Mapping[str, Any] | None = None) -> dict[str, int]:
@@ -19,7 +18,8 @@ def count(network, masks: Mapping[str, Any] | None = None) -> dict[str, int]:
         computed, zeros of masks included: with `model.dispatch` "all" every expert and the router, else one expert a
         layer, padding left out. Of the network: "params".
     """
-    shapes, kept = tree.named_leaves(network.shapes["params"]), masking.shares(network.shapes["params"], masks)
+    shapes = {name: leaf.shape for name, leaf in tree.named_leaves(network.shapes["params"]).items()}
+    kept = masked.shares(shapes, masks)
 
     def counted(spec):
         return spec.macs * kept.get(f"{spec.path}/kernel", 1)
@@ -30,4 +30,4 @@ def count(network, masks: Mapping[str, Any] | None = None) -> dict[str, int]:
     every = network.num_experts if network.module.dispatch.kind == "all" else 1
     return {"pathway": pathway, "router": total - pathway, "total": total,
             "executed": sum(min(spec.stored_macs, every * spec.macs) for spec in network.layers),
-            "params": int(sum(leaf.size * kept.get(name, 1) for name, leaf in shapes.items()))}
+            "params": masked.kept(shapes, masks)}

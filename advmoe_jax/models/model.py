@@ -15,7 +15,7 @@ from advmoe_jax.core import find
 from advmoe_jax.core.fields import setting
 from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.core.tables import Table
-from advmoe_jax.models import network
+from advmoe_jax.models import network, normalisation
 
 Variables = dict[str, Any]
 """{"params": {group: tree}, "batch_stats": {group: tree}}."""
@@ -35,6 +35,12 @@ class Computing:
     precision: str = setting("float32", "of the backbone in training and its attacks; parameters, routers, losses and "
                                         "statistics are float32", choices=("float32", "bfloat16"))
     remat: bool = setting(False, "compute the inside of blocks again for gradients: less memory, a third more time")
+
+
+def check(config) -> None:
+    """Raises UserError for a mean without a standard deviation, or of other channels."""
+    if "mean" in config.model:
+        normalisation.check(config.model.mean, config.model.std)
 
 
 class Model(Protocol):

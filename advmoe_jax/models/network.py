@@ -1,5 +1,6 @@
 """The whole network: a backbone and, when it has several experts, a router beside it.
 
+Images are in [0, 1]. A network may normalise them itself, before the backbone and the router.
 params and batch_stats are {"backbone": ..., "router": ...}. B batch, L routed choices, E experts, K classes.
 """
 
@@ -22,7 +23,7 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import Only, setting
 from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.core.tables import Table
-from advmoe_jax.models import macs, routing_facts
+from advmoe_jax.models import macs, normalisation, routing_facts
 from advmoe_jax.models import router as routers
 from advmoe_jax.models.layers import BLOCK
 from advmoe_jax.ops import dispatch, routing, trace
@@ -54,6 +55,10 @@ class Config:
     router_width: int = setting(16, "hidden width of the routers", least=1, most=65536, only=ROUTED)
     dispatch: str = setting("auto", "how experts are computed, see ops/dispatch.py", choices=dispatch.DISPATCHES,
                             only=ROUTED)
+    mean: str = setting("", "what the model subtracts from images in [0, 1], a number for each channel; empty: it "
+                            "takes them as they are", read=normalisation.means)
+    std: str = setting("", "what it then divides them by, a number for each channel",
+                       read=normalisation.deviations)
 
 
 class _Module(nn.Module):
@@ -61,9 +66,11 @@ class _Module(nn.Module):
     router: nn.Module | None
     dispatch: Dispatch
     dtype: Any = jnp.float32  # of what the backbone computes
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def __call__(self, x, route, train):
-        image_scores = None
+        x, image_scores = self._normalised(x), None
         if hasattr(self.router, "scores_image"):
             image_scores = self.router.scores_image(x, train)
         layers, choices = itertools.count(), {}
@@ -90,11 +97,14 @@ class _Module(nn.Module):
 
     def scores(self, x):
         """(B, H, W, C) images -> (B, E), of a router with one choice for all layers."""
-        return self.router.scores_image(x, 0)[:, 0]
+        return self.router.scores_image(self._normalised(x), 0)[:, 0]
 
     def pathway(self, x, choice):
         """Evaluation of images that all make the same choice in every layer."""
-        return self._float(self.backbone(self._lowered(x), lambda _: choice, 0))
+        return self._float(self.backbone(self._lowered(self._normalised(x)), lambda _: choice, 0))
+
+    def _normalised(self, x):
+        return normalisation.apply(x, self.mean, self.std)
 
     def _lowered(self, x):
         return x if self.dtype == jnp.float32 else x.astype(self.dtype)
@@ -326,6 +336,7 @@ def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | 
         UserError: a field is out of range or names nothing.
     """
     module = find.module("models", name or cfg.name, defines="backbone", kind="model.name")
+    mean, std = normalisation.read(cfg.mean, cfg.std, image_shape[-1])
     net = module.backbone(cfg, num_classes)
     router = None
     if cfg.num_experts > 1:
@@ -334,8 +345,9 @@ def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | 
     one_choice = cfg.routing == "global"
     kind = dispatch.pick(cfg.dispatch, every, one_choice, cfg.width, jax.default_backend())
     label = "MoE" if cfg.num_experts > 1 else "Dense" if cfg.model_scale == 1 else "S-Dense"
-    return Network(_Module(net, router, Dispatch(kind, mesh)), name or cfg.name, tuple(image_shape), num_classes,
-                   cfg.num_experts, one_choice, label, cfg.router_grad if cfg.num_experts > 1 else "none")
+    return Network(_Module(net, router, Dispatch(kind, mesh), mean=mean, std=std), name or cfg.name,
+                   tuple(image_shape), num_classes, cfg.num_experts, one_choice, label,
+                   cfg.router_grad if cfg.num_experts > 1 else "none")
 
 
 def _num_routed(net: nn.Module, image_shape: tuple[int, int, int], num_experts: int) -> int:

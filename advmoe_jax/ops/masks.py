@@ -1,7 +1,6 @@
 """Masks: pytrees like the parameters with None where a leaf is dense. 1 keeps an entry, 0 removes it."""
 
 from collections.abc import Iterable, Mapping
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -57,18 +56,6 @@ def apply(params: PyTree, masks: PyTree) -> PyTree:
 def of_leaves(params: PyTree, masks: Mapping[str, Any]) -> PyTree:
     """Masks like `params`, None where dense, of masks by the path of their leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, _: masks.get(trees.path_name(path)), params)
-
-
-def shares(shapes: PyTree, masks: PyTree | None) -> dict[str, Fraction]:
-    """{path: share of its entries that is kept} of the leaves that have a mask.
-
-    Args:
-        shapes: of the parameters.
-        masks: like them, None where dense.
-    """
-    shapes = trees.named_leaves(shapes)
-    return {name: Fraction(int(np.count_nonzero(np.broadcast_to(mask, shapes[name].shape))), shapes[name].size)
-            for name, mask in trees.named_leaves(masks or {}).items()}
 
 
 def kept_channels(mask: jax.Array, ndim: int) -> jax.Array:

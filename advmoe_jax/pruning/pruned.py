@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax.core import unfreeze
 
-from advmoe_jax.core import fields, find, tree
+from advmoe_jax.core import fields, find, masked, tree
 from advmoe_jax.core.errors import UserError, one_of, unknown_name
 from advmoe_jax.ops import masks as masking
 from advmoe_jax.ops import trace
@@ -110,12 +110,13 @@ def choose(subject: Subject, method: str, cfg: Any) -> Pruned:
     params = subject.variables["params"]
     masks = masking.of_leaves(params, {f"{path}/kernel": np.asarray(mask) for path, mask in found.items()})
     masks = masking.cover_norms(masks, params, subject.layers)
-    kept, sizes = masking.shares(params, masks), tree.named_leaves(params)
+    shapes = {name: leaf.shape for name, leaf in tree.named_leaves(params).items()}
+    kept = masked.shares(shapes, masks)
     return Pruned(
         module.ABOUT, masks, {**subject.variables, "params": masking.apply(params, masks)}, plan,
         (sum(spec.macs for spec in subject.layers),
          int(sum(spec.macs * kept.get(f"{spec.path}/kernel", 1) for spec in subject.layers))),
-        (tree.size(params), int(sum(leaf.size * kept.get(name, 1) for name, leaf in sizes.items()))))
+        (tree.size(params), masked.kept(shapes, masks)))
 
 
 def _channels(subject: Subject, module: Any, cfg: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

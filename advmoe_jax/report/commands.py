@@ -8,13 +8,17 @@ from advmoe_jax.core import config as configs
 from advmoe_jax.core import recipe
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.report.runs import CHECKPOINTS, Run
+from advmoe_jax.train import checkpoint
 
-_MAIN = "python -m advmoe_jax.main"
+_MAIN, _IMPORT = "python -m advmoe_jax.main", "python -m advmoe_jax.interop.torch_import"
 
 
 def train(run: Run) -> str:
-    """The command that trains it: the config file that it came from, and every field that differs."""
+    """The command that trains it: the config file that it came from, and every field that differs. Of weights that were
+    imported, the command that imports them."""
     config, workdir = run.config, run.folder
+    if imported := next((meta["imported"] for meta in checkpoint.metas(workdir).values() if "imported" in meta), None):
+        return _imported(config, workdir, imported)
     words = [_MAIN, "--config", ":".join(filter(None, (config.file, config.argument)))]
     base = _base(config)
     if config.run:
@@ -26,6 +30,14 @@ def train(run: Run) -> str:
         words += [f"--config.{name}={shlex.quote(str(value))}" for name, value in ours.items()
                   if name not in ("init_from", "name", "file") and theirs.get(name) != value]
     return " ".join(words)
+
+
+def _imported(config: ConfigDict, workdir, source: dict[str, str]) -> str:
+    flags = {"arch": source["arch"], "weights": source["file"], "out": str(workdir), "mean": config.model.mean,
+             "std": config.model.std, "data": config.data.name}
+    if "shortcut_pad" in config.model:
+        flags["shortcut-pad"] = config.model.shortcut_pad
+    return " ".join((_IMPORT, *(f"--{name} {shlex.quote(value)}" for name, value in flags.items())))
 
 
 def _base(config: ConfigDict) -> ConfigDict | None:

@@ -1,4 +1,5 @@
-"""PyTorch names of models.resnet: with the CIFAR stem those of the released AdvMoE code, else those of torchvision."""
+"""PyTorch names of models.resnet: with the CIFAR stem those of the released AdvMoE code and of kuangliu/pytorch-cifar,
+else those of torchvision."""
 
 from advmoe_jax.core.layer_spec import LayerSpec
 

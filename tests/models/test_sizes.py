@@ -1,0 +1,93 @@
+"""Backbones of papers by their numbers of parameters, and what their forms differ in; nothing is compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advmoe_jax.core import config as configs
+from advmoe_jax.core import tree
+from advmoe_jax.core.errors import UserError
+from advmoe_jax.interop.torch_import import layer_names
+from advmoe_jax.models import cifar_resnet, network, resnet
+
+
+def _net(model, size=32, classes=10, **fields):
+    cfg = configs.default(model=model).model
+    cfg.update(dict(num_experts=1, model_scale=1.0) | fields)
+    return network.make(cfg, (size, size, 3), classes)
+
+
+@pytest.mark.parametrize("params, model, fields", [
+    (658_586, "cifar_resnet", dict(depth=44)), (9_231_114, "vgg", dict(depth=11)),
+    (23_520_842, "resnet", dict(depth=50)), pytest.param(
+        60_192_808, "resnet", dict(depth=152, stem="imagenet", classes=1000), marks=pytest.mark.slow)])
+def test_parameters(params, model, fields):
+    """Of He's, kuangliu's and torchvision's; more of them are in tests/pruning/test_paper_macs.py."""
+    assert tree.size(_net(model, **fields).shapes["params"]) == params
+
+
+@pytest.mark.parametrize("model, stem, names", [
+    ("cifar_resnet", None, {"backbone/layer3_2/conv2": "layer3.2.conv2", "backbone/linear": "linear"}),
+    ("resnet", "imagenet", {"backbone/layer1_0/shortcut": "layer1.0.downsample.0", "backbone/linear": "fc",
+                            "backbone/layer3_5/conv3": "layer3.5.conv3"}),
+    ("resnet", "cifar", {"backbone/layer1_0/shortcut": "layer1.0.shortcut.0", "backbone/linear": "linear"}),
+    ("vgg", None, {"backbone/features_0": "features.0", "backbone/features_40": "features.40",
+                   "backbone/features_14": "features.14", "backbone/classifier": "classifier"})])
+def test_names_of_pytorch(model, stem, names):
+    net = _net(model, **({"stem": stem, "depth": 50} if stem else {}))
+    found = layer_names(net)
+    assert found.keys() == {spec.path for spec in net.layers} and names.items() <= found.items()
+
+
+def test_the_stride_of_a_bottleneck_is_in_its_3x3():
+    net = _net("resnet", depth=50, stem="imagenet", size=64)
+    strides = {spec.path.removeprefix("backbone/"): (spec.kernel[0], spec.stride) for spec in net.layers}
+    assert [strides[f"layer2_0/{name}"] for name in ("conv1", "conv2", "conv3", "shortcut")] == [
+        (1, 1), (3, 2), (1, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("pad, place", [("end", 0), ("both", 2)])
+def test_shortcuts_without_parameters(pad, place):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 4))
+    y = np.asarray(cifar_resnet.shortcut(x, 8, 2, pad))
+    assert y.shape == (2, 3, 3, 8)
+    np.testing.assert_array_equal(y[..., place:place + 4], x[:, ::2, ::2])
+    assert not np.delete(y, np.arange(place, place + 4), -1).any()
+
+
+@pytest.mark.parametrize("size", [7, 40])
+def test_a_vgg_takes_images_of_any_size(size):
+    net = _net("vgg", size=size, width=4)
+    logits, _ = jax.eval_shape(net.apply, net.shapes, jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32))
+    assert logits.shape == (2, 10) and net.shapes == _net("vgg", width=4).shapes
+
+
+def test_a_bias_of_a_convolution_is_for_dense_vggs():
+    biases = [name for name in tree.named_leaves(_net("vgg").shapes["params"]) if name.endswith("bias")]
+    assert len(biases) == 13 + 13 + 1
+    mixture = _net("vgg", num_experts=2, model_scale=0.5)
+    assert sum(spec.routed for spec in mixture.layers) == 12
+    assert "backbone/features_0/bias" not in tree.named_leaves(mixture.shapes["params"])
+
+
+def test_a_routed_bottleneck(monkeypatch):
+    """In the ImageNet form shortcuts are routed, in the CIFAR form they are dense."""
+    monkeypatch.setitem(resnet.BOTTLENECKS, "8", (1, 1))
+    for stem, count in (("imagenet", 8), ("cifar", 6)):
+        layers = _net("resnet", depth=8, stem=stem, num_experts=2, model_scale=0.5).layers
+        assert sum(spec.routed for spec in layers) == count
+    assert next(spec for spec in layers if spec.path == "backbone/layer2_0/conv3").width == 256
+
+
+@pytest.mark.parametrize("model, depth, message", [
+    ("cifar_resnet", 21, "model.depth of a cifar_resnet is 21: expected 6 n \\+ 2, .*; the nearest is 20"),
+    ("cifar_resnet", 2, "the nearest is 8"), ("cifar_resnet", -7, "the nearest is 8"),
+    ("cifar_resnet", 10**9, "the nearest is 1202"), ("vgg", 17, "unknown model.depth of a vgg '17': expected one of"),
+    ("resnet", 51, "unknown model.depth of a resnet '51': expected one of .*; did you mean '50'")])
+def test_depths_that_there_are_not(model, depth, message):
+    config = configs.default(model=model)
+    config.model.depth = depth
+    for check in (configs.check, lambda config: network.make(config.model, (32, 32, 3), 10)):
+        with pytest.raises(UserError, match=message):
+            check(config)
