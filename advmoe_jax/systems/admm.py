@@ -2,8 +2,8 @@
 
 R-ADMM, Ye et al., "Adversarial robustness vs. model compression, or both?", ICCV 2019, after Zhang et al., ECCV 2018;
 the arithmetic is `pruning.admm`. A run with system.method=magnitude and the same kernels, unit and rate then masks what
-the copy lacks and trains the rest. The paper restarts the learning rate at each update of the copy, which
-`optim.backbone.schedule` can say.
+the copy lacks and trains the rest; it starts from NAME@last, since the best checkpoint of a dense network may be far
+from its copy. The paper restarts the learning rate at each update of the copy, which `optim.backbone.schedule` can say.
 """
 
 import dataclasses

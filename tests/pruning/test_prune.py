@@ -221,6 +221,7 @@ def test_more_of_the_early_stages_goes():
     (dict(rate="1/3", groups=4), "inner: the kernels that rate 1/3 keeps: 2/3 of 8 is 5.33333: expected a whole"),
     (dict(groups=3), "inner: groups is 3: expected a divisor of the layer's 16 filters"),
     (dict(gruops=3), "did you mean 'groups'?"),
+    (dict(kernels="every"), "kernels is 'every': expected '3x3' or 'all' with method srgkp, which removes grouped"),
     (dict(beta_mode="slow"), "beta_mode"), (dict(kernels="5x5"), "kernels"), (dict(skip="("), "skip is '('"),
     (dict(skip="."), "no 3x3 convolution inside a block"),
     (dict(method="given"), "has no masks"),

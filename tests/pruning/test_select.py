@@ -72,6 +72,18 @@ def test_the_first_of_equal_scores_are_kept():
     assert masks.select({"a": jnp.ones((10, 1))}, 0.3)["a"].ravel().tolist() == [True] * 3 + [False] * 7
 
 
+@pytest.mark.parametrize("values", ["few", "tiny", "zeros"])
+def test_the_largest_are_those_of_sorting(values):
+    """Of rows with ties, denormal numbers and both zeros; the number may be traced."""
+    rows = {"few": np.random.default_rng(0).integers(0, 3, (3, 17)), "zeros": np.tile([0., -0.], (3, 9))[:, :17],
+            "tiny": np.random.default_rng(0).random((3, 17)) * 1e-42}[values].astype(np.float32)
+    order = np.argsort(-rows, -1, kind="stable")
+    for count in (0, 1, 8, 17):
+        expected = np.zeros(rows.shape, bool)
+        np.put_along_axis(expected, order[:, :count], True, -1)
+        np.testing.assert_array_equal(masks._largest_of_rows(jnp.asarray(rows), count), expected)
+
+
 def test_a_global_budget_is_of_all_layers_together():
     scores = {"b": jnp.array([[5., 1.], [2., 2.]]), "a": jnp.array([[3.], [0.]])}
     found = masks.select(scores, 0.5, scope="global")
