@@ -326,7 +326,8 @@ def test_a_step_of_a_config_can_be_traced(path, monkeypatch):
     monkeypatch.syspath_prepend(str((REPO / path).parent))
     mesh, seen = meshes.make(), TRACED
     for config in _runs(path, _arguments(path)).values():
-        for text in ("model.depth=4", "model.width=4", "data.batch_size=8"):
+        depth = 8 if config.model.name == "cifar_resnet" else 4
+        for text in (f"model.depth={depth}", "model.width=4", "data.batch_size=8"):
             configs.override(config, text)
         if config.model.num_experts > 1:
             configs.override(config, "model.router_width=4")
