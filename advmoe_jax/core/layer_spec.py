@@ -51,6 +51,11 @@ def consumers(specs: tuple[LayerSpec, ...], path: str) -> tuple[str, ...]:
     return tuple(spec.path for spec in specs if path in spec.inputs)
 
 
+def kernels(specs: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
+    """Every convolution and linear layer, the first, the last and projection shortcuts too."""
+    return tuple(spec for spec in specs if len(spec.kernel) in (2, 4))
+
+
 def block_convs(specs: tuple[LayerSpec, ...], convs: str = "3x3") -> tuple[LayerSpec, ...]:
     """The convolutions inside blocks: not those that read the image, no projection shortcut, none with groups.
 

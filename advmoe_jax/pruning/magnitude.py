@@ -23,6 +23,6 @@ class Config:
 def masks(subject: Subject, cfg: Config) -> tuple[dict, dict]:
     """{path of a layer: mask of its kernel}, and {} as there is nothing to say of it."""
     kernels = {spec.path: jnp.abs(jnp.asarray(subject.leaf(f"{spec.path}/kernel"), jnp.float32))
-               for spec in subject.convs}
+               for spec in selecting.with_unit(subject.convs, cfg.unit)}
     norm = "l1" if cfg.unit == "weight" else "l2"
     return selecting.select(kernels, 1 - subject.rate, unit=cfg.unit, scope=cfg.scope, norm=norm), {}

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 
 from advmoe_jax.core import shares
 from advmoe_jax.core.errors import UserError, one_of, unknown_name
+from advmoe_jax.core.layer_spec import LayerSpec
 
 UNITS = ("weight", "kernel", "filter", "column", "block(4,1)", "grouped")
 _LEAST = 0.1  # of the target: the share that HARP keeps in every layer
@@ -59,6 +60,16 @@ def check_unit(text: str, name: str = "unit") -> None:
         raise UserError(f"{name}: {error}") from None
 
 
+def with_unit(layers: Iterable[LayerSpec], unit: str) -> tuple[LayerSpec, ...]:
+    """The layers that may lose such units: linear ones lose single weights only, since their outputs are the classes.
+
+    Args:
+        layers: of a network.
+        unit: as of `select`.
+    """
+    return tuple(spec for spec in layers if unit == "weight" or len(spec.kernel) == 4)
+
+
 def select(scores: Mapping[str, jax.Array], keep: str | float | Fraction, *, unit: str = "weight",
            scope: str = "layer", norm: str = "l1") -> dict[str, jax.Array]:
     """Keeps the units of the largest scores, exactly n - floor((1 - keep) * n) of n; of equal ones the first.
@@ -77,6 +88,36 @@ def select(scores: Mapping[str, jax.Array], keep: str | float | Fraction, *, uni
         UserError: an unknown name, a share out of range, a kernel that does not divide into units, scores that are
             negative or NaN.
     """
+    share, how = _selection(keep, unit, scope, norm)
+    units = {path: _summed(score, how, norm, path, unit) for path, score in scores.items()}
+    chosen = _chosen(units, share, scope, how)
+    return {path: _spread(chosen[path], score.shape, how) for path, score in scores.items()}
+
+
+def select_through(scores: Mapping[str, jax.Array], keep: str | float | Fraction | Mapping[str, jax.Array], *,
+                   unit: str = "weight", scope: str = "layer") -> dict[str, jax.Array]:
+    """The masks of `select` as numbers, with gradients as if each unit's were its score, as `straight_through`.
+
+    Args:
+        scores: as of `select`; those of a unit are added.
+        keep: as of `select`; or {path: () share of the layer}, which may be traced and gets a gradient.
+        unit, scope: as of `select`; where layers have shares of their own, scope is "layer" and unit not "grouped".
+    Returns:
+        {path: mask, 1 where kept, that broadcasts to the kernel}.
+    """
+    own = isinstance(keep, Mapping)
+    share, how = _selection(1 if own else keep, unit, scope, "l1")
+    units = {path: _summed(score, how, "l1", path, unit) for path, score in scores.items()}
+    if own:
+        through = {path: straight_through(of, keep[path]) for path, of in units.items()}
+    else:
+        chosen = _chosen(units, share, scope, how)
+        through = {path: _as_scores(of, chosen[path]) for path, of in units.items()}
+    return {path: _spread(through[path], score.shape, how) for path, score in scores.items()}
+
+
+def _selection(keep, unit, scope, norm):
+    """The share and the unit, once all that `select` takes is checked."""
     share, how = shares.share(keep, "keep"), _unit(unit)
     one_of("scope", scope, ("layer", "global"))
     one_of("norm", norm, ("l1", "l2"))
@@ -84,16 +125,19 @@ def select(scores: Mapping[str, jax.Array], keep: str | float | Fraction, *, uni
         raise UserError(f"keep is {keep!r}: expected more than 0")
     if how.by is not None and scope == "global":
         raise UserError(f"scope is 'global': expected 'layer' with unit {unit!r}, whose groups keep equally many")
-    units = {path: _summed(score, how, norm, path, unit) for path, score in scores.items()}
+    return share, how
+
+
+def _chosen(units, share, scope, how):
+    """{path: bool of the shape of the units' scores}."""
     if scope == "layer":
-        chosen = {path: _largest(of, share, how.by) for path, of in units.items()}
-    else:
-        flat = jnp.concatenate([of.ravel() for of in units.values()])
-        ends = np.cumsum([of.size for of in units.values()])[:-1]
-        parts = jnp.split(_largest(flat, share), ends)
-        chosen = {path: part.reshape(of.shape) for (path, of), part in zip(units.items(), parts)}
-        _warn_of_empty(chosen)
-    return {path: _spread(chosen[path], score.shape, how) for path, score in scores.items()}
+        return {path: _largest(of, share, how.by) for path, of in units.items()}
+    flat = jnp.concatenate([of.ravel() for of in units.values()])
+    ends = np.cumsum([of.size for of in units.values()])[:-1]
+    parts = jnp.split(_largest(flat, share), ends)
+    chosen = {path: part.reshape(of.shape) for (path, of), part in zip(units.items(), parts)}
+    _warn_of_empty(chosen)
+    return chosen
 
 
 def _summed(score, how, norm, path, unit):
@@ -113,12 +157,39 @@ def _summed(score, how, norm, path, unit):
 def _largest(scores: jax.Array, keep: Fraction, by: int | None = None) -> jax.Array:
     """Bool of the same shape: the largest; along `by`, so many at each place."""
     rows = scores.reshape(1, -1) if by is None else jnp.moveaxis(scores, by, 0).reshape(scores.shape[by], -1)
-    order = jnp.argsort(-rows, axis=-1, stable=True)[:, :shares.kept(rows.shape[1], keep)]
-    chosen = jnp.zeros(rows.shape, bool).at[jnp.arange(len(rows))[:, None], order].set(True)
+    chosen = _largest_of_rows(rows, shares.kept(rows.shape[1], keep))
     if by is None:
         return chosen.reshape(scores.shape)
     rest = tuple(size for axis, size in enumerate(scores.shape) if axis != by)
     return jnp.moveaxis(chosen.reshape(scores.shape[by], *rest), 0, by)
+
+
+@jax.jit
+def _largest_of_rows(rows: jax.Array, count: int | jax.Array) -> jax.Array:
+    """(R, n) bool, the `count` largest of each row, of equal ones the first.
+
+    Of the value and then of the place that divide them one bit after the other is found: sorting takes many times as
+    long on CPUs.
+    """
+    rows = rows if jnp.issubdtype(rows.dtype, jnp.floating) else rows.astype(jnp.float32)
+    bits = 8 * rows.dtype.itemsize
+    keys = jax.lax.bitcast_convert_type(jnp.abs(rows), f"uint{bits}")  # in their order, as none is negative
+    places = jnp.arange(rows.shape[1], dtype=jnp.uint32)[None]
+
+    def largest(bits, kind, holds):
+        """Of each row the largest number of so many bits for which (R, 1) -> (R, 1) bool `holds`, as for all below."""
+        def add(i, found):
+            more = found | jnp.left_shift(jnp.ones((), kind), jnp.asarray(bits - 1 - i, kind))
+            return jnp.where(holds(more), more, found)
+
+        return jax.lax.fori_loop(0, bits, add, jnp.zeros((len(rows), 1), kind))
+
+    least = largest(bits, keys.dtype, lambda value: jnp.sum(keys >= value, 1, keepdims=True) >= count)
+    above, equal = keys > least, keys == least
+    left = count - jnp.sum(above, 1, keepdims=True)
+    end = largest(rows.shape[1].bit_length(), places.dtype, lambda place: (
+        jnp.sum(equal & (places < place), 1, keepdims=True) <= left))
+    return above | (equal & (places < end))
 
 
 def _spread(chosen, shape, how):
@@ -131,7 +202,7 @@ def _spread(chosen, shape, how):
 def _warn_of_empty(chosen):
     empty = [path for path, of in chosen.items() if not isinstance(of, jax.core.Tracer) and not bool(of.any())]
     if empty:
-        warnings.warn(f"nothing of {', '.join(empty)} is kept: no signal goes through", stacklevel=3)
+        warnings.warn(f"nothing of {', '.join(empty)} is kept: no signal goes through", stacklevel=4)
 
 
 def rate(q: jax.Array, target: float) -> jax.Array:
@@ -174,9 +245,17 @@ def straight_through(scores: jax.Array, keep: jax.Array) -> jax.Array:
     """
     count = scores.size
     removed = jnp.floor((1 - keep) * count + count * 2.0**-22)  # whole numbers come out of float32 a little below
-    place = jnp.argsort(jnp.argsort(-scores.ravel(), stable=True)).reshape(scores.shape)
-    return (place < count - removed).astype(scores.dtype)
+    return _largest_of_rows(scores.reshape(1, -1), count - removed).reshape(scores.shape).astype(scores.dtype)
 
 
 straight_through.defvjp(
     lambda scores, keep: (straight_through(scores, keep), None), lambda _, slope: (slope, jnp.sum(slope)))
+
+
+@jax.custom_vjp
+def _as_scores(scores, chosen):
+    """What is chosen as numbers, with the gradient of the scores."""
+    return chosen.astype(scores.dtype)
+
+
+_as_scores.defvjp(lambda scores, chosen: (_as_scores(scores, chosen), None), lambda _, slope: (slope, None))

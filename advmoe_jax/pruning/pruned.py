@@ -12,15 +12,16 @@ from flax.core import unfreeze
 
 from advmoe_jax.core import fields, find, masked, tree
 from advmoe_jax.core.errors import UserError, one_of, unknown_name
+from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.ops import masks as masking
 from advmoe_jax.ops import trace
 from advmoe_jax.pruning import channels
+from advmoe_jax.pruning import masks as selecting
 from advmoe_jax.pruning.about import About
-from advmoe_jax.pruning.subject import Subject
+from advmoe_jax.pruning.subject import KERNELS, Subject, of_rate
 
 ROOM = ("pruning", "scores", "masks")
 """Where methods are, and what their modules define, one of them."""
-KERNELS = ("3x3", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,8 @@ def prune(apply: Callable[[Any, jax.Array], jax.Array], variables: Any, example:
         example: (B, H, W, C) images as `apply` takes them; (images, labels) for methods that read gradients.
         method: a module of advmoe_jax.pruning with `scores` or `masks`.
         rate: above 0 and below 1, a number or text such as "7/16".
-        kernels: "3x3" or "all", the convolutions that the rate is of.
+        kernels: the layers that the rate is of: "3x3" or "all" convolutions inside blocks; or, for methods that remove
+            weights, "every" convolution and linear layer.
         skip: regular expression; layers whose path has a match stay whole.
         **settings: of the method's Config.
     Raises:
@@ -82,17 +84,31 @@ def of(apply: Callable, variables: Any, layers: tuple, rate: Any, kernels: str =
     Raises:
         UserError: a rate out of range, a pattern that is none, a network without convolutions in blocks.
     """
+    prunable, _ = layers_of_rate(layers, kernels, skip)
+    return Subject(apply, variables, layers, prunable, channels.share_of(rate), kernels, x, y, given or {})
+
+
+def layers_of_rate(layers: tuple[LayerSpec, ...], kernels: str, skip: str, unit: str = "weight") -> tuple[
+        frozenset[str], tuple[LayerSpec, ...]]:
+    """The paths of the layers that `skip` leaves, and of these the layers that a rate of such units is of.
+
+    Arguments as `prune` and `masks.select`.
+
+    Raises:
+        UserError: a pattern that is none, or nothing is left.
+    """
     one_of("kernels", kernels, KERNELS)
     try:
         skipped = re.compile(skip) if skip else None
     except re.error as error:
         raise UserError(f"skip is {skip!r}: expected a regular expression ({error})") from None
     prunable = frozenset(spec.path for spec in layers if not (skipped and skipped.search(spec.path)))
-    subject = Subject(apply, variables, layers, prunable, channels.share_of(rate), kernels, x, y, given or {})
-    if not subject.convs:
-        raise UserError(f"no {kernels} convolution inside a block of {len(layers)} layers: expected a convolutional "
-                        "network of linen modules, and a `skip` that leaves some")
-    return subject
+    found = selecting.with_unit(of_rate(layers, kernels, prunable), unit)
+    if not found:
+        which = "convolution or linear layer" if kernels == "every" else f"{kernels} convolution inside a block"
+        raise UserError(f"no {which} of {len(layers)} layers: expected a convolutional network of linen modules, and a "
+                        "`skip` that leaves some")
+    return prunable, found
 
 
 def choose(subject: Subject, method: str, cfg: Any) -> Pruned:
@@ -104,6 +120,9 @@ def choose(subject: Subject, method: str, cfg: Any) -> Pruned:
         cfg: its Config, or None.
     """
     module = find.module(ROOM[0], method, defines=ROOM[1:], kind="method")
+    if subject.kernels == "every" and module.ABOUT.unit != "weight":
+        raise UserError(f"kernels is 'every': expected '3x3' or 'all' with method {method}, which removes "
+                        f"{module.ABOUT.unit}s, not weights")
     if module.ABOUT.needs_images and subject.x is None:
         raise UserError(f"method {method} reads {' and '.join(module.ABOUT.reads)}: expected images, with labels")
     found, plan = module.masks(subject, cfg) if hasattr(module, "masks") else _channels(subject, module, cfg)

@@ -15,12 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from advmoe_jax.core import tree
+from advmoe_jax.core import layer_spec, tree
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.core.layer_spec import LayerSpec, block_convs
+from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.pruning.channels import Channels, removable
 
+KERNELS = ("3x3", "all", "every")
 _AT_ONCE = 128  # images of one evaluation
+
+
+def of_rate(layers: tuple[LayerSpec, ...], kernels: str, prunable: frozenset[str]) -> tuple[LayerSpec, ...]:
+    """The layers that a rate is of.
+
+    Args:
+        layers: of a network.
+        kernels: "3x3" or "all" convolutions inside blocks; or "every" convolution and linear layer.
+        prunable: paths of those that may lose anything.
+    """
+    found = layer_spec.kernels(layers) if kernels == "every" else layer_spec.block_convs(layers, kernels)
+    return tuple(spec for spec in found if spec.path in prunable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Subject:
         layers: of the network, as traced.
         prunable: paths of those that may lose anything.
         rate: share of the multiply-accumulates of `convs` that is removed.
-        kernels: "3x3" or "all", which convolutions of blocks that share is of.
+        kernels: which layers that share is of, one of KERNELS.
         x: (B, H, W, C) images for scores, or None.
         y: (B,) their labels, or None.
         given: masks that it has already, by the path of their leaf.
@@ -51,8 +64,8 @@ class Subject:
 
     @functools.cached_property
     def convs(self) -> tuple[LayerSpec, ...]:
-        """The convolutions of blocks, which methods for kernels prune."""
-        return tuple(spec for spec in block_convs(self.layers, self.kernels) if spec.path in self.prunable)
+        """The layers that methods for kernels and weights prune."""
+        return of_rate(self.layers, self.kernels, self.prunable)
 
     @property
     def budget(self) -> Fraction:

@@ -21,7 +21,7 @@ from advmoe_jax.systems import adversary
 from advmoe_jax.systems.sources import Source, initial
 from advmoe_jax.train import ema, optim, step
 from advmoe_jax.train import state as states
-from advmoe_jax.train.state import State
+from advmoe_jax.train.state import Part, State
 from advmoe_jax.train.system import Inputs, System
 
 LOSSES = ("natural", "madry", "trades", "mart")
@@ -100,7 +100,8 @@ class Update:
 
 def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sources: Mapping[str, Source],
           updates: tuple[Update, ...], describe: str, objective: Callable[..., step.Objective] = objective,
-          masks: Mapping[str, Any] | None = None, after: Callable[[State], State] = states.masked) -> System:
+          masks: Mapping[str, Any] | None = None, after: Callable[[State], State] = states.masked,
+          begin: Callable[[State], State] = lambda state: state, part: Part = states.PARAMETERS) -> System:
     """A system whose iterations are `updates` in order.
 
     Args:
@@ -114,6 +115,7 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
         objective: what a system that changes the loss puts in the place of `objective`, and may build on it.
         masks: {group: tree} that it starts with; those of the sources unless given.
         after: applied to the state after each step.
+        begin, part: as `train.state.fresh`.
     """
     per_epoch = pipeline.steps_per_epoch(len(data.rows), cfg.data.batch_size)
     length = units.steps(cfg.train.length, per_epoch, what="train.length")
@@ -123,18 +125,18 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
     masks = inherited if masks is None else masks
     trained = model.in_training(cfg.train)
 
-    def begin(variables, masks=None):
-        state = states.fresh(variables, optimizers, masks)
+    def started(variables, masks=None):
+        state = states.fresh(variables, optimizers, masks, begin=begin, part=part)
         return ema.begin(state) if cfg.train.ema else state
 
     def fresh(key):
-        return begin(model.init(rng.stream(key, "params")))
+        return started(model.init(rng.stream(key, "params")))
 
     compiled = jax.jit(fresh, out_shardings=meshes.replicated(mesh), compiler_options=xla.run_once_options())
 
     def init(key):
         if sources:
-            return jax.device_put(begin(variables, masks), meshes.replicated(mesh))
+            return jax.device_put(started(variables, masks), meshes.replicated(mesh))
         return fresh(key) if tree.is_traced(key) else compiled(key)  # a program inside another takes no options
 
     loss = cfg.system.loss
@@ -144,7 +146,7 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
     steps = tuple(
         step.make(u.name, objective(trained, cfg, router_loss=u.router_loss), prepare, u.inputs, owns=u.owns,
                   optimizers=optimizers, state=abstract, mesh=mesh, every=u.every, parts=cfg.train.accumulate,
-                  after=after)
+                  after=after, part=part)
         for u in updates)
     averaging = {"1 steps": ema.update(cfg.train.ema)} if cfg.train.ema else {}
     return System(init, steps, length, data.rows, model, describe, averaging)

@@ -23,9 +23,10 @@ from advmoe_jax.ops import augment
 from advmoe_jax.ops import masks as masking
 from advmoe_jax.pruning import pruned as pruning
 from advmoe_jax.pruning.pruned import Pruned
+from advmoe_jax.pruning.subject import KERNELS
 from advmoe_jax.systems import adversarial, adversary
 from advmoe_jax.systems.adversarial import Update, build
-from advmoe_jax.systems.sources import Source, initial
+from advmoe_jax.systems.sources import Source, initial, needed
 from advmoe_jax.train import state as states
 from advmoe_jax.train.state import State
 from advmoe_jax.train.system import Inputs, System
@@ -37,7 +38,8 @@ def _about(config):
     return find.module(pruning.ROOM[0], config.system.method, defines=pruning.ROOM[1:], kind="system.method").ABOUT
 
 
-def _is_rate(value: str, name: str) -> None:
+def is_rate(value: str, name: str) -> None:
+    """Raises UserError unless it reads as a share above 0 and below 1."""
     if not 0 < shares.share(value, name) < 1:
         raise UserError(f"{name} is {value!r}: expected more than 0 and less than 1, such as '7/16'")
 
@@ -48,9 +50,10 @@ class Config(adversarial.Config):
 
     loss: str = setting("natural", "of training what is left", choices=adversarial.LOSSES)
     method: str = setting("srgkp", "a module of advmoe_jax.pruning", room=pruning.ROOM)
-    rate: str = setting("7/16", "share of the multiply-accumulates of the convolutions in blocks that goes",
-                        read=_is_rate)
-    kernels: str = setting("3x3", "the convolutions that the rate is of", choices=pruning.KERNELS)
+    rate: str = setting("7/16", "share of the multiply-accumulates of the layers in system.kernels that goes",
+                        read=is_rate)
+    kernels: str = setting("3x3", "convolutions in blocks that the rate is of; or, for methods that remove weights, "
+                                  "every convolution and linear layer", choices=KERNELS)
     skip: str = setting("(^|/)router/", "regular expression; layers whose path has a match stay whole")
     images: int = setting(256, "training images that scores are made of", least=1, most=10**6, only=_NEEDS_IMAGES)
     scored_on: str = setting("clean", "those images, or what the first of train.attack makes of them",
@@ -59,9 +62,7 @@ class Config(adversarial.Config):
 
 def check(config) -> None:
     """Raises UserError for a run that has nothing to prune."""
-    if not config.init_from:
-        raise UserError("system.name=prune needs init_from: expected a finished run, or a model made by "
-                        "python -m advmoe_jax.interop.torch_import")
+    needed(config)
 
 
 def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sources: Mapping[str, Source]) -> System:

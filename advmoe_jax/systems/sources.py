@@ -47,6 +47,13 @@ def names(config: ConfigDict) -> dict[str, tuple[epath.Path, str]]:
     return found
 
 
+def needed(config: ConfigDict) -> None:
+    """Raises UserError for a system that starts from a finished run, without one."""
+    if not config.init_from:
+        raise UserError(f"system.name={config.system.name} needs init_from: expected a finished run, or a model made "
+                        "by python -m advmoe_jax.interop.torch_import")
+
+
 def _config(name: str, workdir: epath.Path) -> ConfigDict:
     """The config of a run. Raises UserError unless it is there and finished."""
     if not (workdir / "config.json").exists():

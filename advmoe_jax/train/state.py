@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,22 +44,42 @@ class State:
         return dataclasses.replace(self, **changes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What of a state optimizers change, and its gradients are of.
+
+    Attributes:
+        get: state -> {group: tree}.
+        put: (state, {group: tree} of some groups) -> the state with these in it.
+    """
+
+    get: Callable[[State], dict[str, Any]]
+    put: Callable[[State, dict[str, Any]], State]
+
+
+PARAMETERS = Part(lambda state: state.params, lambda state, trees: state.replace(params={**state.params, **trees}))
+
+
 def fresh(variables: dict[str, Any], optimizers: dict[str, Any], masks: dict[str, Any] | None = None,
-          extra: dict[str, Any] | None = None) -> State:
+          extra: dict[str, Any] | None = None, *, begin: Callable[[State], State] = lambda state: state,
+          part: Part = PARAMETERS) -> State:
     """The state before the first step.
 
     Args:
         variables: {"params": ..., "batch_stats": ...} by group.
         optimizers: {group: optax transformation} for the groups that are trained.
         masks, extra: as of State; parameters are masked at once.
+        begin: adds what a system makes of the state itself; its optimizers begin after that.
+        part: what they change.
     """
     masks = masks or {}
     masking.check(variables["params"], masks)
-    params = {group: masking.apply(part, masks[group]) if group in masks else part
-              for group, part in variables["params"].items()}
+    params = {group: masking.apply(tree, masks[group]) if group in masks else tree
+              for group, tree in variables["params"].items()}
     stats = variables.get("batch_stats", {})
-    return State(jnp.zeros((), jnp.int32), params, {group: stats.get(group, {}) for group in params},
-                 {group: tx.init(params[group]) for group, tx in optimizers.items()}, masks, extra or {})
+    state = begin(State(jnp.zeros((), jnp.int32), params, {group: stats.get(group, {}) for group in params}, {}, masks,
+                        extra or {}))
+    return state.replace(opt={group: tx.init(part.get(state)[group]) for group, tx in optimizers.items()})
 
 
 def masked(state: State) -> State:

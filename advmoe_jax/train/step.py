@@ -15,7 +15,7 @@ from advmoe_jax.core.fields import setting
 from advmoe_jax.data import pipeline
 from advmoe_jax.ops import augment
 from advmoe_jax.train import state as states
-from advmoe_jax.train.state import State
+from advmoe_jax.train.state import Part, State
 from advmoe_jax.train.system import Batch, Inputs, Step
 
 
@@ -76,8 +76,8 @@ def preparation(attack: Attack | None, *, seed: int, mesh: jax.sharding.Mesh, da
 
 def make(name: str, objective: Objective, prepare: Callable[[State, Batch, Inputs], Batch], inputs: Inputs, *,
          owns: Sequence[str], optimizers: dict[str, Any], state: State, mesh: jax.sharding.Mesh, every: int = 1,
-         parts: int = 1, after: Callable[[State], State] = states.masked) -> Step:
-    """A step that descends `objective` in the parameters of the groups it owns.
+         parts: int = 1, after: Callable[[State], State] = states.masked, part: Part = states.PARAMETERS) -> Step:
+    """A step that descends `objective` in the parameters of the groups it owns, or in what `part` says instead.
 
     Parameters, optimizer states and running statistics of other groups pass through untouched.
 
@@ -94,34 +94,34 @@ def make(name: str, objective: Objective, prepare: Callable[[State, Batch, Input
         parts: of a batch, whose losses and gradients are averaged; each has its own statistics of BatchNorm, and
             running ones see one after the other.
         after: applied to the new state, last.
+        part: what of a group is trained.
     """
-    owned_params = {group: state.params[group] for group in owns}
-    grad_names = tree.named_leaves(owned_params)
+    grad_names = tree.named_leaves({group: part.get(state)[group] for group in owns})
     tensors = ("loss", *(f"gradient {n}" for n in grad_names), *(f"parameter {n}" for n in grad_names))
 
     def update(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         def loss_of(owned, batch_stats, batch):
-            return objective(state.replace(params={**state.params, **owned}, batch_stats=batch_stats), batch)
+            return objective(part.put(state, owned).replace(batch_stats=batch_stats), batch)
 
         def of(stats, batch):
             (loss, (new, metrics)), grads = slope(owned, stats, batch)
             return {**stats, **new}, (loss, metrics, grads)
 
-        owned, slope = {group: state.params[group] for group in owns}, jax.value_and_grad(loss_of, has_aux=True)
+        owned, slope = {group: part.get(state)[group] for group in owns}, jax.value_and_grad(loss_of, has_aux=True)
         if parts == 1:
             stats, (loss, metrics, grads) = of(state.batch_stats, batch)
         else:
             stats, (loss, metrics, grads) = _averaged(of, state.batch_stats, _cut(batch, parts))
-        params, opt, batch_stats = dict(state.params), dict(state.opt), dict(state.batch_stats)
+        updated, opt, batch_stats = {}, dict(state.opt), dict(state.batch_stats)
         for group in owns:
-            updates, opt[group] = optimizers[group].update(grads[group], opt[group], params[group])
-            params[group] = optax.apply_updates(params[group], updates)
+            updates, opt[group] = optimizers[group].update(grads[group], opt[group], owned[group])
+            updated[group] = optax.apply_updates(owned[group], updates)
             batch_stats[group] = stats.get(group, {})
             metrics[f"grad_norm_{group}"] = optax.global_norm(grads[group])
         finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(
-            (loss, grads, {group: params[group] for group in owns}))])
+            (loss, grads, updated))])
         metrics |= {"loss": loss, "non_finite": jnp.where(jnp.all(finite), -1, jnp.argmin(finite))}
-        return after(state.replace(params=params, batch_stats=batch_stats, opt=opt)), metrics
+        return after(part.put(state, updated).replace(batch_stats=batch_stats, opt=opt)), metrics
 
     compiled = jax.jit(update, donate_argnums=0, out_shardings=meshes.replicated(mesh))
     return Step(name, inputs, prepare, compiled, tuple(owns), tensors, every)

@@ -34,12 +34,15 @@ from advmoe_jax.train.system import Inputs
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 COUNT, SHAPE, CLASSES, BATCH = 64, (8, 8, 1), 4, 32
 ADVMOE, DENSE = ("advmoe",), ("standard", "model.num_experts=1")
+_PRUNES = ("model.num_experts=1", "system.loss=madry", "system.rate=1/2", "init_from=base")
 CASES = {
+    "admm": [("admm", *_PRUNES)],
     "advmoe": [ADVMOE, *(
         ("advmoe", f"model.routing={name}", "system.loss=madry") for name in ROUTINGS if name != "layer")],
+    "mask_search": [("mask_search", *_PRUNES)],
     "standard": [DENSE, ("standard", "system.loss=madry")],
-    "prune": [("prune", "model.num_experts=1", "system.loss=madry", "system.rate=1/2", "system.groups=4",
-               "init_from=base")]}
+    "prune": [("prune", *_PRUNES, "system.groups=4")]}
+OWN_METRICS = {"admm": {"distance"}}
 each_system = pytest.mark.parametrize("case", [
     pytest.param(case, marks=pytest.mark.slow if "model.routing=global" in case else ())
     for cases in CASES.values() for case in cases], ids="-".join)
@@ -114,6 +117,11 @@ def test_every_system_is_tested():
     assert set(CASES) == set(find.names("systems", "make"))
 
 
+def _trained(case, state, group):
+    """What is trained of a group: its parameters; in a search its scores, since weights rest there."""
+    return state.extra["search"]["scores"][group] if case[0] == "mask_search" else state.params[group]
+
+
 @each_system
 def test_a_step_changes_what_it_owns_and_nothing_else(case):
     system, _ = _system(case)
@@ -125,7 +133,8 @@ def test_a_step_changes_what_it_owns_and_nothing_else(case):
         assert jax.tree.structure(after) == jax.tree.structure(before)
         for group in before.params:
             for part in ("params", "batch_stats", "opt"):
-                old, new = (_bytes(getattr(state, part)[group]) for state in (before, after))
+                old, new = (_bytes(_trained(case, state, group) if part == "params" else getattr(state, part)[group])
+                            for state in (before, after))
                 if group not in step.owns:
                     assert old == new, f"{step.name} changed {part} of {group}"
                 elif part == "opt":
@@ -134,6 +143,8 @@ def test_a_step_changes_what_it_owns_and_nothing_else(case):
                     same = [name for name in old if old[name] == new[name]]
                     assert not same, f"{step.name} left {part} of {group} as they were: {same}"
         assert int(after.step) == 0, "the loop counts"
+        if case[0] == "mask_search":
+            assert _bytes(after.extra["search"]["dense"]) == _bytes(before.extra["search"]["dense"])
     assert {group for step in steps for group in step.owns} == set(before.params)
 
 
@@ -150,7 +161,8 @@ def test_metrics_are_finite(case):
             assert metrics["load"].shape == (len(metrics["load_entropy"]), 2)
             assert len(metrics["load"]) == (1 if "model.routing=global" in case else 2)
             rates |= {"load", "load_entropy"} | ({"flip_rate"} if "sa" in rates else set())
-        assert metrics.keys() == rates | {"loss", "non_finite"} | {f"grad_norm_{group}" for group in step.owns}
+        own = OWN_METRICS.get(case[0], set())
+        assert metrics.keys() == rates | own | {"loss", "non_finite"} | {f"grad_norm_{group}" for group in step.owns}
         assert all(np.all((metrics[name] >= 0) & (metrics[name] <= 1 + 1e-6)) for name in rates)
 
 
