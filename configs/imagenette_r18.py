@@ -8,8 +8,9 @@ Command:  python -m advmoe_jax.data.prepare imagefolder:imagenette --raw FOLDER 
           python -m advmoe_jax.main --config configs/imagenette_r18.py
           python -m advmoe_jax.main --config configs/imagenette_r18.py:at_dense  (at_sdense, at_moe, natural)
 Hardware: 2 CPU cores.
-Time:     not measured yet; meant to be less than 30 minutes.
-Expected: not run yet.
+Time:     21 minutes and the evaluation, 5 minutes, on two cores that were shared.
+Expected: advmoe, 2,400 training images, one seed, 800 test images, PGD-50: best SA 34.3 RA 26.8, last SA 37.3 RA 28.3;
+          the others were not run.
 """
 
 from advmoe_jax.core import config as configs

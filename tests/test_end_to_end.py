@@ -23,7 +23,7 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.split import Arrays
 from advmoe_jax.evaluation import measure, results
-from advmoe_jax.models import model, network
+from advmoe_jax.models import model, network, normalisation
 from advmoe_jax.systems import methods
 from advmoe_jax.train import loop
 
@@ -326,12 +326,14 @@ def test_a_step_of_a_config_can_be_traced(path, monkeypatch):
     monkeypatch.syspath_prepend(str((REPO / path).parent))
     mesh, seen = meshes.make(), TRACED
     for config in _runs(path, _arguments(path)).values():
-        for text in ("model.depth=4", "model.width=4", "data.batch_size=8"):
+        depth = 8 if config.model.name == "cifar_resnet" else 4
+        for text in (f"model.depth={depth}", "model.width=4", "data.batch_size=8"):
             configs.override(config, text)
         if config.model.num_experts > 1:
             configs.override(config, "model.router_width=4")
+        fields = ("system.name", "system.loss") if config.system.name == "prune" else ("system.",)
         kind = str([value for name, value in configs.flatten(config).items()
-                    if name.startswith(("model.", "system.", "train.attack"))])
+                    if name.startswith(("model.", "train.attack", *fields)) and name not in normalisation.NAMES])
         if kind in seen:
             continue
         seen.add(kind)

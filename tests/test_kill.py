@@ -10,9 +10,7 @@ from tiny import TIMEOUT, assert_same_bits, entries, flags, logged, metrics, pro
 
 LENGTH = dict(model__depth=10, train__length="30 steps", train__eval_every="10 steps", train__save_every="5 steps",
               eval__attacks="fgsm", system__loss="madry")  # which compile soonest
-METHODS = ("at_sdense", pytest.param("advmoe", marks=pytest.mark.slow))
-DAMAGES = ("truncated arrays", *(pytest.param(name, marks=pytest.mark.slow) for name in (
-    "no arrays", "truncated metadata", "no metadata", "empty folder")))
+DAMAGES = ("truncated arrays", "no arrays", "truncated metadata", "no metadata", "empty folder")
 
 
 def finish(workdir, method="at_sdense", name="last"):
@@ -46,12 +44,25 @@ def kill_at(condition, workdir, name, number=signal.SIGKILL, method="at_sdense")
     return code, (workdir.parent / f"{name}.err").read_text()
 
 
-@pytest.mark.parametrize("method", METHODS)
+def _saves(workdir):
+    return saved_steps(workdir)[-1:] >= [10] and any((workdir / "checkpoints" / "last").glob("*tmp*"))
+
+
+def test_killed_while_saving(complete, tmp_path):
+    """The shortest of these, which every change has to pass."""
+    workdir = tmp_path / "w"
+    assert kill_at(functools.partial(_saves, workdir), workdir, "a save after step 10")[0] == -signal.SIGKILL
+    printed, _ = finish(workdir)
+    assert "continuing from the checkpoint of step" in printed
+    assert_same_bits(workdir, complete())
+    assert metrics(workdir) == metrics(complete())
+    assert entries(workdir) == entries(complete())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["at_sdense", "advmoe"])
 def test_stopped_at_any_moment(method, complete, tmp_path):
     workdir = tmp_path / "w"
-
-    def saving():
-        return saved_steps(workdir)[-1:] >= [10] and any((workdir / "checkpoints" / "last").glob("*tmp*"))
 
     def evaluating():
         return any((workdir / "eval").glob("best-*"))
@@ -61,6 +72,7 @@ def test_stopped_at_any_moment(method, complete, tmp_path):
     step = saved_steps(workdir)[-1]
     assert 7 <= step < 30
     assert error.count("\n") == 1 and f"stopped by SIGTERM; saved at step {step} of 30" in error
+    saving = functools.partial(_saves, workdir)
     assert kill_at(saving, workdir, "a save after step 10", method=method)[0] == -signal.SIGKILL
     assert kill_at(evaluating, workdir, "an evaluation", method=method)[0] == -signal.SIGKILL
     printed, _ = finish(workdir, method)
@@ -96,6 +108,7 @@ def test_sigterm_while_evaluating(complete, tmp_path):
     assert entries(workdir) == entries(complete())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_newest_checkpoint_is_skipped(damage, complete, tmp_path):
     workdir = tmp_path / "w"

@@ -14,7 +14,6 @@ from advmoe_jax.core.paths import path
 
 pytestmark = pytest.mark.multiprocess
 STEPS = 16
-METHODS = ("at_sdense", pytest.param("advmoe", marks=pytest.mark.slow))
 FIELDS = dict(model__depth=10, train__length=f"{STEPS} steps", train__eval_every="8 steps", train__save_every="8 steps",
               eval__attacks="fgsm", system__loss="madry",
               optim__backbone__learning_rate=0.01)  # so that differences of rounding stay small
@@ -39,12 +38,25 @@ def output(workdir, name, suffix):
     return [transport.sub("", (workdir.parent / f"{name}{i}.{suffix}").read_text()) for i in (0, 1)]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_train_save_stop_restore_and_evaluate(method, tmp_path):
-    alone, workdir = tmp_path / "alone", tmp_path / "w"
-    with process(flags(alone, method, **FIELDS), folder=tmp_path, devices=4, name="alone") as running:
-        assert running.wait(TIMEOUT) == 0, (tmp_path / "alone.err").read_text()
+def one_process(folder, method):
+    """The workdir of a run of one process with as many devices."""
+    with process(flags(folder / "alone", method, **FIELDS), folder=folder, devices=4, name="alone") as running:
+        assert running.wait(TIMEOUT) == 0, (folder / "alone.err").read_text()
+    return folder / "alone"
 
+
+def test_two_processes_train_and_evaluate_as_one(tmp_path):
+    alone, workdir = one_process(tmp_path, "at_sdense"), tmp_path / "w"
+    with cluster(workdir, "at_sdense", "two") as (first, second):
+        codes = first.wait(TIMEOUT), second.wait(TIMEOUT)
+    assert codes == (0, 0), output(workdir, "two", "err")
+    compare(workdir, alone, ("train",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["at_sdense", "advmoe"])
+def test_two_processes_train_save_stop_restore_and_evaluate(method, tmp_path):
+    alone, workdir = one_process(tmp_path, method), tmp_path / "w"
     with cluster(workdir, method, "stopped") as (first, second):
         wait_until(logged(workdir, 3), second, "step 3")
         second.send_signal(signal.SIGTERM)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 from PIL import Image
 from test_floors import FLOORS
@@ -24,17 +25,19 @@ from advmoe_jax.bench import conv, growth, layers, nets, reference, routing
 from advmoe_jax.bench import input as input_bench
 from advmoe_jax.bench import train as train_bench
 from advmoe_jax.core import config as configs
-from advmoe_jax.core import recipe, status
+from advmoe_jax.core import find, recipe, status
 from advmoe_jax.core.recipe import Recipe
 from advmoe_jax.data import images, prepare
 from advmoe_jax.evaluation import autoattack, flags, suites
 from advmoe_jax.interop import torch_import
 from advmoe_jax.models import network
+from advmoe_jax.pruning import pruned
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 ROOT = Path(__file__).parent.parent
-README, CONFIGS, BENCH, ATTACKS = NAMES = (
-    "README.md", "configs/README.md", "advmoe_jax/bench/README.md", "advmoe_jax/attacks/README.md")
+README, CONFIGS, BENCH, ATTACKS, PRUNING = NAMES = (
+    "README.md", "configs/README.md", "advmoe_jax/bench/README.md", "advmoe_jax/attacks/README.md",
+    "advmoe_jax/pruning/README.md")
 SMALL_EVAL = ("--config.eval.n=8", "--config.eval.batch_size=16")
 # Another AdvMoE would be another minute of compiling.
 DENSE = ("--config.system.name=standard", "--config.system.loss=natural", "--config.model.num_experts=1")
@@ -66,6 +69,9 @@ def small(words):
     loaded, more = recipe.load(file), ()
     if isinstance(loaded, Recipe):  # fields that all its runs have, and one of them
         fields, more = FIELDS, () if "--only" in words else ("--only", next(iter(loaded.runs)))
+    elif "prune" in file:  # of the weights that import_tiny made
+        return ("--config.model.width=1", "--config.system.method=magnitude", "--config.train.length=0 steps",
+                "--config.train.select_examples=16", "--config.eval.attacks=fgsm", *SMALL_EVAL)
     elif "cifar10" in file:
         fields, more = FIELDS, DENSE
     elif "imagenette" in file:
@@ -122,6 +128,7 @@ def import_tiny(words):
         state |= {f"{norm}.{part}": np.ones(spec.width) for part in (
             ("weight", "bias", "running_mean", "running_var") if spec.norm else ("bias",))}
     np.savez("tiny.npz", **state)
+    shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)  # two READMEs show the command
     assert torch_import.main(["tiny.npz" if word.endswith(".th") else word for word in words]) == 0
 
 
@@ -183,11 +190,16 @@ def short_suites(monkeypatch):
     monkeypatch.setattr(flags, "of_model", lambda *_: ())  # test_flags.py; here it would compile for every command
 
 
-def test_commands(clone, short_benchmarks, short_suites, monkeypatch, capsys):
+@pytest.mark.parametrize("names", [(README,), pytest.param(NAMES, marks=pytest.mark.slow)], ids=["README", "all"])
+def test_commands(names, clone, short_benchmarks, short_suites, monkeypatch, capsys):
     """A command that a README shows and the program refuses fails here."""
     monkeypatch.setenv("DRY_RUN", "1")
-    seen = set()
-    for name in NAMES:
+    seen, all_of = set(), {
+        (README, "make"), (README, "advmoe_jax.main"), (README, "advmoe_jax.data.prepare"),
+        (README, "launch/tpu_pod.sh"), (CONFIGS, "advmoe_jax.main"), (BENCH, "advmoe_jax.bench"),
+        (CONFIGS, "advmoe_jax.interop.torch_import"), (ATTACKS, "advmoe_jax.main"), (ATTACKS, "advmoe_jax.bench"),
+        (PRUNING, "advmoe_jax.main")}
+    for name in names:
         for program, *rest in commands(name):
             if program == "python":
                 program, rest = rest[1], rest[2:]
@@ -198,16 +210,13 @@ def test_commands(clone, short_benchmarks, short_suites, monkeypatch, capsys):
                 assert program in ("make", "launch/tpu_pod.sh"), (name, program)
                 run_script([program, *rest])
             seen.add((name, program))
-    assert seen >= {(README, "make"), (README, "advmoe_jax.main"), (README, "advmoe_jax.data.prepare"),
-                    (README, "launch/tpu_pod.sh"), (CONFIGS, "advmoe_jax.main"), (BENCH, "advmoe_jax.bench"),
-                    (CONFIGS, "advmoe_jax.interop.torch_import"), (ATTACKS, "advmoe_jax.main"),
-                    (ATTACKS, "advmoe_jax.bench")}
+    assert seen >= {of for of in all_of if of[0] in names}
     for path in ("digits_r18/report.md", "dense/report.md", "longer/report.md", "digits_table/report.md",
                  "digits_table/natural-eps0.1-s0/report.md"):
         assert (clone / "runs" / path).exists(), path
     for path in ("longer", "digits_table/natural-eps0.2-s0"):
         assert status.read(clone / "runs" / path).state == "finished", path
-    assert (clone / "growth.png").read_bytes().startswith(b"\x89PNG")
+    assert BENCH not in names or (clone / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_benchmark_has_its_command():
@@ -261,6 +270,23 @@ def test_a_module_of_nnx(clone):
     assert report.standard_accuracy == 1 and report.robust_accuracy == 0
 
 
+def test_pruning_a_network_of_ones_own(clone):
+    [block] = blocks(PRUNING, "python")
+    model = nn.Sequential([nn.Conv(8, (3, 3)), nn.relu, nn.Conv(16, (3, 3)), nn.relu, nn.Conv(8, (3, 3)),
+                           lambda x: x.mean((1, 2)), nn.Dense(4)])
+    x = jax.random.uniform(jax.random.key(0), (6, 8, 8, 3))
+    variables = jax.jit(model.init)(jax.random.key(1), x)
+    names = {"model": model, "variables": variables, "params": variables["params"], "x": x, "y": jnp.arange(6) % 4}
+    exec(block, names)
+    assert names["pruned"].macs[1] < names["pruned"].macs[0] and names["logits"].shape == (6, 4)
+    jax.tree.map(np.testing.assert_array_equal, names["params"], names["pruned"].variables["params"])
+
+
+def test_the_methods_of_pruning_are_listed():
+    listed = re.findall(r"^\| `(\w+)` \|", text(PRUNING), re.MULTILINE)
+    assert sorted({*listed} - {"method"}) == sorted(find.names(*pruned.ROOM))
+
+
 def test_the_readme_is_short():
     """It is to be read in five minutes; long tables stand beside what they measure."""
     assert len(text(README).splitlines()) <= 150
@@ -270,8 +296,8 @@ def test_the_readme_is_short():
 def test_named_files_exist(name):
     """In code, from the root of the repository; in links, from the file, and with the heading behind the #."""
     named = re.findall(r"`((?:advmoe_jax|configs|launch|tests)/[\w/.]*\w\.(?:py|sh|md))(?::\w+)?`", text(name))
-    for path in {*named} - {"advmoe_jax/attacks/NAME.py", "advmoe_jax/models/NAME.py", "advmoe_jax/data/NAME.py",
-                            "advmoe_jax/systems/NAME.py", "configs/NAME.py", "configs/sweep.py"}:
+    rooms = "attacks", "models", "data", "pruning", "systems"
+    for path in {*named} - {*(f"advmoe_jax/{room}/NAME.py" for room in rooms), "configs/NAME.py", "configs/sweep.py"}:
         assert (ROOT / path).exists(), path
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text(name)) if "://" not in link]
     assert named or links
@@ -285,8 +311,8 @@ def test_named_files_exist(name):
 
 def test_fields_that_are_named_exist(clone):
     """A README that calls a field by its old name sends people to an error."""
-    known = {field for file in ("digits_r18.py", "digits_r18.py:at_moe", "imagenette_r18.py")
-             for field in _fields(recipe.load(f"configs/{file}"))} | {"data.name", "init_from"}
+    known = {field for file in ("digits_r18.py", "digits_r18.py:at_moe", "imagenette_r18.py", "prune_resnet20.py")
+             for field in _fields(recipe.load(f"configs/{file}"))} | {"data.name", "init_from", "system.coupled"}
     groups = {field.partition(".")[0] for field in known if "." in field}
     for name in NAMES:
         said = set(re.findall(rf"(?:`|--config\.)((?:{'|'.join(groups)})\.[a-z_]+(?:\.[a-z_]+)?)(?=[`=])", text(name)))

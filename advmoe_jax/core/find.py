@@ -1,5 +1,6 @@
 """A name in a config is a module name: nothing is registered, a new file is enough."""
 
+import functools
 import importlib
 import importlib.util
 import pathlib
@@ -17,7 +18,14 @@ def names(package: str, *defines: str) -> tuple[str, ...]:
     starts = [f"\n{start}" for name in defines for start in (
         f"def {name}(", f"class {name}(", f"class {name}:", f"{name} = ")]
     return tuple(sorted(
-        file.stem for file in folder.glob("*.py") if any(start in file.read_text() for start in starts)))
+        file.stem for file in folder.glob("*.py") if any(start in _text(file, file.stat().st_mtime_ns)
+                                                         for start in starts)))
+
+
+@functools.cache
+def _text(file: pathlib.Path, changed: int) -> str:
+    """Of a file as it was when last changed; a config asks for names hundreds of times."""
+    return file.read_text()
 
 
 def module(package: str, name: str, defines: str | tuple[str, ...], kind: str | None = None) -> ModuleType:

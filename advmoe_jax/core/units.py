@@ -11,7 +11,7 @@ _MOST_EPS = 1e6  # above the l1 norm of any image
 
 
 def number(value: str | float, what: str = "value") -> float:
-    """Reads `"8/255"`, `"0.1"`, `0.1` or `1` as a float.
+    """Reads `"8/255"`, `"0.5/255"`, `"0.1"`, `0.1` or `1` as a float.
 
     Raises:
         UserError: it is none of these, or not finite.
@@ -19,12 +19,19 @@ def number(value: str | float, what: str = "value") -> float:
     try:
         if isinstance(value, str) and re.search(r"e[+-]?\d{4}", value, re.IGNORECASE):  # too long a Fraction
             raise ValueError
-        result = float(Fraction(value.strip())) if isinstance(value, str) else float(value)
+        result = float(_fraction(value)) if isinstance(value, str) else float(value)
     except (ValueError, TypeError, ZeroDivisionError, OverflowError):
         raise UserError(f"{what} is {value!r}: expected a number or a fraction, such as '8/255'") from None
     if not math.isfinite(result):
         raise UserError(f"{what} is {value!r}: expected a finite number")
     return result
+
+
+def _fraction(text: str) -> Fraction:
+    parts = text.strip().split("/")
+    if len(parts) != 2 or any(part != part.strip() for part in parts):
+        return Fraction(text.strip())
+    return Fraction(parts[0]) / Fraction(parts[1])
 
 
 def eps(value: str | float, norm: str, what: str = "eps") -> float:

@@ -16,6 +16,7 @@ from advmoe_jax.evaluation import measure
 from advmoe_jax.evaluation.suites import Suite
 from advmoe_jax.models import model as models
 from advmoe_jax.systems import sources
+from advmoe_jax.train import state as states
 from advmoe_jax.train.loop import Rates
 from advmoe_jax.train.state import State
 from advmoe_jax.train.system import System
@@ -76,7 +77,7 @@ def assemble(config: ConfigDict, starts: bool = True) -> Experiment:
     measure.check(suite, model)
 
     def select(state: State) -> Rates:
-        found = measure.run(model, state.variables, data.select, data.select_rows, suite, mesh=mesh,
+        found = measure.run(model, states.masked(state).variables, data.select, data.select_rows, suite, mesh=mesh,
                             batch_size=config.eval.batch_size, seed=config.seed)
         return float(found.survivors().mean()), float(found.correct.mean())
 

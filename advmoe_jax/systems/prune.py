@@ -61,11 +61,8 @@ class Config(adversarial.Config):
 
 
 def check(config) -> None:
-    """Raises UserError for a run that has nothing to prune, or whose checkpoints would not be pruned."""
+    """Raises UserError for a run that has nothing to prune."""
     needed(config)
-    if _about(config).when == "soft" and units.length(config.train.eval_every, "train.eval_every")[1] != "epochs":
-        raise UserError(f"train.eval_every is {config.train.eval_every!r}: expected whole epochs with system.method="
-                        f"{config.system.method}, which zeroes filters after each and trains them on between")
 
 
 def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sources: Mapping[str, Source]) -> System:
@@ -89,21 +86,18 @@ def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, source
     first = chosen(variables)
     masks = _joined(first.masks, inherited)
     starts = jax.tree.map(np.ones_like, masks) if about.when == "soft" else masks
-    fades = about.when == "decay"
     built = build(cfg, model, data, mesh, sources, updates, title, masks=starts,
                   after=(lambda state: state) if about.when in ("soft", "decay") else states.masked)
     per_epoch = pipeline.steps_per_epoch(len(data.rows), cfg.data.batch_size)
-    more, period = {}, 0
+    more = {}
     if about.when in ("hard", "soft"):
         more = {"1 epochs": lambda state: _again(state, chosen, inherited, mesh)}
-    elif fades:
-        period = units.steps(system.decay_length, per_epoch, built.length, "system.decay_length")
-        more = {"1 steps": _fade(max(period, 1))}
-        period = min(period, built.length)
-    if fades:
+    elif about.when == "decay":
+        more = {"1 steps": _fade(max(units.steps(system.decay_length, per_epoch, built.length), 1))}
         built = dataclasses.replace(built, init=_whole(built.init, variables, mesh))
-    return dataclasses.replace(built, every={**more, **built.every}, first_best=period, files={
-        "pruning.json": report(first, system)},
+    return dataclasses.replace(
+        built, every={**more, **built.every}, first_best=per_epoch if about.when == "soft" else 0,
+        files={"pruning.json": report(first, system)},
         describe=f"{title}: MACs {first.macs[0]:,} to {first.macs[1]:,}, parameters {first.params[0]:,} to "
                  f"{first.params[1]:,}")
 

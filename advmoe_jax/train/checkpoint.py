@@ -19,6 +19,7 @@ from etils import epath
 
 from advmoe_jax.core import files, paths, tree
 from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.ops import masks as masking
 from advmoe_jax.train import ema
 from advmoe_jax.train.state import State
 
@@ -160,6 +161,8 @@ class Checkpoints:
             manager.reload()
             kind = UserError if manager.all_steps() == before else Gone
             raise kind(f"checkpoint {manager.directory}/{step} cannot be read: {_first_line(error)}") from None
+        for group, masks in (found.get("masks") or {}).items():  # a run may zero what goes now and then
+            found["params"][group] = jax.tree.map(np.asarray, masking.apply(found["params"][group], masks))
         if sharding is not None:
             found = jax.tree.map(lambda leaf: jax.make_array_from_callback(
                 leaf.shape, sharding, lambda index, leaf=leaf: leaf[index]), found)

@@ -66,7 +66,7 @@ class System:
         describe: one line for the log and the report.
         every: {length as text, "1 epochs": state -> state}, after each so many iterations: a projection, a schedule of
             masks.
-        first_best: the iteration after which a checkpoint may be the best one: when all that is to go is gone.
+        first_best: the iteration from which on a checkpoint may be the best one, when masks are chosen later.
         files: {name: JSON} that the run leaves in its workdir before its first step.
     """
 

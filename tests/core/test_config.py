@@ -219,7 +219,7 @@ def test_an_override_has_the_type_of_its_field(text, field, value):
     ("model.width", "--config.model.width has no value: expected --config.model.width=64"),
     ("model.wide=3", "unknown config field model.wide: expected one of model.name.*; did you mean model.width"),
     ("model=3", "unknown config field model"), ("=3", "unknown config field "),
-    ("system.name=advmeo", "unknown system.name 'advmeo': expected one of advmoe, standard; did you mean 'advmoe'")])
+    ("system.name=advmeo", "unknown system.name 'advmeo': expected one of .*advmoe, .*; did you mean 'advmoe'")])
 def test_overrides_that_are_refused(text, message):
     with pytest.raises(UserError, match=f"^{message}") as error:
         _config(text)

@@ -16,7 +16,8 @@ def _refused(call, *arguments):
 
 
 @pytest.mark.parametrize("text, value", [
-    ("8/255", 8 / 255), (" 8/255 ", 8 / 255), ("0.1", 0.1), (0.1, 0.1), (1, 1.0), ("1e-3", 1e-3), ("-2", -2.0)])
+    ("8/255", 8 / 255), (" 8/255 ", 8 / 255), ("0.5/255", 0.5 / 255), ("0.1", 0.1), (0.1, 0.1), (1, 1.0),
+    ("1e-3", 1e-3), ("-2", -2.0)])
 def test_number(text, value):
     found = units.number(text)
     assert found == value and isinstance(found, float)

@@ -18,8 +18,7 @@ SHAPE, CLASSES = (8, 8, 3), 4
 MEAN, STD = "0.485 0.456 0.406", "0.2,0.25, 0.3"
 BY_HAND = (np.float32([.485, .456, .406]), np.float32([.2, .25, .3]))
 DENSE = ("model.num_experts=1",)
-KINDS = {"dense": DENSE, "layer": (), "image": ("model.routing=embedding",),
-         "pathways": ("model.routing=global", "model.dispatch=blocks"),
+KINDS = {"dense": DENSE, "layer": (), "pathways": ("model.routing=global", "model.dispatch=blocks"),
          "ensemble": ("system.name=standard", "model.name=ensemble", "model.num_members=2", *DENSE)}
 
 
@@ -32,27 +31,52 @@ def _model(kind, *more):
     return models.make(config.model, SHAPE, CLASSES)
 
 
+def _variables(shapes):
+    """Parameters of both signs, and statistics above 0."""
+    numbers = np.random.default_rng(0)
+    return {part: jax.tree.map(lambda leaf, low=low: numbers.uniform(low, .5, leaf.shape).astype(np.float32), tree)
+            for (part, tree), low in zip(sorted(shapes.items()), (.1, -.5))}
+
+
+def _images(*begin):
+    return np.random.default_rng(1).uniform(size=(*begin, *SHAPE)).astype(np.float32)
+
+
+def _normalised(x):
+    mean, std = (numbers.reshape((1,) * (x.ndim - 1) + (3,)) for numbers in BY_HAND)
+    return (x - mean) / std
+
+
 @pytest.mark.parametrize("kind", [
     pytest.param(kind, marks=pytest.mark.slow) if kind == "pathways" else kind for kind in KINDS])
 def test_it_is_the_same_as_by_hand(kind):
     plain, own = _model(kind), _model(kind, f"model.mean={MEAN}", f"model.std={STD}")
     assert own.shapes == plain.shapes and own.layers == plain.layers
-    variables = jax.jit(plain.init)(jax.random.key(0))
-    x = jax.random.uniform(jax.random.key(1), (6, *SHAPE))
-    mean, std = (numbers.reshape(1, 1, 1, 3) for numbers in BY_HAND)
+    variables = _variables(plain.shapes)
+    x = _images(6)
     evaluate = jax.jit(lambda fn, x: fn(x))
-    found, wanted = evaluate(own.outputs_fn(variables), x), evaluate(plain.outputs_fn(variables), (x - mean) / std)
+    found, wanted = evaluate(own.outputs_fn(variables), x), evaluate(plain.outputs_fn(variables), _normalised(x))
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6), found, wanted)
     assert not np.allclose(found[0], evaluate(plain.outputs_fn(variables), x)[0], rtol=1e-3)
 
 
+def test_a_router_on_the_image_reads_normalised_images():
+    plain, own = (_model("layer", "model.routing=embedding", *more).module for more in (
+        (), (f"model.mean={MEAN}", f"model.std={STD}")))
+    x = _images(6)
+    variables = _variables(jax.eval_shape(lambda: plain.init(jax.random.key(0), x, method="scores")))
+    found, wanted, other = (jax.jit(lambda *data, module=module: module.apply(*data, method="scores"))(
+        variables, images) for module, images in ((own, x), (plain, _normalised(x)), (plain, x)))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(found, other, rtol=1e-3)
+
+
 def test_training_passes_are_normalised_too():
     plain, own = _model("dense"), _model("dense", f"model.mean={MEAN}", f"model.std={STD}")
-    variables = jax.jit(plain.init)(jax.random.key(0))
-    x = jax.random.uniform(jax.random.key(1), (6, 2, *SHAPE))
-    mean, std = (numbers.reshape(1, 1, 1, 1, 3) for numbers in BY_HAND)
+    variables = _variables(plain.shapes)
+    x = _images(6, 2)
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5),
-                 jax.jit(own.train_pass)(variables, x), jax.jit(plain.train_pass)(variables, (x - mean) / std))
+                 jax.jit(own.train_pass)(variables, x), jax.jit(plain.train_pass)(variables, _normalised(x)))
 
 
 def _refused(*fields, kind="dense"):

@@ -532,7 +532,7 @@ def test_selection_counts_images_that_survive_every_attack(experiment, monkeypat
         "label": ((index < first) | (index >= end)).astype(int)}, 0., {}) for first, end in ((0, 12), (6, 12))]
     found = verdicts.Found(index, np.zeros(20, int), {"label": (index >= 10).astype(int)}, tuple(attempts))
     monkeypatch.setattr(measure, "run", lambda *_, **__: found)
-    assert experiment.select(types.SimpleNamespace(variables=None)) == (4 / 20, 0.5)
+    assert experiment.select(types.SimpleNamespace(variables=None, masks={})) == (4 / 20, 0.5)
 
 
 def test_a_resumed_run_remembers_what_was_best(experiment, tmp_path):
