@@ -23,6 +23,7 @@ from advmoe_jax.bench import __main__ as bench
 from advmoe_jax.bench import attacks as attacks_bench
 from advmoe_jax.bench import conv, growth, layers, nets, reference, routing
 from advmoe_jax.bench import input as input_bench
+from advmoe_jax.bench import pruning as pruning_bench
 from advmoe_jax.bench import train as train_bench
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import find, recipe, status
@@ -178,6 +179,10 @@ def short_benchmarks(monkeypatch):
     monkeypatch.setattr(train_bench, "program", lambda *_: lambda iterations: jnp.zeros(()))
     monkeypatch.setattr(reference, "_TRAINING", 8)
     monkeypatch.setattr(reference, "_FORWARD", 8)
+    for name in ("_SEARCHED", "_TIMED"):
+        monkeypatch.setattr(pruning_bench, name, {"ResNet-8": dict(name="cifar_resnet", depth=8, width=16)})
+    monkeypatch.setattr(pruning_bench, "_BATCH", 4)
+    monkeypatch.setattr(pruning_bench.gathered, "FORMS", ("products", "dense"))  # that small networks take
     for name, value in dict(_BATCH=4, _STEPS=2, _EXAMPLES=4, _BATCHES=(32,)).items():
         monkeypatch.setattr(attacks_bench, name, value)
 

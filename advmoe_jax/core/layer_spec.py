@@ -11,7 +11,7 @@ class LayerSpec:
     Attributes:
         path: where its parameters are, "backbone/layer1_0/conv1".
         kernel: stored kernel shape: (k, k, C_in / groups, C_store) or (C_in, C_out); of an attention layer
-            (C_in, heads, C_head) or (heads, C_head, C_out).
+            (C_in, heads, C_head) or (heads, C_head, C_out); of gathered groups (k, k, kept, C_store).
         width: how much of the kernel's last axis one image computes; less than C_store in a routed layer.
         stride: of the convolution; 1 for a linear layer.
         out_size: (H, W) of the output; (T, 1) for T tokens; (1, 1) for one vector.
@@ -22,6 +22,7 @@ class LayerSpec:
             happen, what happened last. "" for a single one. The image counts as one, though `inputs` leaves it out.
         routed: whether each image takes one expert's channels.
         groups: of a grouped convolution.
+        is_gathered: whether each of the groups reads input channels of its own choice, which may overlap.
     """
 
     path: str
@@ -34,6 +35,7 @@ class LayerSpec:
     join: str = ""
     routed: bool = False
     groups: int = 1
+    is_gathered: bool = False
 
     @property
     def macs(self) -> int:
@@ -44,6 +46,11 @@ class LayerSpec:
     def stored_macs(self) -> int:
         """Multiply-accumulates of all the stored channels."""
         return math.prod(self.kernel) * math.prod(self.out_size)
+
+
+def dotted(path: str) -> str:
+    """A path as PyTorch would name it, and pruning.json does: "layer1.0.conv1" of "backbone/layer1_0/conv1"."""
+    return path.removeprefix("backbone/").replace("/", ".").replace("_", ".")
 
 
 def consumers(specs: tuple[LayerSpec, ...], path: str) -> tuple[str, ...]:

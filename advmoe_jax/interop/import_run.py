@@ -1,24 +1,16 @@
 """A PyTorch checkpoint as a finished run, which can be evaluated, and which other runs can start from."""
 
-import contextlib
-import os
 import pathlib
-import tempfile
-from collections.abc import Iterator
-from typing import Any
 
-from etils import epath
 from ml_collections import ConfigDict
 
-from advmoe_jax.core import cli, console, files, find, paths, status
+from advmoe_jax.core import cli, console, find
 from advmoe_jax.core import config as configs
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.data.source import sha256
-from advmoe_jax.interop import archs, torch_import
+from advmoe_jax.interop import archs, finished, torch_import
 from advmoe_jax.interop.torch_files import Checkpoint, read_checkpoint
 from advmoe_jax.models import cifar_resnet, network, normalisation
-from advmoe_jax.train import checkpoint as checkpoints
-from advmoe_jax.train import state as states
 
 _FLAGS = "--mean", "--std"
 
@@ -42,7 +34,7 @@ def import_run(arch: str, weights: str, out: str, *, shortcut_pad: str | None = 
             another architecture; nothing is written.
     """
     one_of("--arch", arch, archs.names())
-    where = _free(out)
+    where = finished.free(out)
     _check_flags(arch, shortcut_pad, mean, std, data)
     stored = read_checkpoint(weights)
     found = archs.read(arch, stored, shortcut_pad or "both")
@@ -51,27 +43,13 @@ def import_run(arch: str, weights: str, out: str, *, shortcut_pad: str | None = 
     net = network.make(config.model, (found.image_size, found.image_size, 3), found.num_classes)
     variables = torch_import.to_variables(net, stored.weights, stored.router)
     source = {"arch": arch, "file": pathlib.Path(weights).name, "sha256": sha256(weights)}
-    _write(where, config, variables, {"imported": source})
+    finished.write(where, config, variables, {"imported": source})
     if stored.ignored:
         console.say(f"{weights} also holds {', '.join(stored.ignored)}: not used")
     normalised = f"normalised by mean {given[0]} and std {given[1]}" if given[0] else "not normalised"
     console.say(f"{out}: {arch}, {found.num_classes} classes, data {config.data.name}, images {normalised}; a finished "
                 "run for --mode evaluate and init_from")
     return config
-
-
-def _free(out: str) -> epath.Path:
-    """The folder, which holds nothing. Raises UserError if it does, or cannot be made."""
-    where = paths.path(out)
-    if where.exists() and not where.is_dir():
-        raise UserError(f"--out {out} is a file: expected a folder that is new or empty")
-    if where.exists() and (held := sorted(path.name for path in where.iterdir())):
-        raise UserError(f"--out {out} holds {held[0]}: expected a folder that is new or empty")
-    if not paths.is_remote(where):
-        standing = next(folder for folder in where.absolute().parents if folder.exists())
-        if not standing.is_dir():
-            raise UserError(f"--out {out}: {standing} is a file: expected a folder that is new or empty")
-    return where
 
 
 def _check_flags(arch: str, shortcut_pad: str | None, mean: str | None, std: str | None, data: str | None) -> None:
@@ -113,36 +91,6 @@ def _check_classes(num_classes: int, data: str) -> None:
     if known != num_classes:
         raise UserError(f"the weights are for {num_classes} classes, and {data} has {known}: expected --data with the "
                         f"name of a data set of {num_classes} classes")
-
-
-def _write(where: epath.Path, config: ConfigDict, variables: dict[str, Any], meta: dict[str, Any]) -> None:
-    state = states.fresh(variables, {})
-    with _appearing(where) as folder:
-        with checkpoints.opened(folder, about={"config": configs.to_json(config)}) as saved:
-            for which in ("best", "last"):
-                saved.save(which, 0, state, meta)
-        configs.write(config, folder / "config.json")
-        status.write(folder, "trained")  # last: without it nobody starts from the run
-
-
-@contextlib.contextmanager
-def _appearing(where: epath.Path) -> Iterator[epath.Path]:
-    """A folder beside the one that is wanted, which takes its name in the end, or goes away. In a bucket, where
-    nothing can be renamed at once, it is the wanted one."""
-    if paths.is_remote(where):
-        yield where
-        return
-    where = where.absolute()
-    with files.room(where):
-        where.parent.mkdir(parents=True, exist_ok=True)
-        temporary = epath.Path(tempfile.mkdtemp(prefix=f".{where.name}.", suffix=".part", dir=where.parent))
-    try:
-        yield temporary
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, where)
-    except BaseException:
-        files.remove_folder(temporary)
-        raise
 
 
 def main(argv: list[str] | None = None) -> int:

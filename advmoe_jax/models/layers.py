@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from advmoe_jax.ops import batch_norm, conv, dispatch, routing
+from advmoe_jax.ops import batch_norm, conv, dispatch, gathered, routing
 from advmoe_jax.ops.dispatch import Choice
 
 # Kaiming normal, fan out: the initialiser of the released AdvMoE code's backbones. The fan of a routed kernel counts
@@ -82,11 +83,51 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, H, W, I) -> (B, H / stride, W / stride, O)."""
         shape = (self.size, self.size, x.shape[-1], self.features)
-        y = conv.conv2d(x, _kernel(self, x, kaiming, shape), self.stride)
-        if not self.use_bias:
-            return y
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return y + bias.astype(y.dtype)[None, None, None]
+        return _biased(self, conv.conv2d(x, _kernel(self, x, kaiming, shape), self.stride))
+
+
+class GatheredConv(nn.Module):
+    """Convolution in groups of filters, of which each reads input channels of its own choice, padding k // 2.
+
+    The choice is no parameter: int32 arrays among the statistics, so that variables say all by themselves. Fresh ones
+    spread it evenly.
+
+    Attributes:
+        features: O.
+        kept: channels that a group reads.
+        feature_group_count: n, divides O.
+        size, stride, use_bias: as in Conv.
+        form: how it is computed, as ops.gathered.conv2d takes it.
+    """
+
+    features: int
+    kept: int
+    feature_group_count: int
+    size: int = 3
+    stride: int = 1
+    use_bias: bool = False
+    form: str | None = None
+
+    is_gathered: ClassVar[bool] = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, H, W, I) -> (B, H / stride, W / stride, O)."""
+        channels, groups = x.shape[-1], self.feature_group_count
+        starts = np.arange(groups) * channels // groups
+        spread = np.sort((starts[:, None] + np.arange(self.kept)) % channels)
+        inputs = self.variable("batch_stats", "inputs", jnp.asarray, spread.ravel(), jnp.int32)
+        outputs = self.variable("batch_stats", "outputs", jnp.arange, self.features, dtype=jnp.int32)
+        kernel = _kernel(self, x, kaiming, (self.size, self.size, self.kept, self.features))
+        return _biased(self, gathered.conv2d(x, kernel, inputs.value, outputs.value, self.stride, self.form))
+
+
+def _biased(layer: nn.Module, y: jax.Array) -> jax.Array:
+    """y with the layer's bias, which starts at 0, if it uses one."""
+    if not layer.use_bias:
+        return y
+    bias = layer.param("bias", nn.initializers.zeros, (layer.features,), jnp.float32)
+    return y + bias.astype(y.dtype)[None, None, None]
 
 
 class RoutedConv(nn.Module):

@@ -103,7 +103,8 @@ def _describe(module: nn.Module, path: str, y: jax.Array, is_routed: bool) -> La
     stride = int(np.max(getattr(module, "strides", None) or getattr(module, "stride", 1)))
     return LayerSpec(path, module.get_variable("params", "kernel").shape, y.shape[-1], stride,
                      (*positions, *(1, 1)[len(positions):]), None, (), routed=is_routed,
-                     groups=getattr(module, "feature_group_count", 1))
+                     groups=getattr(module, "feature_group_count", 1),
+                     is_gathered=getattr(module, "is_gathered", False))
 
 
 def _follow(program, given: list[_Sources], inputs: dict[str, _Sources], norms: dict[str, str]) -> list[_Sources]:

@@ -42,8 +42,8 @@ def removable(layers: tuple[LayerSpec, ...], coupled: bool = False) -> tuple[Cha
     """The groups of channels that can be removed whole, in the order of the layers.
 
     Channels stay that reach the output or an operation whose channels are others: those that are added to the image or
-    to fewer channels, as in shortcuts without parameters, joined by concatenation, flattened with positions, or shared
-    by the overlapping windows of experts.
+    to fewer channels, as in shortcuts without parameters, joined by concatenation, flattened with positions, shared
+    by the overlapping windows of experts, or gathered by groups that choose their own.
 
     Args:
         layers: of a network.
@@ -76,7 +76,7 @@ def _can_go(group: Channels) -> bool:
             and all(spec.path in read and spec.width == group.width and spec.kernel[-1] % group.width == 0
                     and spec.groups == 1 for spec in group.writers)
             and all(_inputs(spec) == group.width and spec.join == ("" if len(spec.inputs) == 1 else "add")
-                    for spec in group.readers))
+                    and not spec.is_gathered for spec in group.readers))
 
 
 def _inputs(spec: LayerSpec) -> int:

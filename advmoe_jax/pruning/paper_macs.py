@@ -72,5 +72,6 @@ def last_pool(layers: Sequence[LayerSpec]) -> Pool:
 def shortcut_pools(layers: Sequence[LayerSpec]) -> tuple[Pool, ...]:
     """Those of shortcuts without parameters, which take every second pixel by a pool with a window of one: one for
     each 3x3 convolution with a stride, of as many channels as that reads."""
-    return tuple(Pool(1, spec.kernel[-2] * math.prod(spec.out_size)) for spec in layers
+    widths = {spec.path: spec.width for spec in layers}
+    return tuple(Pool(1, max(widths[path] for path in spec.inputs) * math.prod(spec.out_size)) for spec in layers
                  if spec.stride > 1 and spec.kernel[0] == 3)

@@ -11,14 +11,20 @@ from advmoe_jax.report.runs import CHECKPOINTS, Run
 from advmoe_jax.train import checkpoint
 
 _MAIN, _IMPORT = "python -m advmoe_jax.main", "python -m advmoe_jax.interop.torch_import"
+_COMPACT = "python -m advmoe_jax.interop.compact"
 
 
 def train(run: Run) -> str:
-    """The command that trains it: the config file that it came from, and every field that differs. Of weights that were
-    imported, the command that imports them."""
+    """The command that trains it: the config file that it came from, and every field that differs. Of what was imported
+    or made compact, the command that did so."""
     config, workdir = run.config, run.folder
-    if imported := next((meta["imported"] for meta in checkpoint.metas(workdir).values() if "imported" in meta), None):
-        return _imported(config, workdir, imported)
+    for meta in checkpoint.metas(workdir).values():
+        if "imported" in meta:
+            return _imported(config, workdir, meta["imported"])
+        if "compacted" in meta:
+            made = meta["compacted"]
+            return (f"{_COMPACT} --workdir {shlex.quote(made['workdir'])} --out {shlex.quote(str(workdir))} "
+                    f"--checkpoint {made['checkpoint']}")
     words = [_MAIN, "--config", ":".join(filter(None, (config.file, config.argument)))]
     base = _base(config)
     if config.run:

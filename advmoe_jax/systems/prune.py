@@ -17,6 +17,7 @@ from advmoe_jax.core import find, shares, tree, units
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import Only, setting
+from advmoe_jax.core.layer_spec import dotted
 from advmoe_jax.data import pipeline
 from advmoe_jax.models.model import Model
 from advmoe_jax.ops import augment
@@ -108,7 +109,7 @@ def report(pruned: Pruned, system: Any) -> dict[str, Any]:
     "sha256" is over the compact JSON of ["layer1.0.conv1.weight", order, kept], layer by layer in their order, where
     the method has an order: with it two programs compare their searches.
     """
-    layers = {_dotted(path): {name: of for name, of in plan.items()} for path, plan in pruned.plan.items()}
+    layers = {dotted(path): {name: of for name, of in plan.items()} for path, plan in pruned.plan.items()}
     lines = [json.dumps([f"{name}.weight", plan["order"], plan["kept"]], separators=(",", ":"))
              for name, plan in layers.items() if "order" in plan]
     found = {"method": system.method, "title": pruned.about.title, "rate": system.rate,
@@ -116,11 +117,6 @@ def report(pruned: Pruned, system: Any) -> dict[str, Any]:
              "params": dict(zip(("before", "after"), pruned.params)),
              "leaves_out": pruned.about.leaves_out, "layers": layers}
     return found | ({"sha256": hashlib.sha256("".join(lines).encode()).hexdigest()} if lines else {})
-
-
-def _dotted(path: str) -> str:
-    """As PyTorch names it, "layer1.0.conv1" of "backbone/layer1_0/conv1"."""
-    return path.removeprefix("backbone/").replace("/", ".").replace("_", ".")
 
 
 def _logits(model: Model):

@@ -16,7 +16,7 @@ from advmoe_jax.core import config as configs
 from advmoe_jax.core import status
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import prepare
-from advmoe_jax.interop import archs, import_run, torch_import
+from advmoe_jax.interop import archs, finished, torch_import
 from advmoe_jax.interop.torch_files import Checkpoint
 from advmoe_jax.models import network, normalisation
 from advmoe_jax.report import commands, runs
@@ -192,7 +192,7 @@ def test_a_folder_that_holds_something_is_refused_before_the_file_is_read(tmp_pa
 def test_an_empty_folder_is_taken_and_a_failure_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "w").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(import_run.status, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(finished.status, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert _command(tmp_path, _state("cifar_resnet", width=1)) == 130
         assert sorted(path.name for path in tmp_path.iterdir()) == ["w", "weights.npz"]
         assert not list((tmp_path / "w").iterdir())

@@ -148,3 +148,14 @@ def test_the_average_of_the_weights():
         average = kept * average + (1 - kept) * np.array([count, 0.])
         np.testing.assert_allclose(state.extra["ema"]["params"]["a"]["w"], average, rtol=1e-6)
     assert state.extra["ema"]["params"]["a"]["w"][1] == 0 and state.params["a"]["w"][0] == 4
+
+
+def test_indices_are_not_averaged():
+    """They are taken as they are: between two channels stands a third, and float32 has no number for large ones."""
+    def indices(*values):
+        return {"a": {"inputs": jnp.array(values, jnp.int32)}}
+
+    state = ema.begin(states.fresh({"params": {"a": {"w": jnp.ones(1)}}, "batch_stats": indices(3, 2**24 + 1)}, {}))
+    found = ema.update(0.9)(state.replace(step=jnp.int32(5), batch_stats=indices(8, 2**24 + 1))).extra["ema"]
+    assert found["batch_stats"]["a"]["inputs"].tolist() == [8, 2**24 + 1]
+    assert found["batch_stats"]["a"]["inputs"].dtype == jnp.int32
