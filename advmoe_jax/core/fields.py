@@ -4,6 +4,7 @@ Who reads a setting owns it: a module has a frozen dataclass `Config` beside its
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -101,6 +102,10 @@ def settings(config_class: type | Any, prefix: str = "") -> dict[str, Setting]:
 
     A field that holds a dataclass instance is a group below: {"optim.router.momentum": ...}.
     """
+    return dict(_of_class(config_class, prefix) if isinstance(config_class, type) else _settings(config_class, prefix))
+
+
+def _settings(config_class, prefix):
     table = {}
     for field in dataclasses.fields(config_class):
         name = f"{prefix}{field.name}"
@@ -115,6 +120,9 @@ def settings(config_class: type | Any, prefix: str = "") -> dict[str, Setting]:
                                 "core.fields.setting(default, what)")
             table[name] = dataclasses.replace(field.metadata["setting"], default=value)
     return table
+
+
+_of_class = functools.cache(_settings)  # a config asks for those of the same classes hundreds of times
 
 
 def check_effects(table: Mapping[str, Setting], values: Mapping[str, Any], config: Any) -> None:

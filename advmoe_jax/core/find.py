@@ -14,18 +14,23 @@ def names(package: str, *defines: str) -> tuple[str, ...]:
 
     The source is searched, not imported, so that optional libraries are not needed to list names.
     """
-    folder = pathlib.Path(importlib.import_module(f"advmoe_jax.{package}").__path__[0])
-    starts = [f"\n{start}" for name in defines for start in (
-        f"def {name}(", f"class {name}(", f"class {name}:", f"{name} = ")]
-    return tuple(sorted(
-        file.stem for file in folder.glob("*.py") if any(start in _text(file, file.stat().st_mtime_ns)
-                                                         for start in starts)))
+    return tuple(sorted(file.stem for file in _folder(package).glob("*.py") if _defines(file, defines)))
+
+
+def _folder(package: str) -> pathlib.Path:
+    return pathlib.Path(importlib.import_module(f"advmoe_jax.{package}").__path__[0])
+
+
+def _defines(file: pathlib.Path, defines: tuple[str, ...]) -> bool:
+    return _has(file, file.stat().st_mtime_ns, defines)
 
 
 @functools.cache
-def _text(file: pathlib.Path, changed: int) -> str:
+def _has(file: pathlib.Path, changed: int, defines: tuple[str, ...]) -> bool:
     """Of a file as it was when last changed; a config asks for names hundreds of times."""
-    return file.read_text()
+    text = file.read_text()
+    return any(f"\n{start}" in text for name in defines for start in (
+        f"def {name}(", f"class {name}(", f"class {name}:", f"{name} = "))
 
 
 def module(package: str, name: str, defines: str | tuple[str, ...], kind: str | None = None) -> ModuleType:
@@ -40,13 +45,12 @@ def module(package: str, name: str, defines: str | tuple[str, ...], kind: str | 
         UserError: no such module, with the nearest names; or it lacks what it must define, or cannot be imported.
     """
     kind = kind or package.removesuffix("s")
-    wanted = [defines] if isinstance(defines, str) else defines
-    known = names(package, *wanted)
-    file = f"advmoe_jax/{package}/{name}.py"
-    if name not in known:
+    wanted = (defines,) if isinstance(defines, str) else tuple(defines)
+    file, path = f"advmoe_jax/{package}/{name}.py", _folder(package) / f"{name}.py"
+    if not (name.isidentifier() and path.is_file() and _defines(path, wanted)):
         if name.isidentifier() and importlib.util.find_spec(f"advmoe_jax.{package}.{name}") is not None:
             raise UserError(f"unknown {kind} {name!r}: expected {file} to define {' or '.join(wanted)}")
-        raise unknown_name(kind, name, known)
+        raise unknown_name(kind, name, names(package, *wanted))
     try:
         return importlib.import_module(f"advmoe_jax.{package}.{name}")
     except (ImportError, SyntaxError) as error:
