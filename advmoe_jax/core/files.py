@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Set
 from typing import Any
 
@@ -106,6 +107,19 @@ def write_npz(path: epath.PathLike, arrays: dict[str, np.ndarray]) -> None:
     content = io.BytesIO()
     np.savez_compressed(content, **{name: array for name, array in arrays.items() if array is not None})
     write_bytes(path, content.getvalue())
+
+
+def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """What `write_npz` wrote.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}): expected arrays; delete it") from None
 
 
 def write_figure(path: epath.PathLike, figure: Any) -> None:

@@ -119,9 +119,9 @@ def _keep(workdir: epath.Path, job: Job, record: dict[str, Any], found: verdicts
         else:
             console.warn(f"note: {flag['reason']}")
     if jax.process_index() == 0:
-        adversarial = verdicts.adversarial(found, log)
+        adversarial, pictures = verdicts.adversarial(found, log), verdicts.pictures(found, log)
         for name in job.checkpoint.names:
-            results.keep(workdir, {"checkpoint": name} | record, found, adversarial)
+            results.keep(workdir, {"checkpoint": name} | record, found, adversarial, pictures)
         log.finish()
 
 

@@ -17,6 +17,7 @@ from advmoe_jax.evaluation import examples
 from advmoe_jax.evaluation.verdicts import Found
 
 SCHEMA = 3  # 1 had no "asked", 2 no "facts"
+PICTURES = "pictures.npz"
 FIELDS = {name: kind for kind, names in (
     (str, ("id", "checkpoint", "config", "method", "selected_on", "data", "backend", "attack", "norm", "eps")),
     (int, ("step", "seed", "train_seed", "n")), (float, ("eps_value", "sa", "ra")), (bool, ("unreliable",)),
@@ -72,7 +73,8 @@ def add(workdir: epath.Path, records: Sequence[dict[str, Any]]) -> None:
     files.write_json(epath.Path(workdir) / "results.json", {"schema": SCHEMA, "entries": list(entries.values())})
 
 
-def keep(workdir: epath.Path, record: dict[str, Any], found: Found, adversarial: dict[str, np.ndarray]) -> None:
+def keep(workdir: epath.Path, record: dict[str, Any], found: Found, adversarial: dict[str, np.ndarray],
+         pictures: dict[str, np.ndarray]) -> None:
     """Writes the details of a measurement to eval/<id>/, and adds it to the index.
 
     Args:
@@ -80,10 +82,13 @@ def keep(workdir: epath.Path, record: dict[str, Any], found: Found, adversarial:
         record: what was measured.
         found: for examples.npz and examples.csv.
         adversarial: {"index", "x_adv"} of the images that were broken, for adversarial.npz.
+        pictures: for pictures.npz, see verdicts.pictures; {}: there are none.
     """
     folder = epath.Path(workdir) / "eval" / entry_id(record)
     files.write_npz(folder / "examples.npz", examples.examples(found))
     files.write_npz(folder / "adversarial.npz", adversarial)
+    if pictures:
+        files.write_npz(folder / PICTURES, pictures)
     files.write_text(folder / "examples.csv", examples.table(found))
     files.write_text(folder / "summary.csv", _summary(record))
     if record["attack"] == "standard":

@@ -25,6 +25,7 @@ from advmoe_jax.ops import balls, losses
 Arrays = dict[str, np.ndarray]
 MOST_CHECKED = 32  # images, of those that the suite left
 _SLACK = (1 + 1e-4, 1e-6)  # of eps, for the rounding of a norm
+_PICTURES = 8  # images that are kept to be looked at
 
 
 class Source(Protocol):
@@ -274,6 +275,20 @@ def adversarial(found: Found, log: Log) -> Arrays:
                 kept.setdefault(index, arrays["x_adv"][row])
     index = np.array(sorted(kept), np.int64)
     return {"index": index, "x_adv": np.stack([kept[i] for i in index.tolist()]) if kept else np.zeros(0, np.float32)}
+
+
+def pictures(found: Found, log: Log) -> Arrays:
+    """{"index", "label", "prediction": (k,), "image": (k, H, W, C)}, the first images as the first attack shows them
+    that changes all of them whatever the model; {} if there is none."""
+    number = next((number for number, attempt in enumerate(found.attempts) if attempt.spec.about.all_images
+                   and attempt.spec.about.takes == "values"), None)
+    if number is None:
+        return {}
+    index, after = found.index[:_PICTURES], found.attempts[number].after["label"]
+    kept = {i: image for record, arrays in log.read() if record["attempt"] == number
+            for i, image in zip(arrays["index"].tolist(), arrays["x_adv"]) if i in index}
+    return {"index": index, "label": found.label[:_PICTURES], "prediction": after[:_PICTURES],
+            "image": np.stack([kept[i] for i in index.tolist()])}
 
 
 def _batch(source, rows, full):

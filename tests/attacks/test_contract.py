@@ -27,6 +27,7 @@ EPS = {"linf": 0.1, "l2": 0.6, "l1": 3.0}
 BATCH, CLASSES, SHAPE = 12, 3, (6, 6, 1)
 SMALL = dict(num_steps=8, num_queries=60)  # so that a device loop is not unrolled
 OWN = {"cw_l2": dict(c=1.0, binary_search_steps=2, learning_rate=0.05), "ddn": dict(start_eps=0.2),
+       "frequency": dict(mean=0.45),
        "normalized": dict(eps_sd=0.5, step_sd=0.2, std=0.2),
        "rays": dict(num_queries=300)}  # of attacks that would not break anything else
 
@@ -282,7 +283,7 @@ def test_logits_of_any_float_type(name, norm, logits, is_wide):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 40, 3), (64, 1, 1)])
 @pytest.mark.parametrize("name, norm, more", [
     *(("square", norm, dict(num_queries=1)) for norm in balls.NORMS), ("msd", "", {}), ("rays", "l2", {}),
-    *((name, "", {}) for name in ("spatial", "rotation", "fog", "snow")),
+    *((name, "", {}) for name in ("spatial", "rotation", "fog", "snow")), ("frequency", "", dict(mean=0.45)),
     *(("corruption", "", dict(kind=kind)) for kind in ("fog", "snow", "defocus_blur", "pixelate"))])
 def test_images_of_any_shape(name, norm, more, shape):
     x = jnp.full((2, *shape), 0.5)
