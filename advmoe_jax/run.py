@@ -145,7 +145,7 @@ def _train(experiment: Experiment, workdir: epath.Path) -> None:
     if batch == 1 and any(spec.norm for spec in system.model.layers):
         console.warn("data.batch_size=1: BatchNorm normalises every image by itself, which leaves routers nothing to "
                      "choose by: expected 2 or more images, better 32")
-    loop.run(config, workdir, system, experiment.data.train, experiment.select, experiment.mesh)
+    loop.run(config, workdir, system, experiment.data.train, experiment.select, experiment.mesh, experiment.criteria)
 
 
 def _evaluate(experiment: Experiment, workdir: epath.Path, which: tuple[str, ...], trust: bool) -> bool:

@@ -72,7 +72,8 @@ def small(words):
         fields, more = FIELDS, () if "--only" in words else ("--only", next(iter(loaded.runs)))
     elif "prune" in file:  # of the weights that import_tiny made
         return ("--config.model.width=1", "--config.system.method=magnitude", "--config.train.length=0 steps",
-                "--config.train.select_examples=16", "--config.eval.attacks=fgsm", *SMALL_EVAL)
+                "--config.train.select_examples=16", "--config.train.criteria=fgsm", "--config.eval.attacks=fgsm",
+                *SMALL_EVAL)
     elif "cifar10" in file:
         fields, more = FIELDS, DENSE
     elif "imagenette" in file:

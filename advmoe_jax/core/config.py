@@ -36,8 +36,8 @@ _OWNERS = {
     "optim": ("train.optim:Groups",), "eval": ("evaluation.plan:Config",)}
 """Modules below advmoe_jax and their dataclasses, by group; those of named modules are added."""
 
-# These say where things are, how they are computed and what is measured afterwards, not what is trained.
-_FREE = ("eval.", "data.dir", "name", "file", "argument", "run", "model.dispatch", "data.workers")
+# These say where things are, how they are computed and what else is measured, not what is trained.
+_FREE = ("eval.", "data.dir", "name", "file", "argument", "run", "model.dispatch", "data.workers", "train.criteria")
 OF_A_HOST = ("data.dir", "data.workers", "file")
 """Fields that may differ between the hosts of a run: where they find things, and how they read them."""
 _VERSION = 2  # of config.json

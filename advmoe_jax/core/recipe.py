@@ -20,6 +20,48 @@ FILE = "recipe.json"
 
 
 @dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of a paper's table.
+
+    Attributes:
+        label: what it is about, such as a method.
+        best: which evaluation of the runs it shows: that which is best by this criterion, "benign" or the name of an
+            attack of `train.criteria`; or "last". Of a table of ranks the column.
+        printed: {column: number or text}, what the paper has; what is not there is shown as missing.
+        ours: {column: text}, what is known without a run.
+        runs: of the recipe, the seeds of what stands beside the paper's numbers; (): there is nothing, the line is the
+            paper's alone.
+    """
+
+    label: str
+    best: str = ""
+    printed: Mapping[str, float | str] = dataclasses.field(default_factory=dict)
+    ours: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    runs: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Printed:
+    """A table of a paper, of which a report has every line, with our numbers beside the paper's.
+
+    Attributes:
+        title: "Table 2: ResNet-56 on CIFAR-10".
+        columns: criteria, "benign" and names of attacks of `train.criteria`; "SA" and "RA by ATTACK", by the name of an
+            attack or suite, of the measurements of the best checkpoint; "MACs, M" and "params, M"; or any others, of
+            which only the paper's and `Line.ours` are known. Of a table of ranks what rows are ranked in, and "all".
+        lines: in order.
+        notes: paragraphs below.
+        is_of_ranks: whether the numbers are mean ranks of superscores among the lines of a column.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...] = ()
+    is_of_ranks: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """Runs of one experiment, and how their report shows them.
 
@@ -30,6 +72,7 @@ class Recipe:
             by the seed are a row.
         paper: {label: {"SA": percent, "RA": percent}}, what a paper reports for a row.
         notes: paragraphs below the tables.
+        tables: of a paper, to stand above.
     """
 
     runs: Mapping[str, ConfigDict]
@@ -37,6 +80,7 @@ class Recipe:
     rows: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     paper: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    tables: tuple[Printed, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +134,9 @@ def _checked(loaded: Recipe, path: str, argument: str) -> Recipe:
     labelled = {name for names in loaded.rows.values() for name in names}
     if labelled - runs.keys():
         raise unknown_name(f"run in the rows of {path}", min(labelled - runs.keys()), runs)
+    named = {name for table in loaded.tables for line in table.lines for name in line.runs}
+    if named - runs.keys():
+        raise unknown_name(f"run in the tables of {path}", min(named - runs.keys()), runs)
     if loaded.paper.keys() - loaded.rows.keys():
         raise unknown_name(f"row in the paper's numbers of {path}", min(loaded.paper.keys() - loaded.rows.keys()),
                            loaded.rows)
@@ -143,7 +190,8 @@ def write(recipe: Recipe, root: epath.Path) -> None:
 
 def _content(recipe: Recipe) -> dict[str, Any]:
     return {"title": recipe.title, "runs": list(recipe.runs), "rows": {k: list(v) for k, v in recipe.rows.items()},
-            "paper": {k: dict(v) for k, v in recipe.paper.items()}, "notes": list(recipe.notes)}
+            "paper": {k: dict(v) for k, v in recipe.paper.items()}, "notes": list(recipe.notes),
+            "tables": [dataclasses.asdict(table) for table in recipe.tables]}
 
 
 def read(root: epath.PathLike) -> dict[str, Any] | None:
@@ -157,7 +205,14 @@ def read(root: epath.PathLike) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text())
-        return {name: content[name] for name in ("title", "runs", "rows", "paper", "notes")}
+        tables = [_printed(table) for table in content.get("tables", ())]
+        return {name: content[name] for name in ("title", "runs", "rows", "paper", "notes")} | {"tables": tables}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: expected what a recipe writes; the command that started the recipe "
                         "writes it again") from None
+
+
+def _printed(stored: Mapping[str, Any]) -> Printed:
+    """Of what JSON made of it, with tuples."""
+    lines = tuple(Line(**{**line, "runs": tuple(line["runs"])}) for line in stored["lines"])
+    return Printed(**{**stored, "columns": tuple(stored["columns"]), "lines": lines, "notes": tuple(stored["notes"])})

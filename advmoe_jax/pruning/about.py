@@ -17,6 +17,7 @@ class About:
         when: it chooses "once", before fine-tuning; or after every epoch, what is removed being zero and resting until
             then ("hard") or going on to be trained ("soft"); or once, and what is removed fades away ("decay").
         leaves_out: of the original, "" if nothing.
+        setup: what it needs beside images, pruning and training on, "" if nothing.
     """
 
     title: str
@@ -25,7 +26,28 @@ class About:
     reads: tuple[str, ...] = ()
     when: str = "once"
     leaves_out: str = ""
+    setup: str = ""
 
     @property
     def needs_images(self) -> bool:
         return bool(self.reads)
+
+    @property
+    def type(self) -> str:
+        """By what goes: "C" channels, "F" filters, "GK" grouped kernels, "W" weights."""
+        return {"channel": "C", "filter": "F", "grouped kernel": "GK"}.get(self.unit, "W")
+
+    @property
+    def procedure(self) -> str:
+        """Whether it chooses and removes at once."""
+        return "One-shot" if self.when == "once" else "Iterative"
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether networks hold zeros while they are trained, so that a smaller one comes at the end, if at all."""
+        return self.when != "once" or self.type == "W"
+
+    @property
+    def fully_pruned(self) -> str:
+        """When the network first has the cost that was asked for."""
+        return {"soft": "after each epoch", "decay": "once all has faded"}.get(self.when, "before training")

@@ -14,7 +14,8 @@ from advmoe_jax.core.fields import setting
 from advmoe_jax.pruning.about import About
 from advmoe_jax.pruning.subject import Subject
 
-ABOUT = About("L1Norm", "ICLR 2017", "filter", leaves_out="the list of layers that it skips by hand")
+ABOUT = About("L1Norm", "ICLR 2017", "filter", leaves_out="the list of layers that it skips by hand",
+              setup="shares raised to the budget")
 _SHARES = {"A": (1,), "B": (Fraction(6, 10), Fraction(3, 10), Fraction(1, 10))}  # of the stages; the last of all later
 
 

@@ -57,7 +57,7 @@ def groups_of(found: Sequence[Run], labels: Mapping[str, str] = MappingProxyType
     """
     groups: dict[tuple, dict[tuple, Group]] = {}
     for run in found:
-        config, label = _identity(run), labels.get(str(run.folder), "")
+        config, label = identity(run), labels.get(str(run.folder), "")
         counted = {(runs.attack_key(entry), entry["checkpoint"]): entry for entry in run.entries}
         for (attack, checkpoint), entry in counted.items():
             if checkpoint in runs.CHECKPOINTS:
@@ -84,7 +84,7 @@ def compare(found: Sequence[Run], labels: Mapping[str, str] = MappingProxyType({
     return compared + ([Table("Runs without results", ("workdir", "config", "state"), waiting)] if waiting else [])
 
 
-def _identity(run: Run) -> dict[str, Any]:
+def identity(run: Run) -> dict[str, Any]:
     """The fields of a config that runs of one row share."""
     own = ("seed", "data.dir", "name", "run")
     return {k: v for k, v in configs.flatten(run.config).items() if k not in own and not k.startswith("eval.")}

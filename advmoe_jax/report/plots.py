@@ -1,11 +1,13 @@
 """PNG plots of runs. L layers, T log lines, E parts of a layer."""
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from advmoe_jax.core import files
+from advmoe_jax.evaluation import results
 from advmoe_jax.report.runs import Run
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -66,6 +68,33 @@ def write_curve(run: Run) -> str | None:
     axes.legend(frameon=False, fontsize="small")
     files.write_figure(run.folder / "curve.png", figure)
     return "curve.png"
+
+
+def write_pictures(run: Run) -> str | None:
+    """Draws the images that evaluations kept, a row for each attack and checkpoint, framed by whether they are right.
+
+    Returns:
+        "pictures.png", or None where there is nothing to draw, or nothing to draw with.
+    """
+    kept = {entry["id"]: run.folder / "eval" / entry["id"] / results.PICTURES for entry in run.entries}
+    rows = [(f"{entry['attack']}\n{entry['checkpoint']}", files.read_npz(kept[entry["id"]])) for entry in run.entries
+            if kept[entry["id"]].exists()]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    if not rows:
+        return None
+    count = max(len(shown["image"]) for _, shown in rows)
+    figure = Figure(figsize=(1 + 0.8 * count, 0.9 * len(rows)), layout="constrained")
+    for panels, (name, shown) in zip(figure.subplots(len(rows), count, squeeze=False), rows):
+        panels[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="x-small")
+        for axes, image, label, predicted in zip(panels, shown["image"], shown["label"], shown["prediction"]):
+            axes.imshow(np.squeeze(image, -1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
+            axes.spines[:].set(color=_COLOURS[2] if label == predicted else "#CC0000", linewidth=2)
+            axes.set(xticks=(), yticks=())
+    files.write_figure(run.folder / "pictures.png", figure)
+    return "pictures.png"
 
 
 def _updates(train: list[dict[str, Any]]) -> list[str]:
@@ -174,5 +203,34 @@ def write_rows(path, labels: list[str], rates: list[tuple[float, float]], paper:
     axes.set(yticks=place, yticklabels=labels, xlabel="robust accuracy (%)", xlim=(0, 100),
              ylim=(len(labels) - 0.5, -0.5))
     axes.spines[["top", "right"]].set_visible(False)
+    files.write_figure(path, figure)
+    return True
+
+
+def write_superscores(path, labels: list[str], scores: list[Mapping[str, float]]) -> bool:
+    """Draws the superscores of each label as a group of bars, one for each criterion.
+
+    Args:
+        path: of the PNG.
+        labels: of the groups.
+        scores: {criterion: fraction} of each, of the same criteria.
+    Returns:
+        Whether there is anything to draw with.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    names = list(scores[0])
+    figure = Figure(figsize=(1.5 + max(5.0, 0.28 * len(names) * len(labels)), 4), layout="constrained")
+    axes, place, width = figure.subplots(), np.arange(len(labels)), 0.84 / len(names)
+    for number, (name, colour) in enumerate(zip(names, itertools.cycle(_COLOURS))):
+        heights = [100 * of[name] for of in scores]
+        bars = axes.bar(place + (number - (len(names) - 1) / 2) * width, heights, width, color=colour, label=name)
+        axes.bar_label(bars, [f"{height:.1f}" for height in heights], fontsize=5, rotation=90, padding=2)
+    axes.set(xticks=place, ylabel="accuracy (%), best of each", ylim=(0, 112), yticks=range(0, 101, 20))
+    axes.set_xticklabels(labels, rotation=40, ha="right", fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize="small", ncols=len(names), loc="outside upper center")
     files.write_figure(path, figure)
     return True

@@ -84,8 +84,9 @@ def attack_key(entry: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def attack_title(entry: dict[str, Any]) -> str:
-    """"pgd-50, linf eps 8/255, 10000 images of cifar10"."""
-    return f"{entry['attack']}, {entry['norm']} eps {entry['eps']}, {entry['n']} test images of {entry['data']}"
+    """"pgd-50, linf eps 8/255, 10000 images of cifar10"; without a budget "fog, 10000 images of cifar10"."""
+    budget = f"{entry['norm']} eps {entry['eps']}, " if entry["norm"] or entry["eps"] else ""
+    return f"{entry['attack']}, {budget}{entry['n']} test images of {entry['data']}"
 
 
 def attack_settings(entries: Sequence[dict[str, Any]]) -> str:

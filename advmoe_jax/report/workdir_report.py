@@ -5,7 +5,7 @@ from typing import Any
 
 from advmoe_jax.core import files, tables
 from advmoe_jax.core.tables import Table
-from advmoe_jax.report import commands, plots, runs
+from advmoe_jax.report import commands, criteria, plots, runs
 from advmoe_jax.report.runs import Run
 
 _DEFINITION = ("Robust accuracy (RA) = worst case per example over the gradients attacked through; images "
@@ -17,6 +17,7 @@ _ATTEMPTS = ("Robust accuracy = worst case per example. The attacks of a suite, 
              "that they broke, and the robust accuracy after them.")
 _MORE = {"ra": "RA alone %", "accuracy": "accuracy %"}
 _OF_ALL = "Accuracy: as SR-GKP's tables have it, with images that were wrong when clean and are right after the attack."
+_PICTURES = "The first test images as these attacks show them; those in a red frame are misclassified."
 _VIEWS = {"none": "router constant"}
 
 
@@ -35,7 +36,11 @@ def write(run: Run) -> None:
             parts += [f"{_ATTEMPTS}\n", *map(tables.markdown, attempts)]
         if curve := plots.write_curve(run):
             parts.append(f"![{curve}]({curve})\n")
+        if strip := plots.write_pictures(run):
+            parts += [f"{_PICTURES}\n", f"![{strip}]({strip})\n"]
         parts.append(tables.markdown(macs_table(run), 2))
+    if of_criteria := criteria.run_table(run):
+        parts += ["## Criteria\n", tables.markdown(of_criteria)]
     for title, shown in fact_tables(run).items():
         parts += [f"## {title}\n", *map(tables.markdown, shown)]
     if written:
@@ -69,15 +74,22 @@ def accuracy_tables(run: Run) -> list[Table]:
 
 def _accuracy(entries: list[dict[str, Any]]) -> Table:
     views = tuple(entries[0]["ra_by_view"]) if len(entries[0]["ra_by_view"]) > 1 else ()
-    shown = runs.shows_adaptive(entries)
+    shown, all_images = runs.shows_adaptive(entries), any(_of_all(e) is not None for e in entries)
     rows = [(
         e["checkpoint"], str(e["step"]), str(e["n"]), tables.with_interval(e["sa"], e["sa_interval"]),
         tables.with_interval(e["ra"], e["ra_interval"]), *([runs.adaptive([e])] if shown else []),
-        *(tables.percent(e["ra_by_view"][v]) for v in views))
+        *([tables.percent(_of_all(e))] if all_images else ()), *(tables.percent(e["ra_by_view"][v]) for v in views))
         for e in entries]
     columns = ("checkpoint", "step", "n", "SA %", "RA %", *([runs.ADAPTIVE] if shown else []),
-               *(_VIEWS.get(view, view) for view in views))
-    return Table(runs.attack_title(entries[0]), columns, rows, (runs.attack_settings(entries),))
+               *(["accuracy %"] if all_images else ()), *(_VIEWS.get(view, view) for view in views))
+    return Table(runs.attack_title(entries[0]), columns, rows,
+                 (runs.attack_settings(entries), *([_OF_ALL] if all_images else ())))
+
+
+def _of_all(entry: dict[str, Any]) -> float | None:
+    """The accuracy on all images of a measurement by one attack through one gradient, if it counts them all."""
+    found = [attempt.get("accuracy") for attempt in entry["attempts"]]
+    return found[0] if len(found) == 1 else None
 
 
 def attempt_tables(run: Run) -> list[Table]:

@@ -1,7 +1,7 @@
 """From a config to everything that a run needs: data, model and system."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import setting
 from advmoe_jax.data import pipeline
-from advmoe_jax.evaluation import measure
+from advmoe_jax.evaluation import criteria, measure
 from advmoe_jax.evaluation.suites import Suite
 from advmoe_jax.models import model as models
 from advmoe_jax.systems import sources
@@ -39,6 +39,8 @@ class Experiment:
         system: what is trained.
         data: images.
         select: measures a state on the images that choose the best checkpoint.
+        criteria: measures what `train.criteria` names on the same images, {"images": m, "accuracy/NAME": share}; None
+            where it names nothing.
     """
 
     config: ConfigDict
@@ -46,11 +48,13 @@ class Experiment:
     system: System
     data: pipeline.Data
     select: Callable[[State], Rates]
+    criteria: Callable[[State], Mapping[str, float]] | None = None
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for attacks that cannot choose a checkpoint."""
+    """Raises UserError for attacks that cannot choose a checkpoint, or be measured beside."""
     _selection(config)
+    criteria.asked(config)
 
 
 def assemble(config: ConfigDict, starts: bool = True) -> Experiment:
@@ -73,15 +77,23 @@ def assemble(config: ConfigDict, starts: bool = True) -> Experiment:
     _check_outputs(model)
     system = module.make(config, model, data, mesh, runs)
     _check_system(config.system.name, system)
-    suite = _selection(config)
-    measure.check(suite, model)
+    suite, more = _selection(config), criteria.asked(config)
+    for asked in filter(None, (suite, more)):
+        measure.check(asked, model)
+
+    def attacked(state: State, suite: Suite):
+        return measure.run(model, states.masked(state).variables, data.select, data.select_rows, suite, mesh=mesh,
+                           batch_size=config.eval.batch_size, seed=config.seed)
 
     def select(state: State) -> Rates:
-        found = measure.run(model, states.masked(state).variables, data.select, data.select_rows, suite, mesh=mesh,
-                            batch_size=config.eval.batch_size, seed=config.seed)
+        found = attacked(state, suite)
         return float(found.survivors().mean()), float(found.correct.mean())
 
-    return Experiment(config, mesh, system, data, select)
+    def of_criteria(state: State) -> dict[str, float]:
+        rates = criteria.accuracies(attacked(state, more))
+        return {"images": len(data.select_rows)} | {f"accuracy/{name}": rate for name, rate in rates.items()}
+
+    return Experiment(config, mesh, system, data, select, of_criteria if more else None)
 
 
 def _check_outputs(model: models.Model) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -55,6 +55,8 @@ class Config:
                              choices=("validation", "test"))
     select_attack: str = setting("pgd(num_steps=10)", "attacks that choose the best checkpoint")
     select_examples: int = setting(1000, "images that choose it, at most", least=1, most=10**9)
+    criteria: str = setting("", "attacks that are measured on these images too, each alone, before the first step and "
+                                "whenever the best checkpoint is chosen; they choose nothing")
 
 
 def abstract_state(system: System, mesh: jax.sharding.Mesh) -> State:
@@ -65,7 +67,7 @@ def abstract_state(system: System, mesh: jax.sharding.Mesh) -> State:
 
 
 def run(config: ConfigDict, workdir: epath.Path, system: System, train: Split, select: Callable[[State], Rates],
-        mesh: jax.sharding.Mesh) -> State:
+        mesh: jax.sharding.Mesh, criteria: Callable[[State], Mapping[str, float]] | None = None) -> State:
     """Trains to the end, from the newest checkpoint if there is one.
 
     When to evaluate, save and log follows from the step alone, so that a run that was killed and started again
@@ -78,6 +80,7 @@ def run(config: ConfigDict, workdir: epath.Path, system: System, train: Split, s
         train: the training images.
         select: measures a state on the images that choose the best checkpoint.
         mesh: of all devices.
+        criteria: {name: number} of a state that is written beside what `select` measures; None: nothing is.
     Returns:
         The state at the end.
     Raises:
@@ -90,12 +93,12 @@ def run(config: ConfigDict, workdir: epath.Path, system: System, train: Split, s
     about = {"config": configs.to_json(config)}
     with (checkpoint.opened(workdir, about=about) as saved, stop.saved_first(),
           feed.opened(config.data, config.seed, train, system.rows, system.visits, mesh) as batch_of):
-        state = _begin(config, system, saved, metrics, mesh)
+        state, is_new = _begin(config, system, saved, metrics, mesh)
         first, best = int(state.step), saved.best_rates()
         window, pending, told = [], None, {}
         window_start = line_at = time.perf_counter()
         for step in range(first, total + 1):
-            if due := _due(config, step, per_epoch, total) if step > first or not total else ():
+            if due := _due(config, step, per_epoch, total) if step > first or is_new else ():
                 pending = _settle(window, pending, system, saved)
                 if window:
                     means = log.means(window)
@@ -106,7 +109,9 @@ def run(config: ConfigDict, workdir: epath.Path, system: System, train: Split, s
                         console.say(log.line(step, total, step / per_epoch, means, batch_size, system.model.progress))
                         line_at = time.perf_counter()
                 if "eval" in due and step >= min(system.first_best, total):
-                    best = _select_best(config, step, state, select(state), best, metrics, saved)
+                    rates, more = select(state), criteria(state) if criteria else {}
+                    may_be_best = step > 0 or not total
+                    best = _select_best(config, step, state, rates, more, best, may_be_best, metrics, saved)
                 if "save" in due:
                     saved.save("last", step, state, {})
                 window, window_start = [], time.perf_counter()
@@ -168,17 +173,19 @@ def _is_to_stop(step: int) -> bool:
     return is_asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
 
-def _begin(config: ConfigDict, system: System, saved: Checkpoints, metrics: log.Metrics, mesh) -> State:
+def _begin(config: ConfigDict, system: System, saved: Checkpoints, metrics: log.Metrics, mesh) -> tuple[State, bool]:
+    """The state to go on from, and whether it is a new one."""
     state = saved.restore_newest(abstract_state(system, mesh), console.warn)
-    if state is None:
+    is_new = state is None
+    if is_new:
         state = system.init(rng.key(config.seed, "init"))
     step = int(state.step)
-    metrics.cut_back(step)
+    metrics.cut_back(-1 if is_new else step)
     if step:
         if step not in saved.steps("last"):  # it was the best one
             saved.save("last", step, state, {})
         console.say(f"continuing from the checkpoint of step {step}")
-    return state
+    return state, is_new
 
 
 def _settle(window: list[dict[str, Any]], pending: tuple[int, dict[str, jax.Array]] | None, system: System,
@@ -202,20 +209,22 @@ def _due(config: ConfigDict, step: int, per_epoch: int, total: int) -> tuple[str
         return step == total or (every > 0 and step % every == 0)
 
     if step == 0 < total:
-        return ()
+        return ("eval",) if config.train.criteria else ()
     due = tuple(name for name in ("eval", "save") if falls(f"{name}_every"))
     return due or (("log",) if falls("log_every") else ())
 
 
-def _select_best(config: ConfigDict, step: int, state: State, rates: Rates, best: Rates, metrics: log.Metrics,
-                 saved: Checkpoints) -> Rates:
-    """Keeps the state if its rates are above `best`, and returns the better ones."""
+def _select_best(config: ConfigDict, step: int, state: State, rates: Rates, more: Mapping[str, float], best: Rates,
+                 may_be_best: bool, metrics: log.Metrics, saved: Checkpoints) -> Rates:
+    """Writes what was measured. Keeps the state if it may be the best and its rates are above `best`, and returns the
+    better ones."""
     ra, sa = rates
-    metrics.write(step, config.train.select_on, {"sa": sa, "ra": ra})
-    if better := rates > best:
+    metrics.write(step, config.train.select_on, {"sa": sa, "ra": ra, **more})
+    if better := may_be_best and rates > best:
         saved.save("best", step, state, {"sa": sa, "ra": ra})
+    others = "".join(f"; {name.partition('/')[2]} {100 * rate:.2f} %" for name, rate in more.items() if "/" in name)
     console.say(f"step {step}: {config.train.select_on} SA {100 * sa:.2f} %, RA {100 * ra:.2f} % "
-            f"by {config.train.select_attack}{', best so far' if better else ''}")
+            f"by {config.train.select_attack}{others}{', best so far' if better else ''}")
     return rates if better else best
 
 

@@ -307,7 +307,7 @@ def test_a_config_that_cannot_be_read_is_refused_in_one_line(content, message, t
     assert str(error.value).startswith(f"{path} {message}") and "\n" not in str(error.value)
 
 
-FREE = {"name", "file", "argument", "run", "data.dir", "model.dispatch"}
+FREE = {"name", "file", "argument", "run", "data.dir", "model.dispatch", "train.criteria"}
 
 
 @pytest.mark.parametrize("name", [name for name, of in configs.table({}).items() if not of.room])

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from advmoe_jax.core import config as configs
+from advmoe_jax.core import rng
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import digits
 from advmoe_jax.models import model as models
@@ -18,6 +19,19 @@ def config():
     config = configs.default(data="digits", system="standard")
     configs.override_all(config, ["model.depth=4", "model.width=8", "model.num_experts=1", "system.loss=natural"])
     return config
+
+
+def test_criteria_on_the_images_that_choose_the_best_checkpoint(config):
+    """At no budget they are the clean accuracy, to the bit."""
+    configs.override_all(config, [
+        "train.criteria=fgsm fgsm(eps=0)", "train.select_attack=fgsm", "data.batch_size=16",
+        "train.select_examples=16", "eval.batch_size=16", "attack.eps=0.1"])
+    experiment = assemble.assemble(config)
+    state = experiment.system.init(rng.key(0, "init"))
+    (ra, sa), found = experiment.select(state), experiment.criteria(state)
+    assert found == {"images": 16, "accuracy/fgsm linf 0.1": ra, "accuracy/fgsm linf 0": sa}
+    config.train.criteria = ""
+    assert assemble.assemble(config).criteria is None
 
 
 def test_logits_of_other_classes(config, monkeypatch):
