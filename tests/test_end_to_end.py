@@ -326,11 +326,9 @@ def test_a_step_of_a_config_can_be_traced(path, monkeypatch):
     monkeypatch.syspath_prepend(str((REPO / path).parent))
     mesh, seen = meshes.make(), TRACED
     for config in _runs(path, _arguments(path)).values():
-        depth = 8 if config.model.name == "cifar_resnet" else 4
-        for text in (f"model.depth={depth}", "model.width=4", "data.batch_size=8"):
-            configs.override(config, text)
-        if config.model.num_experts > 1:
-            configs.override(config, "model.router_width=4")
+        depth = {"cifar_resnet": 8, "vgg": 11}.get(config.model.name, 4)
+        config.data.batch_size = 8
+        config.model.update(dict(depth=depth, width=4) | (dict(router_width=4) if config.model.num_experts > 1 else {}))
         fields = ("system.name", "system.loss") if config.system.name == "prune" else ("system.",)
         kind = str([value for name, value in configs.flatten(config).items()
                     if name.startswith(("model.", "train.attack", *fields)) and name not in normalisation.NAMES])
