@@ -39,8 +39,18 @@ METHODS = {
 }
 
 
+def unpruned():
+    """The network that all start from, evaluated as they are."""
+    config, pruned = configs.default(data="cifar10", model="cifar_resnet", system="standard"), prune_resnet20.get_config()
+    for group in ("model", "attack", "eval"):
+        config[group].update(pruned[group])
+    config.init_from, config.system.loss, config.train.length = pruned.init_from, "natural", "0 steps"
+    config.train.select_attack = pruned.train.select_attack
+    return config
+
+
 def get_recipe():
-    runs, rows = {}, {}
+    runs, rows = {"unpruned": unpruned()}, {"unpruned": ("unpruned",)}
     for name, (label, fields) in METHODS.items():
         for length, suffix, what in (("0 steps", "-before", "at once"), (f"{EPOCHS} epochs", "", "trained on")):
             config = prune_resnet20.get_config()
@@ -49,8 +59,8 @@ def get_recipe():
             config.data.subset = 20_000
             config.train.length = length
             config.optim.backbone.schedule = "cosine"
-            config.train.select_examples = 500
-            config.eval.n = 1000
             runs[name + suffix] = config
             rows[f"{label}, {what}"] = (name + suffix,)
+    for config in runs.values():
+        config.train.select_examples = config.eval.n = 500
     return Recipe(runs, "ResNet-20 on CIFAR-10, pruned at 7/16", rows)

@@ -1,9 +1,6 @@
 """Grouped-kernel pruning: the seconds of SR-GKP's search, and dense, masked and compact networks at inference.
 
 ResNets for CIFAR and VGG with random weights; 7/16 of the block convolutions goes, in 8 groups of filters.
-
-XLA on CPU computes wide convolutions of images of 2 x 2 pixels, the last of VGG, seventy times slower than others. That
-is no gain of pruning: the fair side of a ratio is the fastest dense network, also timed with these layers by patches.
 """
 
 import functools
@@ -12,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 from flax.core import unfreeze
 
 from advmoe_jax.bench import nets
@@ -20,21 +16,18 @@ from advmoe_jax.bench.timing import interleaved
 from advmoe_jax.core import config as configs
 from advmoe_jax.core.layer_spec import block_convs
 from advmoe_jax.models import compact, network
-from advmoe_jax.models.layers import Conv
 from advmoe_jax.models.network import Network
-from advmoe_jax.ops import conv, gathered
+from advmoe_jax.ops import gathered
 from advmoe_jax.pruning import pruned, srgkp
 
 _RATE, _GROUPS, _BATCH = "7/16", 8, 64
-_BY_PATCHES = "dense, few pixels by patches"
 _SEARCHED = {f"ResNet-{depth}": dict(name="cifar_resnet", depth=depth, width=16) for depth in (20, 56, 110)}
 _TIMED = {"ResNet-56": dict(name="cifar_resnet", depth=56, width=16), "VGG-16": dict(name="vgg", depth=16, width=64)}
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
     """A row for each search, timed once, whatever `rounds` is; and for each network its forms at inference:
-    milliseconds, the time of the dense network, as it is and at its fastest, over this one's, and the same by
-    multiply-accumulates."""
+    milliseconds, the time of the dense network over this one's, and the same by multiply-accumulates."""
     return [*(_search(name, fields) for name, fields in _SEARCHED.items()),
             *(row for name, fields in _TIMED.items() for row in _inference(name, fields, rounds))]
 
@@ -68,32 +61,16 @@ def _inference(name, fields, rounds) -> list[dict[str, Any]]:
     subject = pruned.of(lambda variables, x: dense.apply(variables, x)[0], variables, dense.layers, _RATE)
     masked = pruned.choose(subject, "srgkp", srgkp.Config(groups=_GROUPS, search="random"))  # the times are the same
     left = compact.from_masked(net, masked.variables, masked.plan)
-    sides = {"dense": (dense.apply, variables), _BY_PATCHES: (_by_patches(dense), variables),
-             "masked": (dense.apply, masked.variables), "compact": (net.apply, left)}
+    sides = {"dense": (dense.apply, variables), "masked": (dense.apply, masked.variables),
+             "compact": (net.apply, left)}
     sides |= {f"compact, {form}": (compact.computed_by(net, form).apply, left) for form in gathered.FORMS}
     ms = interleaved({side: functools.partial(jax.jit(apply), jax.device_put(weights), x)
                       for side, (apply, weights) in sides.items()}, (), rounds)
-    full, fewer, best = dense.costs()["total"], net.costs()["total"], min(ms["dense"], ms[_BY_PATCHES])
-    return [_row(f"{name}, {side}", ms[side], ms["dense"] / ms[side], best / ms[side],
-                 1.0 if side in ("dense", _BY_PATCHES) else full / fewer) for side in sides]
-
-
-def _by_patches(net: Network):
-    """The function of a dense network that computes convolutions of few pixels by patches."""
-    def few(call, args, kwargs, context):
-        layer, [x, *_] = context.module, args
-        if not isinstance(layer, Conv) or layer.size == 1 or x.shape[1] * x.shape[2] > gathered.FEW:
-            return call(*args, **kwargs)
-        y = conv.patches_conv2d(x, layer.get_variable("params", "kernel"), layer.stride)
-        return y + layer.get_variable("params", "bias")[None, None, None] if layer.use_bias else y
-
-    def apply(variables, x):
-        with nn.intercept_methods(few):
-            return net.apply(variables, x)
-
-    return apply
+    full, fewer = dense.costs()["total"], net.costs()["total"]
+    return [_row(f"{name}, {side}", ms[side], ms["dense"] / ms[side], 1.0 if side == "dense" else full / fewer)
+            for side in sides]
 
 
 def _row(what, ms, *ratios: float) -> dict[str, Any]:
-    names = ("dense / this", "fastest dense / this", "by MACs")
+    names = ("dense / this", "by MACs")
     return {"what": what, "ms": ms} | dict(zip(names, ratios or ("",) * len(names), strict=True))

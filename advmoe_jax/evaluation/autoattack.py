@@ -16,7 +16,7 @@ from advmoe_jax.attacks import checks, objectives
 from advmoe_jax.core import rng, units
 from advmoe_jax.core.errors import one_of
 from advmoe_jax.evaluation import black_box, flags, suites, verdicts
-from advmoe_jax.evaluation.flags import Flag
+from advmoe_jax.evaluation.flag import Flag
 from advmoe_jax.ops import balls
 
 

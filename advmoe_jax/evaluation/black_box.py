@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 from advmoe_jax.attacks import parse
 from advmoe_jax.attacks.parse import Spec
-from advmoe_jax.evaluation.flags import Flag
+from advmoe_jax.evaluation.flag import Flag
 from advmoe_jax.evaluation.verdicts import Found
 
 _QUERIES = 300

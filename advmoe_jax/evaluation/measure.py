@@ -20,7 +20,7 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.split import Split
 from advmoe_jax.evaluation import black_box, flags, suites, verdicts
-from advmoe_jax.evaluation.flags import Flag
+from advmoe_jax.evaluation.flag import Flag
 from advmoe_jax.evaluation.suites import Suite
 from advmoe_jax.evaluation.verdicts import Found
 from advmoe_jax.models import model as models

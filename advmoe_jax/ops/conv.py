@@ -5,7 +5,8 @@ B batch, H W height and width, I input channels, O output channels, k odd kernel
 Accelerators run XLA's own convolution and its gradients. XLA on CPU runs convolutions in other layouts than
 NHWC/HWIO/NHWC many times slower inside scan, while and cond bodies (jax issue 12868). The gradients that autodiff makes
 are of that kind, so they are written here as convolutions in the canonical layout. The stem, with 3 channels or fewer,
-is a matrix product over patches: its input gradient, which every attack step needs, is several times faster so.
+is a matrix product over patches: its input gradient, which every attack step needs, is several times faster so. So are
+the widest layers of deep networks, whose images have 2 x 2 pixels or fewer.
 """
 
 import functools
@@ -16,6 +17,7 @@ from jax import lax
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 _PATCH_CHANNELS = 4  # at most this many input channels go through patches
+_PATCH_PIXELS, _WIDE_CHANNELS = 4, 256  # and so do images of at most so many pixels, of so many channels or more
 
 
 def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
@@ -37,7 +39,8 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
         return jnp.einsum("bhwi,io->bhwo", x[:, ::stride, ::stride], kernel[0, 0])
     if jax.default_backend() != "cpu":
         return _plain(x, kernel, stride)
-    if x.shape[-1] <= _PATCH_CHANNELS:
+    if x.shape[-1] <= _PATCH_CHANNELS or (
+            x.shape[-1] >= _WIDE_CHANNELS and x.shape[1] * x.shape[2] <= _PATCH_PIXELS):
         return patches_conv2d(x, kernel, stride)
     return _conv(x, kernel, stride)
 

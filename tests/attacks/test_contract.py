@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 
 from advmoe_jax import attacks
 from advmoe_jax.attacks import objectives, parse
@@ -37,6 +38,8 @@ CASES = [(name, norm) for name, about in ABOUTS.items()
          if about.takes in ("logits", "values")  # others: test_adaptive.py, test_exits.py
          for norm in about.norms or ("",)]
 each = pytest.mark.parametrize("name, norm", CASES)
+in_one_norm = pytest.mark.parametrize("name, norm", slow_but(
+    lambda case: case[1] == (ABOUTS[case[0]].norms or ("",))[0], CASES))
 in_ball = pytest.mark.parametrize("name, norm", [case for case in CASES if case[1]])
 
 
@@ -230,7 +233,7 @@ def test_same_key_same_images(name, norm):
         np.testing.assert_array_equal(again, _found(name, norm))
 
 
-@each
+@in_one_norm
 def test_an_example_does_not_depend_on_its_batch(name, norm):
     """Order, size of the batch (1 too) and the other images change nothing."""
     weights, x, y = _case()
@@ -250,7 +253,7 @@ def test_values_are_all_that_some_see(name, norm):
     _same(found, _found(name, norm))
 
 
-@each
+@in_one_norm
 def test_inside_jit_and_as_a_plain_closure(name, norm):
     weights, x, y = _case()
     spec = _spec(name, norm)
@@ -291,7 +294,7 @@ def test_images_of_any_shape(name, norm, more, shape):
     assert _traced(name, norm, x, jnp.zeros(2, int), model, **more).shape == x.shape
 
 
-@each
+@in_one_norm
 def test_on_four_devices(name, norm):
     weights, x, y = _case()
     mesh = meshes.make()
@@ -325,7 +328,7 @@ def test_eps_0_gives_the_clean_images_bit_for_bit(name, norm):
     np.testing.assert_array_equal(x_adv, x)
 
 
-@each
+@in_one_norm
 def test_no_gradient_flows_through(name, norm):
     weights, x, y = _case()
     spec = _spec(name, norm, num_steps=2)
@@ -338,7 +341,7 @@ def test_no_gradient_flows_through(name, norm):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients(weights, x)))
 
 
-@each
+@in_one_norm
 def test_one_trace_a_configuration(name, norm):
     """Another eps, other images, other weights and a new attack of the same settings compile nothing."""
     weights, x, y = _case()

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from flax import linen as nn
 
 from advmoe_jax.core import config, find
@@ -25,6 +26,7 @@ PADS_CHANNELS = ("cifar_resnet",)  # its shortcuts add empty ones
 ROUTED = dict(num_experts=2, model_scale=0.5, routing="layer", router_width=4, dispatch="blocks")
 NAMES = find.names("models", "backbone")
 each = pytest.mark.parametrize("name", NAMES)
+each_but_resnet = pytest.mark.parametrize("name", slow_but(lambda name: name != "resnet", NAMES))  # takes longest
 each_form = pytest.mark.parametrize("name", sorted({*NAMES, *SMALL}))
 
 
@@ -107,7 +109,7 @@ class _NoNorm(nn.Module):
         return x
 
 
-@each
+@each_but_resnet
 def test_a_backbone_may_have_no_batch_norm(name, monkeypatch):
     usual = _net(name)[0].layers
     monkeypatch.setattr(importlib.import_module(f"advmoe_jax.models.{name}"), "BatchNorm", _NoNorm, raising=False)
@@ -118,7 +120,7 @@ def test_a_backbone_may_have_no_batch_norm(name, monkeypatch):
     assert np.all(np.isfinite(jax.jit(net.apply)(variables, _images(BATCH))[0]))
 
 
-@each
+@each_but_resnet
 def test_each_of_several_passes_is_normalised_by_its_own_statistics(name):
     """AdvMoE's clean and attacked images share a batch. A backbone that does not hand `train` on to each BatchNorm
     mixes them."""

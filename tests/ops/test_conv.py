@@ -44,6 +44,16 @@ def test_values_and_gradients_are_those_of_xla(k, stride, channels, size):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 2)])
+def test_small_images_of_many_channels(size):
+    """They go through patches too."""
+    with jax.enable_x64(True):
+        case = _case(3, 1, 256, size)
+        assert "conv_general_dilated" not in str(jax.make_jaxpr(conv2d)(*case[:2]))
+        for ours, theirs in zip(_value_and_grads(conv2d, *case, 1), _value_and_grads(_reference, *case, 1)):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_accelerators_run_the_convolution_of_xla(channels, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import slow_but
 from jax.sharding import AxisType, Mesh
 
 from advmoe_jax.core import config as configs
@@ -43,9 +44,9 @@ CASES = {
     "standard": [DENSE, ("standard", "system.loss=madry")],
     "prune": [("prune", *_PRUNES, "system.groups=4")]}
 OWN_METRICS = {"admm": {"distance"}}
-each_system = pytest.mark.parametrize("case", [
-    pytest.param(case, marks=pytest.mark.slow if "model.routing=global" in case else ())
-    for cases in CASES.values() for case in cases], ids="-".join)
+each_system = pytest.mark.parametrize("case", slow_but(
+    lambda case: "system.loss=madry" not in case[0] or "init_from=base" in case[0],
+    [(case,) for cases in CASES.values() for case in cases]), ids="-".join)
 
 
 def _config(name, *overrides):
