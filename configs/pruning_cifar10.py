@@ -41,11 +41,12 @@ METHODS = {
 
 def unpruned():
     """The network that all start from, evaluated as they are."""
-    config, pruned = configs.default(data="cifar10", model="cifar_resnet", system="standard"), prune_resnet20.get_config()
+    config = configs.default(data="cifar10", model="cifar_resnet", system="standard")
+    pruned = prune_resnet20.get_config()
     for group in ("model", "attack", "eval"):
         config[group].update(pruned[group])
     config.init_from, config.system.loss, config.train.length = pruned.init_from, "natural", "0 steps"
-    config.train.select_attack = pruned.train.select_attack
+    config.train.select_attack, config.train.criteria = pruned.train.select_attack, pruned.train.criteria
     return config
 
 
@@ -56,11 +57,11 @@ def get_recipe():
             config = prune_resnet20.get_config()
             chosen = {"method": name, **fields}
             configs.override_all(config, [f"system.{field}={value}" for field, value in chosen.items()])
-            config.data.subset = 20_000
             config.train.length = length
             config.optim.backbone.schedule = "cosine"
             runs[name + suffix] = config
             rows[f"{label}, {what}"] = (name + suffix,)
     for config in runs.values():
+        config.data.subset = 20_000
         config.train.select_examples = config.eval.n = 500
     return Recipe(runs, "ResNet-20 on CIFAR-10, pruned at 7/16", rows)
