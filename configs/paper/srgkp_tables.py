@@ -226,10 +226,10 @@ def read():
 
 def of_text(number, title, criteria, methods):
     """A table of the text file."""
-    is_single = all(row[0] == "-" for *_, rows in methods for row in rows)
+    usual = dict.fromkeys(row[0] for *_, rows in methods for row in rows if row[0] != "-") or "-"  # of ours alone
     lines, has_costs = [], any(costs for _, _, costs, _ in methods)
     for label, name, costs, rows in methods:
-        for best, *numbers in rows or [["-"]] * is_single or [[column] for column in criteria]:
+        for best, *numbers in rows or [[best] for best in usual]:
             numbers += ["?"] * (len(criteria) - len(numbers))
             values = dict(zip((*criteria.values(), *COSTS), numbers + costs))
             if best == "-":  # the paper's only row: of what was not pruned the best epoch, else the last
