@@ -150,18 +150,15 @@ def compared(found: Sequence[Run], labels: Mapping[str, str] = MappingProxyType(
     for run in found:
         if measured := tuple(evaluations(run)):
             config = run.config
-            key = (config.data.name, config.data.subset, config.train.select_on, measured[-1].images,
-                   tuple(measured[-1].rates))
+            key = (config.data.name, config.data.subset, config.train.select_on, config.train.criteria,
+                   measured[-1].images, tuple(measured[-1].rates))
             label = labels.get(str(run.folder), "")
             row = label or (tuple(comparison.identity(run).items()))
             alike.setdefault(key, {}).setdefault(row, []).append((run, measured))
     return [Compared(next(iter(rows.values()))[0][0], tuple(
-        Group(row if isinstance(row, str) else _name(of[0][0]), tuple(measured for _, measured in of))
+        Group(row if isinstance(row, str) else of[0][0].config.run or of[0][0].config.name,
+              tuple(measured for _, measured in of))
         for row, of in rows.items())) for rows in alike.values()]
-
-
-def _name(run: Run) -> str:
-    return run.entries[0]["method"] if run.entries else run.config.name
 
 
 def best_table(of: Compared) -> Table:

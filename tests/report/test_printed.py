@@ -1,9 +1,11 @@
 """A paper's tables in the report of a recipe: our numbers beside the paper's, and the paper's alone."""
 
+import pytest
 from fabricated import entry, workdir
 from test_criteria import RATES, B, _lines
 
 from advmoe_jax.core import recipe, status
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.recipe import Line, Printed, Recipe
 from advmoe_jax.report import printed, reports, runs
 
@@ -85,3 +87,14 @@ def test_the_report_of_a_recipe_has_them_first(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert text.index("### Table 2: R") < text.index("### pgd-20")
     assert "![superscores](table0.png)" in text and (tmp_path / "table0.png").exists() and "criteria.png" not in text
+
+
+def test_a_line_names_runs_of_the_recipe(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from advmoe_jax.core import config as configs\n"
+                    "from advmoe_jax.core.recipe import Line, Printed, Recipe\n"
+                    "def get_recipe():\n"
+                    "    table = Printed('Table 1', ('benign',), (Line('SR-GKP', 'benign', runs=('srgpk',)),))\n"
+                    "    return Recipe({'srgkp': configs.default(data='digits')}, tables=(table,))\n")
+    with pytest.raises(UserError, match="unknown run in the tables of .*'srgpk'.*did you mean 'srgkp'"):
+        recipe.load(str(path))
