@@ -19,7 +19,7 @@ import prune_resnet20
 from advmoe_jax.core import config as configs
 from advmoe_jax.core.recipe import Recipe
 
-EPOCHS = 2
+EPOCHS = 1
 METHODS = {
     "srgkp": ("SR-GKP", {}),
     "srgkp_fresh": ("SR-GKP, beta of the paper", dict(method="srgkp", beta_mode="fresh")),
