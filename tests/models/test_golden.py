@@ -315,8 +315,8 @@ def test_a_batch_of_mixed_routes_is_each_image_by_itself():
 def test_a_hard_route_is_the_fixed_route_of_its_own_choices():
     ours, x = tiny(), tiny_images()
     logits, aux = _apply(ours)(tiny_variables(ours), x)
-    np.testing.assert_array_equal(
-        logits, _apply(ours)(tiny_variables(ours), x, routing.fixed(aux["expert_ids"]))[0])
+    fixed, _ = _apply(ours)(tiny_variables(ours), x, routing.fixed(aux["expert_ids"]))
+    np.testing.assert_allclose(logits, fixed, rtol=1e-6, atol=1e-6)  # of another program
 
 
 def test_router_gradients_do_not_change_values():
@@ -325,4 +325,4 @@ def test_router_gradients_do_not_change_values():
                       for grad in routing.ROUTER_GRADS)
     for other in others:
         for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other)):
-            np.testing.assert_array_equal(a, b)
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
