@@ -331,7 +331,8 @@ def test_a_step_of_a_config_can_be_traced(path, monkeypatch):
         config.model.update(dict(depth=depth, width=4) | (dict(router_width=4) if config.model.num_experts > 1 else {}))
         fields = ("system.name", "system.loss") if config.system.name == "prune" else ("system.",)
         kind = str([value for name, value in configs.flatten(config).items()
-                    if name.startswith(("model.", "train.attack", *fields)) and name not in normalisation.NAMES])
+                    if name.startswith(("model.", "train.attack", *fields)) and name not in (
+                        *normalisation.NAMES, "system.rate")])
         if kind in seen:
             continue
         seen.add(kind)

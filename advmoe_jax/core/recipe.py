@@ -205,9 +205,9 @@ def read(root: epath.PathLike) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text())
-        tables = [_printed(table) for table in content.get("tables", ())]
+        tables = [_printed(table) for table in content.get("tables", ())]  # which older recipes do not have
         return {name: content[name] for name in ("title", "runs", "rows", "paper", "notes")} | {"tables": tables}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: expected what a recipe writes; the command that started the recipe "
                         "writes it again") from None
 

@@ -129,7 +129,8 @@ def test_it_is_made_again_after_more_was_measured(tmp_path):
     assert "| AT(Dense) " in after and [row[0] for row in _tables(after)[PGD]][1:] == ["AT(Dense)", "AdvMoE, r=0.5"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", json.dumps({"title": "x"})])
+@pytest.mark.parametrize("content", [
+    "{", "[]", json.dumps({"title": "x"}), json.dumps({"tables": [3]}), json.dumps({"tables": [{"title": "x"}]})])
 def test_a_damaged_recipe_is_one_line(tmp_path, content):
     root = _recipe(tmp_path)
     (root / "recipe.json").write_text(content)
