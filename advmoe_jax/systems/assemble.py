@@ -66,7 +66,7 @@ def assemble(config: ConfigDict, starts: bool = True) -> Experiment:
     parts = config.train.accumulate
     meshes.check_batch_size(mesh, config.data.batch_size // parts,
                             "data.batch_size / train.accumulate" if parts > 1 else "data.batch_size")
-    data = pipeline.load(config.data, config.train.select_on, config.train.select_examples)
+    data = pipeline.load(config.data, config.train.select_on, config.train.select_examples, config.seed)
     runs = sources.load(config, data.image_shape, data.num_classes) if starts else {}
     model = models.make(config.model, data.image_shape, data.num_classes, mesh)
     module = find.module("systems", config.system.name, defines="make", kind="system.name")
