@@ -1,9 +1,12 @@
 """From a config to everything that a run needs: data, model and system."""
 
 import dataclasses
+import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from advmoe_jax.attacks import parse
@@ -53,12 +56,14 @@ def check(config: ConfigDict) -> None:
     _selection(config)
 
 
-def assemble(config: ConfigDict, starts: bool = True) -> Experiment:
+def assemble(config: ConfigDict, starts: bool = True, workdir: epath.Path | None = None) -> Experiment:
     """Loads the data and the runs that it starts from, and builds the system that `config.system.name` names.
 
     Args:
         config: checked.
         starts: whether it is to be trained; for what is evaluated alone, the runs that it started from may be gone.
+        workdir: of the run. A system that chooses something before it trains names the file of it in KEEPS, and gets
+            what an earlier start left there as `kept`.
     Raises:
         UserError: a field names nothing, is out of range, or its data is missing.
     """
@@ -71,7 +76,8 @@ def assemble(config: ConfigDict, starts: bool = True) -> Experiment:
     model = models.make(config.model, data.image_shape, data.num_classes, mesh)
     module = find.module("systems", config.system.name, defines="make", kind="system.name")
     _check_outputs(model)
-    system = module.make(config, model, data, mesh, runs)
+    kept = {"kept": _kept(workdir / module.KEEPS)} if starts and workdir and hasattr(module, "KEEPS") else {}
+    system = module.make(config, model, data, mesh, runs, **kept)
     _check_system(config.system.name, system)
     suite = _selection(config)
     measure.check(suite, model)
@@ -82,6 +88,14 @@ def assemble(config: ConfigDict, starts: bool = True) -> Experiment:
         return float(found.survivors().mean()), float(found.correct.mean())
 
     return Experiment(config, mesh, system, data, select)
+
+
+def _kept(path: epath.Path) -> Any:
+    """The JSON of a file; None where there is none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _check_outputs(model: models.Model) -> None:

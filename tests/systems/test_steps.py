@@ -41,8 +41,10 @@ CASES = {
         ("advmoe", f"model.routing={name}", "system.loss=madry") for name in ROUTINGS if name != "layer")],
     "mask_search": [("mask_search", *_PRUNES)],
     "standard": [DENSE, ("standard", "system.loss=madry")],
-    "prune": [("prune", *_PRUNES, "system.groups=4")]}
-OWN_METRICS = {"admm": {"distance"}}
+    "prune": [("prune", *_PRUNES, "system.groups=4")],
+    "eed": [("eed", "model.name=team", "model.num_experts=1", "model.model_scale=1", "model.num_members=2",
+             "system.team_rate=0", "init_from=base")]}
+OWN_METRICS = {"admm": {"distance"}, "eed": {"wrong", "host", "compact", "disagreement", "active"}}
 each_system = pytest.mark.parametrize("case", [
     pytest.param(case, marks=pytest.mark.slow if "model.routing=global" in case else ())
     for cases in CASES.values() for case in cases], ids="-".join)
