@@ -52,12 +52,11 @@ def check_pool(pool: Mapping[str, Source], member: Network, num_members: int, me
             path, ours, theirs = different
             raise UserError(f"init_from names {name}, of another architecture: {path} is {theirs} there, members of "
                             f"the team have {ours}")
-        shapes = {path: leaf.shape for path, leaf in tree.named_leaves(source.variables["params"]).items()
-                  if path.endswith("/kernel")}
+        shapes = {path: leaf.shape for path, leaf in tree.named_leaves(source.variables["params"]).items()}
         kept = masked.shares(shapes, source.masks)
-        left = sum(kept.get(path, 1) * math.prod(shape) for path, shape in shapes.items())
-        total = sum(map(math.prod, shapes.values()))
-        if left > (1 - member_rate) * total + len(shapes):  # a layer keeps a whole number of weights
+        sizes = {path: math.prod(shape) for path, shape in shapes.items() if path.endswith("/kernel")}
+        left, total = sum(kept.get(path, 1) * size for path, size in sizes.items()), sum(sizes.values())
+        if left > (1 - member_rate) * total + len(sizes):  # a layer keeps a whole number of weights
             raise UserError(f"init_from names {name}, which keeps {float(left / total):.4f} of its weights: expected "
                             f"{float(1 - member_rate):g}, by system.member_rate={member_rate}")
     if len(pool) < num_members:

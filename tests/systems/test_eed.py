@@ -33,7 +33,8 @@ def _config(*overrides):
         "model.num_experts=1", "model.model_scale=1", "model.depth=4", "model.width=4", "model.num_members=2",
         "system.team_rate=1/2", "system.member_rate=3/4", f"data.batch_size={BATCH}", "data.name=digits",
         "train.length=4 steps", "init_from=base,a,b,c", f"train.attack={ATTACK}", f"system.rd_by={ATTACK}",
-        "system.rd_images=16", "data.pad=0", "data.flip=false", "attack.eps=0.1", "system.dverge_steps=2", *overrides])
+        "system.rd_images=16", "data.pad=0", "data.flip=false", "attack.eps=0.1", *overrides,
+        *(["system.dverge_steps=2"] if not any(text.startswith("system.host=") for text in overrides) else [])])
     return config
 
 
@@ -42,7 +43,8 @@ def _data():
     numbers = np.random.default_rng(0)
     split = Arrays(numbers.integers(0, 256, (COUNT, *SHAPE)).astype(np.uint8),
                    numbers.integers(0, CLASSES, COUNT).astype(np.int32))
-    return pipeline.Data(split, np.arange(COUNT), split, np.arange(4), split, CLASSES, SHAPE)
+    test = dataclasses.replace(split)
+    return pipeline.Data(split, np.arange(COUNT), split, np.arange(4), test, CLASSES, SHAPE)
 
 
 @functools.cache
@@ -51,7 +53,8 @@ def _sources(rate="3/4"):
     config = _config()
     team = models.make(config.model, SHAPE, CLASSES)
     variables = jax.device_get(jax.jit(team.member.init)(jax.random.key(3)))
-    variables["params"]["backbone"]["linear"]["kernel"] *= 100
+    linear = variables["params"]["backbone"]["linear"]
+    linear["kernel"] = 100 * linear["kernel"]
     found = {"base": Source(None, config, team.member, variables, {}, 0)}
     for number, name in enumerate("abc"):
         subject = pruned.of(None, variables, team.member.layers, rate, "every")
@@ -98,7 +101,8 @@ def test_the_ranking_is_that_of_the_failures(rd_attack):
     assert found["diversity"] == rd.max() and [of for _, of in found["teams"]] == sorted(rd.round(6), reverse=True)
     robust = 1 - own.mean(1)
     assert robust[found["team"][0]] >= robust[found["team"][1]], "the most robust member is asked first"
-    assert np.array_equal(fails, own) == (rd_attack == "own_whitebox")
+    if rd_attack == "own_whitebox":
+        np.testing.assert_array_equal(fails, own)
 
 
 def test_the_images_of_a_base_are_what_it_fails_on():
@@ -163,7 +167,8 @@ HOSTS = {"dverge": (), "none": ("system.host=none",), "adp": ("system.host=adp",
          "gal": ("system.host=gal", "system.gamma=0")}
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", [pytest.param(host, marks=() if host == "dverge" else pytest.mark.slow)
+                                  for host in HOSTS])
 def test_members_stay_as_sparse_as_they_were(host):
     first, last, metrics = _run(*HOSTS[host])
     for group in ("member0", "member1"):
@@ -171,18 +176,19 @@ def test_members_stay_as_sparse_as_they_were(host):
         for path, mask in masks.items():
             full = np.broadcast_to(mask, after[path].shape)
             assert not np.any(after[path][~full]), path
-            assert np.any(after[path] != before[path]) and mask.sum() < mask.size
+            assert np.any(after[path] != before[path]) and (mask.sum() < mask.size) >= path.endswith("kernel")
         assert tree.named_leaves(last.masks[group]).keys() == masks.keys()
     assert metrics["train/non_finite"] == -1 and np.isfinite(metrics["train/loss"])
     assert ("train/host" in metrics) == (host != "none") and ("train/active" in metrics) == (host != "gal")
 
 
-@pytest.mark.parametrize("more", [(), ("system.wrong_form=each", "system.weights_form=sum",
-                                       "system.activity_form=printed", "system.loss=natural", "system.omega=2")], ids=str)
+@pytest.mark.parametrize("more", [(), (
+    "system.wrong_form=each", "system.weights_form=sum", "system.activity_form=printed", "system.loss=natural",
+    "system.omega=2")], ids=str)
 def test_the_loss_is_the_sum_of_its_terms(more):
     config = _config("system.host=none", *more)
     system, team = config.system, models.make(config.model, SHAPE, CLASSES)
-    first = _run("system.host=none")[0]
+    first = jax.device_get(_system("system.host=none").init(rng.key(0, "init")))
     trained = dataclasses.replace(team.in_training(config.train), taps=True)
     x = jax.random.uniform(jax.random.key(0), (2, BATCH, *SHAPE))
     y = jnp.arange(BATCH) % CLASSES
@@ -209,7 +215,7 @@ def test_the_loss_is_the_sum_of_its_terms(more):
 
 
 def test_images_that_look_like_another_to_a_member():
-    config, first = _config(), _run()[0]
+    config, first = _config(), _system().init(rng.key(0, "init"))
     team = models.make(config.model, SHAPE, CLASSES).in_training(config.train)
     x, y = jax.random.uniform(jax.random.key(0), (BATCH, *SHAPE)), jnp.zeros(BATCH, int)
     index, key = jnp.arange(BATCH), jax.random.key(1)
@@ -232,7 +238,7 @@ def test_images_that_look_like_another_to_a_member():
     (["init_from="], "needs init_from"), (["model.name=ensemble"], "expected team with system.name=eed"),
     (["model.num_members=3"], "expected 2, as team_rate 1/2 and member_rate 3/4 allow"),
     (["system.member_rate=1/4"], "two members that lack so much do not lack 1/2"),
-    (["system.choose=smallest_above_threshold", "system.team_rate=1/4", "model.num_members=3"], "expected 2, as system"),
+    (["system.choose=smallest_above_threshold", "system.team_rate=1/4", "model.num_members=3"], "2, as system.choose"),
     (["system.rd_by=pgd fgsm"], "expected one attack"), (["system.rd_by=exits"], "expected one attack"),
     (["train.remat=true"], "train.remat is true"), (["system.adp_entropy=1"], "no effect here"),
     (["system.gamma=0", "system.lambda_weights=1"], "no effect here"), (["model.width=8"], "of another architecture"),
