@@ -115,6 +115,11 @@ class Team:
         return ("none", *(("soft", "average") if self.rule else ()), *self.groups)
 
     @property
+    def logit_views(self) -> tuple[str, ...]:
+        """Those that change the gradient of the logits alone: for what reads the members they are one."""
+        return self.views[1:]
+
+    @property
     def surfaces(self) -> Mapping[str, Callable[[dict[str, Any]], jax.tree_util.Partial]]:
         return {}
 

@@ -1,9 +1,11 @@
 """WORKDIR/report.md: everything that one run says about itself, with plots beside it."""
 
+import json
 import sys
 from typing import Any
 
 from advmoe_jax.core import files, tables
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.tables import Table
 from advmoe_jax.report import commands, plots, runs
 from advmoe_jax.report.runs import Run
@@ -38,6 +40,7 @@ def write(run: Run) -> None:
         parts.append(tables.markdown(macs_table(run), 2))
     for title, shown in fact_tables(run).items():
         parts += [f"## {title}\n", *map(tables.markdown, shown)]
+    parts += _team(run)
     if written:
         chosen = run.config.train
         parts += ["## Training\n", f"The best checkpoint is chosen by {chosen.select_attack} on up to "
@@ -49,6 +52,27 @@ def write(run: Run) -> None:
     files.write_text(run.folder / "report.md", "\n".join(parts))
     tables.show((*accuracy, macs_table(run)) if accuracy else (), as_text=False)
     print(f"report: {run.folder / 'report.md'}" + ("" if accuracy else " (not evaluated yet)"))
+
+
+def _team(run: Run) -> list[str]:
+    """Of a run that left a team.json, the pool and who was chosen."""
+    try:
+        found = json.loads((run.folder / "team.json").read_text())
+        rule, pool, rank = found["rule"], found["pool"], {of: place for place, of in enumerate(found["team"])}
+        rows = [(of["run"], str(rank.get(i, "")), tables.percent(of["fails"]), tables.percent(of["own_ra"]))
+                for i, of in enumerate(pool)]
+    except OSError:
+        return []
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{run.folder / 'team.json'} is damaged: expected what a run of system.name=eed writes; move "
+                        "it away to report without it") from None
+    note = (f"Chosen by {rule['choose']}: robust diversity {found['diversity']:.3f}"
+            f"{', below the threshold, which no team reaches' if found['falls_back'] else ''}. Failures are on "
+            f"{rule['rd_images']} {rule['rd_on']} images by {rule['rd_attack']}: they are no robustness. Members are "
+            "asked by falling accuracy under an attack of their own, the last column.")
+    drawn = plots.write_team(run, found)
+    return ["## Team\n", tables.markdown(Table("Pool", ("run", "member", "fails, %", "own RA %"), rows, (note,))),
+            *([f"![{drawn}]({drawn})\n"] if drawn else [])]
 
 
 def _head(run: Run) -> str:

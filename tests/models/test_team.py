@@ -171,6 +171,10 @@ def test_a_team_is_evaluated_through_all_of_its_views():
     assert tuple(record["ra_by_view"]) == team.views and record["ra"] <= min(record["ra_by_view"].values())
     assert record["sa"] == 1 and record["facts"]["clean"]["asked"][0] == 1
     assert 1 <= record["facts"]["attacked"]["mean_used"] <= record["facts"]["attacked"]["mean_asked"] <= 3
+    [exits] = suites.alone("exits(mode=force,num_steps=2)", "linf", "0.1")
+    by_members = measure.run(team, variables, Arrays(images, labels), np.arange(12), exits, mesh=meshes.make(),
+                             batch_size=12, seed=0)
+    assert [attempt.view for attempt in by_members.attempts] == ["none"], "the members' logits have one gradient"
     [none] = suites.alone("fgsm", "linf", "0")
     unharmed = measure.run(team, variables, Arrays(images, labels), np.arange(12), none, mesh=meshes.make(),
                            batch_size=12, seed=0)
