@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from advmoe_jax.core import files, tables
@@ -15,11 +16,12 @@ _DEFINITION = ("Robust accuracy (RA) = worst case per example over the gradients
                "Wilson 95 % intervals.")
 _COLUMNS = ("The columns after RA are the accuracies under one gradient each: with the router held constant, and "
             "through it by each straight-through estimate.")
+_OF_VIEWS = "The columns after RA are the accuracies under one gradient each, all on the answers that users get."
 _ATTEMPTS = ("Robust accuracy = worst case per example. The attacks of a suite, in order: images that they were given, "
              "that they broke, and the robust accuracy after them.")
 _MORE = {"ra": "RA alone %", "accuracy": "accuracy %"}
 _OF_ALL = "Accuracy: as SR-GKP's tables have it, with images that were wrong when clean and are right after the attack."
-_VIEWS = {"none": "router constant"}
+_VIEWS, _PLAIN = {"none": "router constant"}, {"none": "plain"}
 
 
 def write(run: Run) -> None:
@@ -30,7 +32,8 @@ def write(run: Run) -> None:
     accuracy = accuracy_tables(run)
     parts = [_head(run)]
     if accuracy:
-        views = " " + _COLUMNS if len(run.entries[0]["ra_by_view"]) > 1 else ""
+        found = run.entries[0]["ra_by_view"]
+        views = f" {_COLUMNS if _of_router(found) else _OF_VIEWS}" if len(found) > 1 else ""
         parts += ["## Accuracy\n", f"{_DEFINITION}{views}\n", *map(tables.markdown, accuracy)]
         attempts = attempt_tables(run)
         if attempts:
@@ -99,9 +102,15 @@ def _accuracy(entries: list[dict[str, Any]]) -> Table:
         tables.with_interval(e["ra"], e["ra_interval"]), *([runs.adaptive([e])] if shown else []),
         *(tables.percent(e["ra_by_view"][v]) for v in views))
         for e in entries]
+    names = _VIEWS if _of_router(views) else _PLAIN
     columns = ("checkpoint", "step", "n", "SA %", "RA %", *([runs.ADAPTIVE] if shown else []),
-               *(_VIEWS.get(view, view) for view in views))
+               *(names.get(view, view) for view in views))
     return Table(runs.attack_title(entries[0]), columns, rows, (runs.attack_settings(entries),))
+
+
+def _of_router(views: Iterable[str]) -> bool:
+    """Whether gradients differ by what goes through a router."""
+    return any(view.startswith("ste") for view in views)
 
 
 def attempt_tables(run: Run) -> list[Table]:
@@ -110,7 +119,8 @@ def attempt_tables(run: Run) -> list[Table]:
     for entry in run.entries:
         if len({attempt["attack"] for attempt in entry["attempts"]}) > 1:
             more = {column: name for name, column in _MORE.items() if any(name in a for a in entry["attempts"])}
-            rows = [(a["attack"], _VIEWS.get(a["view"], a["view"]), str(a["attacked"]), str(a["broken"]),
+            names = _VIEWS if _of_router(a["view"] for a in entry["attempts"]) else _PLAIN
+            rows = [(a["attack"], names.get(a["view"], a["view"]), str(a["attacked"]), str(a["broken"]),
                      tables.percent(a["ra_after"]), f"{a['seconds']:.1f}",
                      *(tables.percent(a[name]) if name in a else "" for name in more.values()))
                     for a in entry["attempts"]]

@@ -36,13 +36,13 @@ from advmoe_jax.train.step import Objective
 from advmoe_jax.train.system import Inputs, System
 
 NAME = "search"  # of what it owns in State.extra
-_ROOM = ("pruning", "score")  # modules that score single weights
+ROOM = ("pruning", "score")  # modules that score single weights
 _LEARNS = Only("system.learn_rates=true", lambda config: config.system.get("learn_rates"))
 _NEEDS_IMAGES = Only("a system.score that reads gradients", lambda config: _scorer(config).ABOUT.needs_images)
 
 
 def _scorer(config):
-    return find.module(_ROOM[0], config.system.score, defines=_ROOM[1:], kind="system.score")
+    return find.module(ROOM[0], config.system.score, defines=ROOM[1:], kind="system.score")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Config(adversarial.Config):
     skip: str = setting("(^|/)router/", "regular expression; layers whose path has a match stay whole")
     unit: str = setting("weight", f"what goes: {', '.join(selecting.UNITS)}", read=selecting.check_unit)
     scope: str = setting("layer", "the same share of each layer, or of all together", choices=("layer", "global"))
-    score: str = setting("erm", "what the scores begin as, a module of advmoe_jax.pruning", room=_ROOM)
+    score: str = setting("erm", "what the scores begin as, a module of advmoe_jax.pruning", room=ROOM)
     images: int = setting(256, "training images, attacked by the first of train.attack, that they are made of", least=1,
                           most=10**6, only=_NEEDS_IMAGES)
     learn_rates: bool = setting(False, "whether each layer learns its own share (HARP)")
@@ -66,9 +66,15 @@ class Config(adversarial.Config):
 def check(config) -> None:
     """Raises UserError for a run that has nothing to search in, or asks for what excludes each other."""
     needed(config)
+    check_search(config)
+
+
+def check_search(config) -> None:
+    """`check` but for what it starts from."""
     system = config.system
     if config.train.ema:
-        raise UserError(f"train.ema is {config.train.ema}: expected 0 with system.name=mask_search, whose weights rest")
+        raise UserError(f"train.ema is {config.train.ema}: expected 0 with system.name={system.name}, whose weights "
+                        "rest")
     if system.unit.startswith("grouped") and system.scope == "global":
         raise UserError(f"system.scope is 'global': expected 'layer' with system.unit={system.unit}, whose groups keep "
                         "equally many")

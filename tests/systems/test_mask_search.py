@@ -18,7 +18,7 @@ from advmoe_jax.models import network
 from advmoe_jax.pruning import magnitude, pruned
 from advmoe_jax.pruning import masks as selecting
 from advmoe_jax.pruning import search as searching
-from advmoe_jax.systems import mask_search, prune
+from advmoe_jax.systems import mask_search, prune, rst
 from advmoe_jax.systems.sources import Source
 from advmoe_jax.train import checkpoint, loop
 
@@ -272,6 +272,22 @@ def test_sub_models_of_one_shape_share_their_programs():
         assert misses == 0 and hits > 5
     finally:
         monitoring.clear_event_listeners()
+
+
+def test_a_scratch_ticket_is_searched_among_signs():
+    config = _config(system="rst")
+    config.init_from = ""
+    configs.check(config)
+    state = jax.device_get(rst.make(config, _base()[0], _data(), meshes.make(), {}).init(rng.key(0, "init")))
+    scores, masks = tree.named_leaves(state.extra["search"]["scores"]), _kernel_masks(state)
+    for path, kernel in tree.named_leaves(state.extra["search"]["dense"]).items():
+        if path.endswith("kernel"):
+            np.testing.assert_allclose(np.abs(kernel), np.sqrt(2 / np.prod(kernel.shape[:-1])), rtol=1e-6)
+            assert 0.2 < np.mean(kernel > 0) < 0.8 and len(np.unique(np.abs(scores[path]))) > scores[path].size / 2
+            np.testing.assert_array_equal(masks[path], _by_hand({path: scores[path]}, 0.1)[path])
+    config.init_from = "base"
+    with pytest.raises(UserError, match="expected nothing with system.name=rst"):
+        configs.check(config)
 
 
 @pytest.mark.parametrize("overrides, said", [

@@ -41,13 +41,15 @@ CASES = {
     "advmoe": [ADVMOE, *(
         ("advmoe", f"model.routing={name}", "system.loss=madry") for name in ROUTINGS if name != "layer")],
     "mask_search": [("mask_search", *_PRUNES)],
+    "rst": [("rst", "model.num_experts=1", "system.loss=madry", "system.rate=1/2")],
     "standard": [DENSE, ("standard", "system.loss=madry")],
     "prune": [("prune", *_PRUNES, "system.groups=4")],
     "eed": [("eed", "model.name=team", "model.num_experts=1", "model.num_members=2", "system.host=none",
              "system.loss=madry", "system.team_rate=1/10", "system.member_rate=11/20", "init_from=base")]}
+_SEARCHES = ("mask_search", "rst")
 OWN_METRICS = {"admm": {"distance"}, "eed": {"wrong", "compact", "disagreement", "active"}}
 each_system = pytest.mark.parametrize("case", [
-    pytest.param(case, marks=pytest.mark.slow if "model.routing=global" in case else ())
+    pytest.param(case, marks=pytest.mark.slow if {"model.routing=global", "rst"} & {*case} else ())
     for cases in CASES.values() for case in cases], ids="-".join)
 
 
@@ -128,7 +130,7 @@ def test_every_system_is_tested():
 
 def _trained(case, state, group):
     """What is trained of a group: its parameters; in a search its scores, since weights rest there."""
-    return state.extra["search"]["scores"][group] if case[0] == "mask_search" else state.params[group]
+    return state.extra["search"]["scores"][group] if case[0] in _SEARCHES else state.params[group]
 
 
 @each_system
@@ -152,7 +154,7 @@ def test_a_step_changes_what_it_owns_and_nothing_else(case):
                     same = [name for name in old if old[name] == new[name]]
                     assert not same, f"{step.name} left {part} of {group} as they were: {same}"
         assert int(after.step) == 0, "the loop counts"
-        if case[0] == "mask_search":
+        if case[0] in _SEARCHES:
             assert _bytes(after.extra["search"]["dense"]) == _bytes(before.extra["search"]["dense"])
     assert {group for step in steps for group in step.owns} == set(before.params)
 
