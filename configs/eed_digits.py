@@ -60,35 +60,44 @@ def left(get_config, seed, init_from, length, method="given", **fields):
     return run(get_config, seed, "prune", length, init_from, PGD, 256, method=method, kernels="every", **fields)
 
 
-def on_part(config, number, draw):
-    """The first part of a draw and another one."""
-    config.data.part, config.data.part_draw = f"0+{number} of {PARTS}", draw
+def on_part(config, number, draw, parts=PARTS):
+    """The first part of a draw and another one; all images if there is one part."""
+    if parts > 1:
+        config.data.part, config.data.part_draw = f"0+{number} of {parts}", draw
     return config
 
 
-def team(get_config, seed, length, init_from, host, choose="budget_fill"):
+def team(get_config, seed, length, init_from, host, choose="budget_fill", rate=TEAM, size=4):
     """Four of a pool, trained together."""
     config = run(get_config, seed, "standard", length, ", ".join(init_from), f"{PGD} {STOPS}", 256)
-    width = config.model.width
+    name, width = config.model.name, config.model.width
     configs.choose(config, model="team", system="eed")
-    config.model.update(num_members=4, width=width, num_experts=1, model_scale=1.0)
-    config.system.update(loss="trades", host=host, choose=choose, team_rate=TEAM, member_rate=MEMBER)
+    configs.override(config, f"model.member={name}")
+    config.model.update(num_members=size, width=width, num_experts=1, model_scale=1.0)
+    config.system.update(loss="trades", host=host, choose=choose, team_rate=rate, member_rate=MEMBER)
     return config
+
+
+def pool(get_config, epochs, seed, dense, end, parts=PARTS):
+    """Copies of a dense network by every score, on every part, with the searches that they come from."""
+    runs = {}
+    for score in SCORES:
+        for number in range(1, max(parts, 2)):
+            name = f"{score}-{number}{end}"
+            runs[f"search-{name}"] = on_part(
+                search(get_config, seed, dense, epochs["search"], MEMBER, score), number, score, parts)
+            runs[name] = on_part(left(get_config, seed, f"search-{name}@last", epochs["left"]), number, score, parts)
+    return runs
 
 
 def of_seed(get_config, epochs, seed, hosts):
     """The runs of a seed by name, and the label of those that the report shows."""
     end = f"-s{seed}"
-    dense, pool, masks = f"base{end}", [], [f"random-{number}{end}" for number in range(4)]
+    dense, masks = f"base{end}", [f"random-{number}{end}" for number in range(4)]
     runs, labels = {dense: base(get_config, seed)}, {dense: "AT(Dense), the base"}
-    for score in SCORES:
-        for number in range(1, PARTS):
-            name = f"{score}-{number}{end}"
-            runs[f"search-{name}"] = on_part(
-                search(get_config, seed, dense, epochs["search"], MEMBER, score), number, score)
-            runs[name] = on_part(left(get_config, seed, f"search-{name}@last", epochs["left"]), number, score)
-            labels[name] = f"one copy of 5 %, {score} {number}"
-            pool.append(name)
+    runs |= (copies := pool(get_config, epochs, seed, dense, end))
+    names = [name for name in copies if not name.startswith("search-")]
+    labels |= {name: f"one copy of 5 %, {name.removesuffix(end)}" for name in names}
     for number, name in enumerate(masks):
         runs[name] = on_part(left(get_config, seed, dense, epochs["left"], "random_weights", rate=MEMBER,
                                   method_seed=number), 1 + number % 3, f"random{number // 3}")
@@ -96,9 +105,9 @@ def of_seed(get_config, epochs, seed, hosts):
     runs[f"harp{end}"] = left(get_config, seed, f"search-harp{end}@last", epochs["harp_left"])
     labels[f"harp{end}"] = "HARP, 20 %"
     for host in hosts:
-        runs[f"eed-{host}{end}"] = team(get_config, seed, epochs["team"], (dense, *pool), host)
+        runs[f"eed-{host}{end}"] = team(get_config, seed, epochs["team"], (dense, *names), host)
         labels[f"eed-{host}{end}"] = f"EED, host {host}"
-    runs[f"drawn{end}"] = team(get_config, seed, epochs["team"], (dense, *pool), hosts[0], "random")
+    runs[f"drawn{end}"] = team(get_config, seed, epochs["team"], (dense, *names), hosts[0], "random")
     runs[f"masks{end}"] = team(get_config, seed, epochs["team"], (dense, *masks), hosts[0])
     return runs, labels | {f"drawn{end}": f"a team drawn from the pool, host {hosts[0]}",
                            f"masks{end}": f"a team of random masks, host {hosts[0]}"}

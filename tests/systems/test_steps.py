@@ -41,6 +41,7 @@ CASES = {
     "advmoe": [ADVMOE, *(
         ("advmoe", f"model.routing={name}", "system.loss=madry") for name in ROUTINGS if name != "layer")],
     "mask_search": [("mask_search", *_PRUNES)],
+    "flying_bird": [("flying_bird", "model.num_experts=1", "system.loss=madry", "system.rate=1/2")],
     "rst": [("rst", "model.num_experts=1", "system.loss=madry", "system.rate=1/2")],
     "standard": [DENSE, ("standard", "system.loss=madry")],
     "prune": [("prune", *_PRUNES, "system.groups=4")],
@@ -49,7 +50,7 @@ CASES = {
 _SEARCHES = ("mask_search", "rst")
 OWN_METRICS = {"admm": {"distance"}, "eed": {"wrong", "compact", "disagreement", "active"}}
 each_system = pytest.mark.parametrize("case", [
-    pytest.param(case, marks=pytest.mark.slow if {"model.routing=global", "rst"} & {*case} else ())
+    pytest.param(case, marks=pytest.mark.slow if {"model.routing=global", "rst", "flying_bird"} & {*case} else ())
     for cases in CASES.values() for case in cases], ids="-".join)
 
 
