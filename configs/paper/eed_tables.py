@@ -1,10 +1,10 @@
 """The tables of EED (Jung & Song, CVPR 2025), the paper's numbers beside ours.
 
 Every row is trained as the paper says where it says it: Madry, PGD-20 of step 2/255, eps 8/255, batch 512; 100 epochs
-of the base, 20 of each search, 40 of each copy, 80 of the team. What it leaves open is as in configs/eed_digits.py. RA is
-AutoAttack's on all test images; MAD and TwinRep are not here. The paper's table 3 reports 1.86 times the speed of the
-dense network for the whole team; single masked weights save no time in dense kernels, so that here members asked and
-multiply-accumulates are shown.
+of the base, 20 of each search, 40 of each copy, 80 of the team. What it leaves open is as in configs/eed_digits.py. RA
+is AutoAttack's on all test images; MAD and TwinRep are not here. The paper's table 3 reports 1.86 times the speed of
+the dense network for the whole team; single masked weights save no time in dense kernels, so that here members asked
+and multiply-accumulates are shown.
 
 Command:  python -m advmoe_jax.data.prepare cifar10 --out data
           python -m advmoe_jax.main --config configs/paper/eed_tables.py:1

@@ -11,8 +11,7 @@ from advmoe_jax.ops.stopping import GATES, Rule
 
 SURE = [[(.9, .05, .05), (.8, .1, .1), (.9, .05, .05)]]
 UNSURE = [[(.4, .35, .25), (.5, .3, .2), (.8, .1, .1), (.9, .05, .05)]]
-RULES = (*(Rule(gate) for gate in GATES), Rule("agreeing", most_change=1e-3),
-         Rule("thresholds", most_change=0.02, least_confidence=0.7), Rule(combiner="max"))
+RULES = (*(Rule(gate, most_change=0.02, least_confidence=0.7) for gate in GATES), Rule(combiner="max"))
 
 
 def _random(members=5, rows=3000, seed=0):

@@ -21,7 +21,8 @@ NETS = {"resnet": ("model.name=resnet", "model.depth=6", "model.num_experts=1", 
         "padded": ("model.name=cifar_resnet", "model.depth=8", "model.shortcut_pad=both",
                    "model.num_experts=1", "model.model_scale=1"),
         "routed": ("model.name=resnet", "model.depth=6", "model.router_width=4", "model.experts=disjoint")}
-each = pytest.mark.parametrize("name", NETS)
+each = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name == "routed" else ())
+                                        for name in NETS])
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -50,7 +50,7 @@ CASES = {
 _SEARCHES = ("mask_search", "rst")
 OWN_METRICS = {"admm": {"distance"}, "eed": {"wrong", "compact", "disagreement", "active"}}
 each_system = pytest.mark.parametrize("case", [
-    pytest.param(case, marks=pytest.mark.slow if {"model.routing=global", "rst", "flying_bird"} & {*case} else ())
+    pytest.param(case, marks=pytest.mark.slow if {"model.routing=global", "rst", "flying_bird", "eed"} & {*case} else ())
     for cases in CASES.values() for case in cases], ids="-".join)
 
 
