@@ -47,10 +47,11 @@ CASES = {
     "prune": [("prune", *_PRUNES, "system.groups=4")],
     "eed": [("eed", "model.name=team", "model.num_experts=1", "model.num_members=2", "system.host=none",
              "system.loss=madry", "system.team_rate=1/10", "system.member_rate=11/20", "init_from=base")]}
+_SLOW = {"model.routing=global", "rst", "flying_bird", "eed"}
 _SEARCHES = ("mask_search", "rst")
 OWN_METRICS = {"admm": {"distance"}, "eed": {"wrong", "compact", "disagreement", "active"}}
 each_system = pytest.mark.parametrize("case", [
-    pytest.param(case, marks=pytest.mark.slow if {"model.routing=global", "rst", "flying_bird", "eed"} & {*case} else ())
+    pytest.param(case, marks=pytest.mark.slow if _SLOW & {*case} else ())
     for cases in CASES.values() for case in cases], ids="-".join)
 
 
