@@ -22,7 +22,7 @@ from advmoe_jax.systems.assemble import Experiment, assemble
 from advmoe_jax.train import checkpoint, ema, loop
 
 _OWN = ("checkpoints", "config.json", "eval", "metrics.jsonl", "pruning.json", "report.md", "results.json",
-        "status.json")
+        "status.json", "team.json")
 
 
 def _all(config: ConfigDict) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> bool:
     Raises:
         UserError: everything impossible, before the first step; or another process holds the workdir.
     """
-    experiment = assemble(config)
+    experiment = assemble(config, workdir=workdir)
     evaluation.check(_subject(experiment, workdir))
     with _held(workdir):
         check_workdir(config, workdir, exists=False)

@@ -7,7 +7,7 @@ import pytest
 
 import advmoe_jax
 from advmoe_jax.bench import __main__ as bench
-from advmoe_jax.bench import growth, layers, nets, pruning, reference, routing, train
+from advmoe_jax.bench import ensemble, growth, layers, nets, pruning, reference, routing, train
 from advmoe_jax.core import config
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.train.log import Metrics
@@ -62,6 +62,17 @@ def test_layers(monkeypatch):
     monkeypatch.setattr(layers, "_CASES", layers._CASES[:1])
     [row] = layers.measure(1)
     assert row["forward: all / blocks"] == row["forward: all ms"] / row["forward: blocks ms"]
+
+
+@pytest.mark.slow
+def test_ensemble(monkeypatch):
+    monkeypatch.setattr(nets, "MODEL", {"model.width": 4, "model.depth": 10})
+    monkeypatch.setattr(ensemble, "_BATCH", 16)
+    rows = {row["what"]: row for row in ensemble.measure(1)}
+    assert rows["all members"]["time / all"] == 1 and len(rows) == 2 + len(ensemble._SHARES)
+    asked = [row["members asked"] for what, row in rows.items() if what.startswith("asked")]
+    assert asked == sorted(asked) and asked[0] == 1 and 1 < asked[-1] <= 4
+    assert all(row["asked / all"] == row["members asked"] / 4 for row in rows.values())
 
 
 @pytest.mark.slow

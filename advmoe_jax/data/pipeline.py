@@ -6,6 +6,7 @@ file. Legend: n examples of a split, B batch; H height, W width, C channels.
 
 import dataclasses
 import functools
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,9 @@ from advmoe_jax.data.split import Rows, Split, stratified
 _SMALL = 20_000
 
 
+_PART = re.compile(r"\s*(\d{1,6}(?:\s*\+\s*\d{1,6})*)\s+of\s+(\d{1,6})\s*")
+
+
 def _is_padded(cfg: Any) -> bool:
     return getattr(cfg, "crop", "pad") == "pad"
 
@@ -35,6 +39,10 @@ class Config:
     name: str = setting("cifar10", "a module of advmoe_jax.data, or 'tfds:NAME'", room=("data", "dataset"))
     dir: str = setting("data", "where prepared data is")
     subset: int = setting(0, "keep the first so many training images; 0 for all", least=0, most=10**9)
+    part: str = setting("", "train on parts of what is left of them: '0+2 of 4', the first and the third of four that "
+                            "are drawn at random; empty: all", read=lambda value, name: _part(value, name))
+    part_draw: str = setting("", "name of that draw: runs with one name and seed divide alike", only=Only(
+        "a data.part", lambda config: bool(config.data.part)))
     batch_size: int = setting(128, "images of an iteration, on all devices together", least=1, most=10**6)
     pad: int = setting(4, "pixels that crops may move by", least=0, most=1024, only=Only(
         "images that are not cropped before, by data.crop=resized", lambda config: _is_padded(config.data)))
@@ -64,13 +72,14 @@ class Data:
     image_shape: tuple[int, int, int]
 
 
-def load(cfg: Any, select_on: str, select_examples: int) -> Data:
+def load(cfg: Any, select_on: str, select_examples: int, seed: int = 0) -> Data:
     """Loads a data set and sets aside what chooses the best checkpoint.
 
     Args:
         cfg: `config.data`; see `open_dataset`.
         select_on: "validation", held out of the training images (see `holdout`), or "test".
         select_examples: at most so many of them choose.
+        seed: of the run, for `data.part`.
     Raises:
         UserError: see `open_dataset` and `holdout`.
     """
@@ -81,7 +90,39 @@ def load(cfg: Any, select_on: str, select_examples: int) -> Data:
     else:
         select = train
         rows, select_rows = holdout(len(train), train.labels)
+    rows = part_of(rows, getattr(cfg, "part", ""), seed, getattr(cfg, "part_draw", ""))
     return Data(train, rows, select, select_rows[:select_examples], test, dataset.num_classes, dataset.image_shape)
+
+
+def part_of(rows: np.ndarray, part: str, seed: int, name: str = "") -> np.ndarray:
+    """Some of the training images: a random draw divides them into parts, of equal sizes but for one image.
+
+    Args:
+        rows: (n,) of all.
+        part: "0+2 of 4", which of how many; empty: all.
+        seed, name: of the draw.
+    Returns:
+        (m,), in the order of `rows`.
+    Raises:
+        UserError: it cannot be read, or there are fewer images than parts.
+    """
+    if not part:
+        return rows
+    chosen, count = _part(part)
+    if count > len(rows):
+        raise UserError(f"data.part is {part!r}, and there are {len(rows)} training images: expected no more parts")
+    parts = np.array_split(_permutation(len(rows), seed, f"part/{name}", 0), count)
+    return rows[np.sort(np.concatenate([parts[number] for number in chosen]))]
+
+
+def _part(text: str, name: str = "data.part") -> tuple[tuple[int, ...], int]:
+    """The numbers of the parts, and of how many. Raises UserError for what cannot be read; "" is none of 1."""
+    match = _PART.fullmatch(text)
+    chosen, count = (tuple(map(int, match[1].split("+"))), int(match[2])) if match else ((), 1)
+    if text and (not chosen or max(chosen) >= count or len(set(chosen)) < len(chosen)):
+        raise UserError(f"{name} is {text!r}: expected different parts, counted from 0, and of how many, such as "
+                        "'0+2 of 4'")
+    return chosen, count
 
 
 def open_dataset(name: str, root: str, subset: int = 0, view: Any = None) -> Dataset:

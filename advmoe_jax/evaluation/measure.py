@@ -99,7 +99,8 @@ def run(model: Model, variables: Variables, split: Split, rows: np.ndarray, suit
         views, _source(split, mesh), rows, split.labels[rows], suite.specs, key=jax.random.key(seed),
         batch_size=-(-min(batch_size, len(rows)) // mesh.size) * mesh.size, survivors_only=suite.survivors_only,
         checks=checks, log=log, judge=judge,
-        surfaces={name: surface(variables) for name, surface in model.surfaces.items()})
+        surfaces={name: surface(variables) for name, surface in model.surfaces.items()},
+        of_logits=getattr(model, "logit_views", ()))
 
 
 def summarize(found: Found, suite: Suite, model: Model, noticed: tuple[Flag, ...] = (),

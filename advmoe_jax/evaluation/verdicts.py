@@ -7,7 +7,7 @@ returned. m images, B of them in a batch.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -116,7 +116,8 @@ class Found:
 def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.ndarray, label: np.ndarray,
         specs: Sequence[Spec], *, key: jax.Array, batch_size: int, survivors_only: bool, checks: Sequence[Spec] = (),
         log: Log | None = None, judge: jax.tree_util.Partial | None = None,
-        surfaces: Mapping[str, jax.tree_util.Partial] = MappingProxyType({}), is_random: bool = False) -> Found:
+        surfaces: Mapping[str, jax.tree_util.Partial] = MappingProxyType({}), is_random: bool = False,
+        of_logits: Collection[str] = ()) -> Found:
     """Runs every attack through every view; those that know of routes, or see no gradient, once.
 
     Attack keys are folded from the index of the image, so that nothing depends on the batch. Images that are
@@ -136,6 +137,7 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
         judge: x -> (logits, what is kept of each image, with leading B), which gives the verdicts; unless given, the
             first view, of which nothing is kept. "finite" (B,) bool among it says whether all of it is.
         surfaces: other functions of the model that attacks may take, {name: function}.
+        of_logits: views with another gradient of the logits alone: attacks that read aux do not go through them.
         is_random: whether views take keys (B,) too. Attacks that average over draws get them all; verdicts, and other
             attacks, know one draw that is the same for all images.
     Raises:
@@ -153,7 +155,7 @@ def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.nd
     for record, arrays in log.read():
         logged.setdefault(record["attempt"], []).append((record, arrays))
     planned = [(is_check, attempt) for is_check, chosen in ((False, specs), (True, checks))
-               for attempt in _plan(chosen, drawn, surfaces, views if is_random else None)]
+               for attempt in _plan(chosen, drawn, surfaces, views if is_random else None, of_logits)]
     for number, (is_check, (spec, view, model)) in enumerate(planned):
         stands = found.survivors() if survivors_only or is_check else found.correct
         if spec.about.all_images:
@@ -179,14 +181,15 @@ def _without_aux(outputs_fn, x):
     return outputs_fn(x)[0], {}
 
 
-def _plan(specs, views, surfaces, with_keys):
+def _plan(specs, views, surfaces, with_keys, of_logits):
     """(attack, name of the view, what it attacks) of every attempt."""
     for spec in specs:
         if getattr(spec.config, "eot", 0):
             yield from ((spec, view, objectives.logits_fn(with_keys[view]) if with_keys else jax.tree_util.Partial(
                 _without_keys, outputs_fn)) for view, outputs_fn in views.items())
         elif spec.about.takes == "outputs":
-            yield from ((spec, view, outputs_fn) for view, outputs_fn in views.items())
+            yield from ((spec, view, outputs_fn) for view, outputs_fn in views.items()
+                        if not (spec.about.needs and view in of_logits))
         elif spec.about.takes == "logits":
             yield from ((spec, view, objectives.logits_fn(outputs_fn)) for view, outputs_fn in views.items())
         elif spec.about.takes == "values":

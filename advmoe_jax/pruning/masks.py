@@ -164,6 +164,11 @@ def _largest(scores: jax.Array, keep: Fraction, by: int | None = None) -> jax.Ar
     return jnp.moveaxis(chosen.reshape(scores.shape[by], *rest), 0, by)
 
 
+def largest(scores: jax.Array, count: int | jax.Array) -> jax.Array:
+    """Bool of the shape of non-negative scores: the `count` largest, which may be traced; of equal ones the first."""
+    return _largest_of_rows(scores.reshape(1, -1), count).reshape(scores.shape)
+
+
 @jax.jit
 def _largest_of_rows(rows: jax.Array, count: int | jax.Array) -> jax.Array:
     """(R, n) bool, the `count` largest of each row, of equal ones the first.

@@ -53,20 +53,23 @@ def scaled(score: jax.Array) -> jax.Array:
     return math.sqrt(6 / math.prod(score.shape[:-1])) * score / jnp.where(largest > 0, largest, 1)
 
 
-def begin(params: Any, search: Search) -> dict[str, Any]:
-    """What a search begins with: the dense parameters; scores, the scaled weights with their signs; and rates.
+def begin(params: Any, search: Search, scores: Any = None) -> dict[str, Any]:
+    """What a search begins with: the dense parameters; scores, unless given the scaled weights with their signs; and
+    rates.
 
     HARP begins with twice the share that is to stay, and with a tenth at least.
 
     Args:
         params: {group: tree}, dense.
         search: of these.
+        scores: {path of a kernel: array like it}, signed; None: the weights themselves (`pruning.erm`).
     Returns:
         {"dense": like params, "scores": tree of arrays like the kernels, "rates": tree of (), if they are learned}.
     """
     leaves = tree.named_leaves(params)
+    scores = {path: scaled(leaves[path]) for path in search.sizes} if scores is None else scores
     found = {"dense": jax.tree.map(jnp.copy, params),
-             "scores": masking.of_leaves(params, {path: scaled(leaves[path]) for path in search.sizes})}
+             "scores": masking.of_leaves(params, {path: scores[path] for path in search.sizes})}
     if search.learns_rates:
         start = selecting.inverse_rate(max(_LEAST_START, 2 * float(search.keep)), float(search.keep))
         found["rates"] = masking.of_leaves(params, {path: jnp.float32(start) for path in search.sizes})

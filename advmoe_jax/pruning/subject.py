@@ -22,6 +22,7 @@ from advmoe_jax.pruning.channels import Channels, removable
 
 KERNELS = ("3x3", "all", "every")
 _AT_ONCE = 128  # images of one evaluation
+_NORM_EPSILON = 1e-5
 
 
 def of_rate(layers: tuple[LayerSpec, ...], kernels: str, prunable: frozenset[str]) -> tuple[LayerSpec, ...]:
@@ -95,6 +96,21 @@ class Subject:
         width = spec.width if spec.routed and stored % spec.width == 0 else stored
         return tuple(slice(start, start + width) for start in range(0, stored, width))
 
+    def norm_factor(self, spec: LayerSpec) -> np.ndarray:
+        """(w,) size of the factor that the norm behind a layer has for each channel: |scale| / sqrt(running variance),
+        |scale| for a norm without running statistics, 1 without a norm."""
+        leaves = tree.named_leaves(self.variables.get("batch_stats", {}))
+        scale = self.leaf(f"{spec.norm}/scale") if spec.norm and self.has(f"{spec.norm}/scale") else np.ones(spec.width)
+        var = np.asarray(leaves.get(f"{spec.norm}/var", np.ones(len(scale))), np.float64)
+        eps = _NORM_EPSILON if f"{spec.norm}/var" in leaves else 0
+        return np.abs(scale) / np.sqrt(var + eps)
+
+    def stored(self, spec: LayerSpec, values: np.ndarray) -> np.ndarray:
+        """(O,) of numbers (w,) for each channel that an image computes: those of every expert, one after the other; the
+        mean for all where experts overlap."""
+        count = spec.kernel[-1]
+        return np.resize(values, count) if count % len(values) == 0 else np.full(count, np.mean(values))
+
     def filters(self, spec: LayerSpec, values: np.ndarray | None = None) -> list[np.ndarray]:
         """Of each window of a layer its filters as rows, (w, k * k * I), of its kernel or of `values` like it."""
         kernel = self.leaf(f"{spec.path}/kernel") if values is None else np.asarray(values, np.float64)
@@ -121,7 +137,7 @@ class Subject:
         if self.y is None:
             raise UserError("this method reads gradients: expected images with labels, (x, y)")
         return [tree.named_leaves(jax.device_get(slope(self.variables, x, y)))
-                for x, y in zip(self._parts(self.x), self._parts(self.y))]
+                for x, y in zip(self.parts(self.x), self.parts(self.y))]
 
     def features(self, paths: tuple[str, ...]) -> dict[str, np.ndarray]:
         """{path: (B, ..., C)}, what modules give for the images."""
@@ -140,10 +156,11 @@ class Subject:
                 self.apply(variables, x)
             return found
 
-        parts = [jax.device_get(run(self.variables, x)) for x in self._parts(self.x)]
+        parts = [jax.device_get(run(self.variables, x)) for x in self.parts(self.x)]
         return {path: np.concatenate([part[path] for part in parts]) for path in paths}
 
-    def _parts(self, values):
+    def parts(self, values):
+        """Images or labels, so many at once as are evaluated together."""
         if values is None:
             raise UserError("this method reads images: expected some")
         return [values[start:start + _AT_ONCE] for start in range(0, len(values), _AT_ONCE)]

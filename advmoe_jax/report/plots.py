@@ -97,6 +97,34 @@ def write_pictures(run: Run) -> str | None:
     return "pictures.png"
 
 
+def write_team(run: Run, found: dict[str, Any]) -> str | None:
+    """Draws the robust diversity of every team of a pool by its size, and the one that was chosen.
+
+    Args:
+        run: whose it is.
+        found: what its team.json says.
+    Returns:
+        "team.png", or None without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    sizes, diversity = zip(*((len(members.split()), rd) for members, rd in found["teams"]))
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    shift = np.random.default_rng(0).uniform(-0.3, 0.3, len(sizes))
+    axes.plot(np.array(sizes) + shift, diversity, ".", color=_COLOURS[0], alpha=0.3, markersize=3, label="teams")
+    axes.plot([len(found["team"])], [found["diversity"]], "D", color=_COLOURS[1], label="chosen")
+    axes.axhline(found["rule"]["rd_threshold"], color=_GREY, linestyle=":", label="threshold")
+    axes.set(xlabel="members", ylabel="robust diversity", xticks=sorted(set(sizes)), ylim=(None, 1.02))
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
+    files.write_figure(run.folder / "team.png", figure)
+    return "team.png"
+
+
 def _updates(train: list[dict[str, Any]]) -> list[str]:
     """Names of the updates of an iteration, in their order."""
     return list(dict.fromkeys(key.partition("/")[0] for record in train for key in record if key.endswith("/loss")))

@@ -1,9 +1,12 @@
 """WORKDIR/report.md: everything that one run says about itself, with plots beside it."""
 
+import json
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from advmoe_jax.core import files, tables
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.tables import Table
 from advmoe_jax.report import commands, criteria, plots, runs
 from advmoe_jax.report.runs import Run
@@ -13,12 +16,13 @@ _DEFINITION = ("Robust accuracy (RA) = worst case per example over the gradients
                "Wilson 95 % intervals.")
 _COLUMNS = ("The columns after RA are the accuracies under one gradient each: with the router held constant, and "
             "through it by each straight-through estimate.")
+_OF_VIEWS = "The columns after RA are the accuracies under one gradient each, all on the answers that users get."
 _ATTEMPTS = ("Robust accuracy = worst case per example. The attacks of a suite, in order: images that they were given, "
              "that they broke, and the robust accuracy after them.")
 _MORE = {"ra": "RA alone %", "accuracy": "accuracy %"}
 _OF_ALL = "Accuracy: as SR-GKP's tables have it, with images that were wrong when clean and are right after the attack."
 _PICTURES = "The first test images as these attacks show them; those in a red frame are misclassified."
-_VIEWS = {"none": "router constant"}
+_VIEWS, _PLAIN = {"none": "router constant"}, {"none": "plain"}
 
 
 def write(run: Run) -> None:
@@ -29,7 +33,8 @@ def write(run: Run) -> None:
     accuracy = accuracy_tables(run)
     parts = [_head(run)]
     if accuracy:
-        views = " " + _COLUMNS if len(run.entries[0]["ra_by_view"]) > 1 else ""
+        found = run.entries[0]["ra_by_view"]
+        views = f" {_COLUMNS if _of_router(found) else _OF_VIEWS}" if len(found) > 1 else ""
         parts += ["## Accuracy\n", f"{_DEFINITION}{views}\n", *map(tables.markdown, accuracy)]
         attempts = attempt_tables(run)
         if attempts:
@@ -43,6 +48,7 @@ def write(run: Run) -> None:
         parts += ["## Criteria\n", tables.markdown(of_criteria)]
     for title, shown in fact_tables(run).items():
         parts += [f"## {title}\n", *map(tables.markdown, shown)]
+    parts += _team(run)
     if written:
         chosen = run.config.train
         parts += ["## Training\n", f"The best checkpoint is chosen by {chosen.select_attack} on up to "
@@ -54,6 +60,27 @@ def write(run: Run) -> None:
     files.write_text(run.folder / "report.md", "\n".join(parts))
     tables.show((*accuracy, macs_table(run)) if accuracy else (), as_text=False)
     print(f"report: {run.folder / 'report.md'}" + ("" if accuracy else " (not evaluated yet)"))
+
+
+def _team(run: Run) -> list[str]:
+    """Of a run that left a team.json, the pool and who was chosen."""
+    try:
+        found = json.loads((run.folder / "team.json").read_text())
+        rule, pool, rank = found["rule"], found["pool"], {of: place for place, of in enumerate(found["team"])}
+        rows = [(of["run"], str(rank.get(i, "")), tables.percent(of["fails"]), tables.percent(of["own_ra"]))
+                for i, of in enumerate(pool)]
+    except OSError:
+        return []
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{run.folder / 'team.json'} is damaged: expected what a run of system.name=eed writes; move "
+                        "it away to report without it") from None
+    note = (f"Chosen by {rule['choose']}: robust diversity {found['diversity']:.3f}"
+            f"{', below the threshold, which no team reaches' if found['falls_back'] else ''}. Failures are on "
+            f"{rule['rd_images']} {rule['rd_on']} images by {rule['rd_attack']}: they are no robustness. Members are "
+            "asked by falling accuracy under an attack of their own, the last column.")
+    drawn = plots.write_team(run, found)
+    return ["## Team\n", tables.markdown(Table("Pool", ("run", "member", "fails, %", "own RA %"), rows, (note,))),
+            *([f"![{drawn}]({drawn})\n"] if drawn else [])]
 
 
 def _head(run: Run) -> str:
@@ -80,8 +107,9 @@ def _accuracy(entries: list[dict[str, Any]]) -> Table:
         tables.with_interval(e["ra"], e["ra_interval"]), *([runs.adaptive([e])] if shown else []),
         *([tables.percent(_of_all(e))] if all_images else ()), *(tables.percent(e["ra_by_view"][v]) for v in views))
         for e in entries]
+    names = _VIEWS if _of_router(views) else _PLAIN
     columns = ("checkpoint", "step", "n", "SA %", "RA %", *([runs.ADAPTIVE] if shown else []),
-               *(["accuracy %"] if all_images else ()), *(_VIEWS.get(view, view) for view in views))
+               *(["accuracy %"] if all_images else ()), *(names.get(view, view) for view in views))
     return Table(runs.attack_title(entries[0]), columns, rows,
                  (runs.attack_settings(entries), *([_OF_ALL] if all_images else ())))
 
@@ -92,13 +120,19 @@ def _of_all(entry: dict[str, Any]) -> float | None:
     return found[0] if len(found) == 1 else None
 
 
+def _of_router(views: Iterable[str]) -> bool:
+    """Whether gradients differ by what goes through a router."""
+    return any(view.startswith("ste") for view in views)
+
+
 def attempt_tables(run: Run) -> list[Table]:
     """A table for each suite of several attacks, with a row for each attack and gradient."""
     found = []
     for entry in run.entries:
         if len({attempt["attack"] for attempt in entry["attempts"]}) > 1:
             more = {column: name for name, column in _MORE.items() if any(name in a for a in entry["attempts"])}
-            rows = [(a["attack"], _VIEWS.get(a["view"], a["view"]), str(a["attacked"]), str(a["broken"]),
+            names = _VIEWS if _of_router(a["view"] for a in entry["attempts"]) else _PLAIN
+            rows = [(a["attack"], names.get(a["view"], a["view"]), str(a["attacked"]), str(a["broken"]),
                      tables.percent(a["ra_after"]), f"{a['seconds']:.1f}",
                      *(tables.percent(a[name]) if name in a else "" for name in more.values()))
                     for a in entry["attempts"]]

@@ -74,12 +74,12 @@ def objective(model: Model, cfg, *, router_loss: bool = False) -> step.Objective
         if system.balance_loss > 0:
             balance = [routing.balance_loss(aux["router_logits"]) for _, aux in passes.values()]
             loss += system.balance_loss * sum(balance) / len(balance)
-        return loss, (batch_stats, _accuracies(passes, y) | model.metrics(passes))
+        return loss, (batch_stats, accuracies(passes, y) | model.metrics(passes))
 
     return run
 
 
-def _accuracies(passes: Mapping[str, Any], y: jax.Array) -> dict[str, jax.Array]:
+def accuracies(passes: Mapping[str, Any], y: jax.Array) -> dict[str, jax.Array]:
     """In train mode: "sa" of the clean pass, "ra" the mean of the adversarial ones."""
     rates = {which: jnp.mean(jnp.argmax(outputs[0], -1) == y) for which, outputs in passes.items()}
     robust = [rate for which, rate in rates.items() if which != "clean"]
@@ -101,7 +101,8 @@ class Update:
 def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sources: Mapping[str, Source],
           updates: tuple[Update, ...], describe: str, objective: Callable[..., step.Objective] = objective,
           masks: Mapping[str, Any] | None = None, after: Callable[[State], State] = states.masked,
-          begin: Callable[[State], State] = lambda state: state, part: Part = states.PARAMETERS) -> System:
+          begin: Callable[[State], State] = lambda state: state, part: Part = states.PARAMETERS,
+          attacks: Callable[[Model, step.Attack | None], step.Attack | None] = lambda _, attack: attack) -> System:
     """A system whose iterations are `updates` in order.
 
     Args:
@@ -116,6 +117,7 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
         masks: {group: tree} that it starts with; those of the sources unless given.
         after: applied to the state after each step.
         begin, part: as `train.state.fresh`.
+        attacks: (model as it is trained, its attack) -> what makes a step's images instead.
     """
     per_epoch = pipeline.steps_per_epoch(len(data.rows), cfg.data.batch_size)
     length = units.steps(cfg.train.length, per_epoch, what="train.length")
@@ -141,7 +143,8 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
 
     loss = cfg.system.loss
     attack = None if loss == "natural" else adversary.training_attack(trained, cfg, "kl" if loss == "trades" else "ce")
-    prepare = step.preparation(attack, seed=cfg.seed, mesh=mesh, data_cfg=cfg.data, parts=cfg.train.accumulate)
+    prepare = step.preparation(attacks(trained, attack), seed=cfg.seed, mesh=mesh, data_cfg=cfg.data,
+                               parts=cfg.train.accumulate)
     abstract = jax.eval_shape(init, jax.random.key(0))
     steps = tuple(
         step.make(u.name, objective(trained, cfg, router_loss=u.router_loss), prepare, u.inputs, owns=u.owns,

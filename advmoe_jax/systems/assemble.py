@@ -1,9 +1,12 @@
 """From a config to everything that a run needs: data, model and system."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from advmoe_jax.attacks import parse
@@ -57,12 +60,14 @@ def check(config: ConfigDict) -> None:
     criteria.asked(config)
 
 
-def assemble(config: ConfigDict, starts: bool = True) -> Experiment:
+def assemble(config: ConfigDict, starts: bool = True, workdir: epath.Path | None = None) -> Experiment:
     """Loads the data and the runs that it starts from, and builds the system that `config.system.name` names.
 
     Args:
         config: checked.
         starts: whether it is to be trained; for what is evaluated alone, the runs that it started from may be gone.
+        workdir: of the run. A system that chooses something before it trains names the file of it in KEEPS, and gets
+            what an earlier start left there as `kept`.
     Raises:
         UserError: a field names nothing, is out of range, or its data is missing.
     """
@@ -70,12 +75,13 @@ def assemble(config: ConfigDict, starts: bool = True) -> Experiment:
     parts = config.train.accumulate
     meshes.check_batch_size(mesh, config.data.batch_size // parts,
                             "data.batch_size / train.accumulate" if parts > 1 else "data.batch_size")
-    data = pipeline.load(config.data, config.train.select_on, config.train.select_examples)
+    data = pipeline.load(config.data, config.train.select_on, config.train.select_examples, config.seed)
     runs = sources.load(config, data.image_shape, data.num_classes) if starts else {}
     model = models.make(config.model, data.image_shape, data.num_classes, mesh)
     module = find.module("systems", config.system.name, defines="make", kind="system.name")
     _check_outputs(model)
-    system = module.make(config, model, data, mesh, runs)
+    kept = {"kept": _kept(workdir / module.KEEPS)} if starts and workdir and hasattr(module, "KEEPS") else {}
+    system = module.make(config, model, data, mesh, runs, **kept)
     _check_system(config.system.name, system)
     suite, more = _selection(config), criteria.asked(config)
     for asked in filter(None, (suite, more)):
@@ -94,6 +100,14 @@ def assemble(config: ConfigDict, starts: bool = True) -> Experiment:
         return {"images": len(data.select_rows)} | {f"accuracy/{name}": rate for name, rate in rates.items()}
 
     return Experiment(config, mesh, system, data, select, of_criteria if more else None)
+
+
+def _kept(path: epath.Path) -> Any:
+    """The JSON of a file; None where there is none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _check_outputs(model: models.Model) -> None:

@@ -1,7 +1,8 @@
 """Searches which weights of a finished run to keep: scores are trained by the ordinary losses, and the weights rest.
 
-HYDRA (Sehwag et al., NeurIPS 2020): a weight's score begins as its size; the largest stay, and gradients pass the
-choice as if a mask were its scores. HARP (Zhao & Wressnegger, ICLR 2023) learns each layer's share as well.
+HYDRA (Sehwag et al., NeurIPS 2020): a weight's score begins as its size, or as another score of the pruning room; the
+largest stay, and gradients pass the choice as if a mask were its scores. HARP (Zhao & Wressnegger, ICLR 2023) learns
+each layer's share as well.
 
 The state's parameters are always the masked ones, which attacks, evaluations and other runs read. What is dense rests
 in `State.extra` with the scores. Norms and biases rest too; running statistics follow the masked network, as in HARP's
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.core import shares
+from advmoe_jax.core import find, shares
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import Only, setting
 from advmoe_jax.data import pipeline
@@ -28,14 +29,20 @@ from advmoe_jax.pruning.search import Search
 from advmoe_jax.pruning.subject import KERNELS
 from advmoe_jax.systems import adversarial
 from advmoe_jax.systems.adversarial import Update, build
-from advmoe_jax.systems.prune import is_rate
-from advmoe_jax.systems.sources import Source, needed
+from advmoe_jax.systems.prune import is_rate, logits_of, own_config, score_images
+from advmoe_jax.systems.sources import Source, initial, needed
 from advmoe_jax.train.state import Part, State
 from advmoe_jax.train.step import Objective
 from advmoe_jax.train.system import Inputs, System
 
 NAME = "search"  # of what it owns in State.extra
+ROOM = ("pruning", "score")  # modules that score single weights
 _LEARNS = Only("system.learn_rates=true", lambda config: config.system.get("learn_rates"))
+_NEEDS_IMAGES = Only("a system.score that reads gradients", lambda config: _scorer(config).ABOUT.needs_images)
+
+
+def _scorer(config):
+    return find.module(ROOM[0], config.system.score, defines=ROOM[1:], kind="system.score")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +55,9 @@ class Config(adversarial.Config):
     skip: str = setting("(^|/)router/", "regular expression; layers whose path has a match stay whole")
     unit: str = setting("weight", f"what goes: {', '.join(selecting.UNITS)}", read=selecting.check_unit)
     scope: str = setting("layer", "the same share of each layer, or of all together", choices=("layer", "global"))
+    score: str = setting("erm", "what the scores begin as, a module of advmoe_jax.pruning", room=ROOM)
+    images: int = setting(256, "training images, attacked by the first of train.attack, that they are made of", least=1,
+                          most=10**6, only=_NEEDS_IMAGES)
     learn_rates: bool = setting(False, "whether each layer learns its own share (HARP)")
     budget_weight: float = setting(0.01, "weight of HARP's loss for a share of all above the budget, of the first "
                                          "epoch; that of epoch n is n times as large", least=0, most=1e6, only=_LEARNS)
@@ -56,9 +66,15 @@ class Config(adversarial.Config):
 def check(config) -> None:
     """Raises UserError for a run that has nothing to search in, or asks for what excludes each other."""
     needed(config)
+    check_search(config)
+
+
+def check_search(config) -> None:
+    """`check` but for what it starts from."""
     system = config.system
     if config.train.ema:
-        raise UserError(f"train.ema is {config.train.ema}: expected 0 with system.name=mask_search, whose weights rest")
+        raise UserError(f"train.ema is {config.train.ema}: expected 0 with system.name={system.name}, whose weights "
+                        "rest")
     if system.unit.startswith("grouped") and system.scope == "global":
         raise UserError(f"system.scope is 'global': expected 'layer' with system.unit={system.unit}, whose groups keep "
                         "equally many")
@@ -77,13 +93,15 @@ def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, source
     how = search.Search(model.layers, layers, 1 - shares.share(system.rate), system.unit, system.scope,
                         system.learn_rates)
     groups = tuple(group for group in model.groups if any(spec.path.startswith(f"{group}/") for spec in layers))
-    method = "HARP" if system.learn_rates else "HYDRA"
+    method, scores = "HARP" if system.learn_rates else "HYDRA", _scores_at_first(cfg, model, data, sources)
+    started = jax.jit(lambda state, scores: _applied(_with(state, search.begin(state.params, how, scores)), how))
     built = build(
         cfg, model, data, mesh, sources, (Update("train", groups, Inputs("data", "train", "train")),),
-        f"masks of {model.kind} searched by {method} at {system.rate}, {system.loss}",
+        f"masks of {model.kind} searched by {method} at {system.rate}"
+        f"{'' if system.score == 'erm' else f' from {system.score}'}, {system.loss}",
         objective=functools.partial(_objective, how, pipeline.steps_per_epoch(len(data.rows), cfg.data.batch_size)),
         after=lambda state: _applied(state, how), part=_scores(groups, how),
-        begin=jax.jit(lambda state: _applied(_with(state, search.begin(state.params, how)), how)))
+        begin=lambda state: started(state, scores))
     if not system.learn_rates:
         return built
 
@@ -91,6 +109,16 @@ def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, source
         return _applied(_with(state, search.within_budget(state.extra[NAME], how)), how)
 
     return dataclasses.replace(built, every={"100%": jax.jit(last, donate_argnums=0)}, first_best=built.length)
+
+
+def _scores_at_first(cfg, model: Model, data: pipeline.Data, sources: Mapping[str, Source]) -> dict[str, Any] | None:
+    """{path of a kernel: score}; None: the weights themselves, or nothing is to be trained."""
+    if not sources or cfg.system.score == "erm":
+        return None
+    system, module, (variables, _) = cfg.system, _scorer(cfg), initial(model, sources)
+    x, y = score_images(cfg, model, data, variables, "attacked") if module.ABOUT.needs_images else (None, None)
+    subject = pruned.of(logits_of(model), variables, model.layers, system.rate, system.kernels, system.skip, x, y)
+    return {f"{path}/kernel": score for path, score in module.score(subject, own_config(module, system)).items()}
 
 
 def _with(state: State, found: Mapping[str, Any]) -> State:

@@ -39,6 +39,12 @@ def _about(config):
     return find.module(pruning.ROOM[0], config.system.method, defines=pruning.ROOM[1:], kind="system.method").ABOUT
 
 
+def own_config(module: Any, system: Any) -> Any:
+    """The Config of a module of the pruning room with its fields of `config.system`; None if it has none."""
+    own = getattr(module, "Config", None)
+    return own(**{field.name: system[field.name] for field in dataclasses.fields(own)}) if own else None
+
+
 def is_rate(value: str, name: str) -> None:
     """Raises UserError unless it reads as a share above 0 and below 1."""
     if not 0 < shares.share(value, name) < 1:
@@ -74,16 +80,15 @@ def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, source
     if not sources:  # it is evaluated alone
         return build(cfg, model, data, mesh, sources, updates, title)
     variables, inherited = initial(model, sources)
-    x, y = _images(cfg, model, data, variables) if about.needs_images else (None, None)
+    x, y = score_images(cfg, model, data, variables, system.scored_on) if about.needs_images else (None, None)
 
     def chosen(variables):
-        subject = pruning.of(_logits(model), variables, model.layers, system.rate, system.kernels, system.skip, x, y,
+        subject = pruning.of(logits_of(model), variables, model.layers, system.rate, system.kernels, system.skip, x, y,
                              tree.named_leaves(inherited))
         return pruning.choose(subject, system.method, method)
 
     module = find.module(pruning.ROOM[0], system.method, defines=pruning.ROOM[1:])
-    method = module.Config(**{field.name: system[field.name] for field in dataclasses.fields(module.Config)}
-                           ) if hasattr(module, "Config") else None
+    method = own_config(module, system)
     first = chosen(variables)
     masks = _joined(first.masks, inherited)
     starts = jax.tree.map(np.ones_like, masks) if about.when == "soft" else masks
@@ -119,18 +124,20 @@ def report(pruned: Pruned, system: Any) -> dict[str, Any]:
     return found | ({"sha256": hashlib.sha256("".join(lines).encode()).hexdigest()} if lines else {})
 
 
-def _logits(model: Model):
+def logits_of(model: Model):
+    """(variables, x) -> logits of a model as users have it."""
     return lambda variables, x: model.outputs_fn(variables)(x)[0]
 
 
-def _images(cfg, model: Model, data: pipeline.Data, variables: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Training images in [0, 1] and their labels, as they are or attacked."""
+def score_images(cfg, model: Model, data: pipeline.Data, variables: Any, scored_on: str
+                 ) -> tuple[np.ndarray, np.ndarray]:
+    """The first `system.images` training images in [0, 1] and their labels, "clean" or "attacked" by `train.attack`."""
     rows = data.rows[:cfg.system.images]
     batch = data.train.take(rows)
     x, y = np.asarray(augment.to_float(jnp.asarray(batch["image"]))), batch["label"]
-    if cfg.system.scored_on == "attacked":
+    if scored_on == "attacked":
         attack = adversary.named(cfg, "ce")[0]
-        x = np.asarray(attack.run(jax.tree_util.Partial(_logits(model), variables), jax.random.key(cfg.seed), x, y))
+        x = np.asarray(attack.run(jax.tree_util.Partial(logits_of(model), variables), jax.random.key(cfg.seed), x, y))
     return x, y
 
 

@@ -198,3 +198,35 @@ def test_a_process_reads_its_own_rows_only(process, monkeypatch):
     assert len(taken) == 1 and taken[0].dtype == np.int64
     for values in (taken[0], batch["index"], batch["label"]):
         np.testing.assert_array_equal(values, mine)
+
+
+def test_parts_divide_the_training_images():
+    rows = np.arange(100, 203)
+    parts = [pipeline.part_of(rows, f"{k} of 4", 7, "nis") for k in range(4)]
+    assert sorted(map(len, parts)) == [25, 26, 26, 26] and all((np.diff(part) > 0).all() for part in parts)
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), rows)
+    np.testing.assert_array_equal(pipeline.part_of(rows, "0+2 of 4", 7, "nis"), np.union1d(parts[0], parts[2]))
+    np.testing.assert_array_equal(pipeline.part_of(rows, " 0 + 1 + 2 of 3", 7), rows)
+    np.testing.assert_array_equal(pipeline.part_of(rows, "", 7, "nis"), rows)
+    for other in (pipeline.part_of(rows, "0 of 4", 7, "ase"), pipeline.part_of(rows, "0 of 4", 8, "nis")):
+        assert len(np.intersect1d(other, parts[0])) < 20, "another name or seed is another draw"
+
+
+def test_a_part_of_a_subset():
+    config = _config(subset=200)
+    config.part, config.part_draw = "1 of 2", "a"
+    whole, part = (pipeline.load(of, "validation", 50, 3) for of in (_config(subset=200), config))
+    np.testing.assert_array_equal(part.select_rows, whole.select_rows)
+    np.testing.assert_array_equal(part.rows, pipeline.part_of(whole.rows, "1 of 2", 3, "a"))
+    assert len(part.rows) == 90 and part.rows.max() < 200
+
+
+@pytest.mark.parametrize("text", ["4 of 4", "0+0 of 2", "1", "of 3", "0 of 0", "-1 of 2", "0+1"])
+def test_parts_that_cannot_be(text):
+    with pytest.raises(UserError, match="data.part is .*: expected different parts"):
+        pipeline.part_of(np.arange(9), text, 0)
+
+
+def test_more_parts_than_images():
+    with pytest.raises(UserError, match="expected no more parts"):
+        pipeline.part_of(np.arange(3), "0 of 4", 0)

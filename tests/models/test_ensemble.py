@@ -25,7 +25,8 @@ pytestmark = pytest.mark.usefixtures("tiny_resnet")
 SHAPE, CLASSES, BATCH, PASSES = (8, 8, 1), 4, 6, 2
 KINDS = {"dense": ("model.num_experts=1", "model.model_scale=1"), "routed": ("model.router_width=4",),
          "ensemble": ("model.name=ensemble", "model.num_experts=1", "model.num_members=3"),
-         "team": ("model.name=ensemble", "model.router_width=4", "model.num_members=2")}
+         "team": ("model.name=ensemble", "model.router_width=4", "model.num_members=2"),
+         "stopping": ("model.name=team", "model.num_experts=1", "model.num_members=3")}
 each = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -105,7 +106,8 @@ def test_what_an_evaluation_keeps_and_says(kind):
     assert costs.keys() == {"pathway", "router", "total", "executed", "params"}
     tables = [dataclasses.asdict(table) for table in model.fact_tables(facts)]
     assert [Table(**table).title for table in json.loads(json.dumps(tables))] == {
-        "dense": [], "routed": ["Routing"]}.get(kind, ["Members"]) and bool(facts) == (kind != "dense")
+        "dense": [], "routed": ["Routing"], "stopping": ["Members", "Members asked"]}.get(kind, ["Members"])
+    assert bool(facts) == (kind != "dense")
     assert costs["total"] == costs["pathway"] + costs["router"] and costs["executed"] >= costs["total"]
     assert costs["params"] == tree.size(variables["params"])
 
@@ -183,7 +185,7 @@ def test_members_alone():
 @pytest.mark.parametrize("kind, text, says", [
     ("dense", "adaptive", "Dense"), ("ensemble", "adaptive", "ensemble of 3"), ("dense", "exits", "Dense"),
     ("routed", "exits", "MoE"), ("routed", "adaptive", ""), ("ensemble", "exits", ""), ("team", "exits", ""),
-    ("team", "adaptive", "ensemble of 2 MoE"), ("team", "pgd square", "")])
+    ("team", "adaptive", "ensemble of 2 MoE"), ("team", "pgd square", ""), ("stopping", "exits square", "")])
 def test_attacks_that_a_model_can_take(kind, text, says):
     suite = suites.together(text, "linf", "0.1")
     if not says:
@@ -234,5 +236,5 @@ def test_an_ensemble_is_evaluated_member_by_member():
 
 def test_a_network_has_the_name_of_its_kind():
     assert [_model(kind)[0].kind for kind in KINDS] == [
-        "Dense", "MoE", "ensemble of 3 S-Dense", "ensemble of 2 MoE"]
+        "Dense", "MoE", "ensemble of 3 S-Dense", "ensemble of 2 MoE", "team of 3 S-Dense"]
     assert isinstance(_model("ensemble")[0].member, network.Network)

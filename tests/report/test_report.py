@@ -250,3 +250,23 @@ def test_evaluate_command_of_an_attack_whose_table_has_another_name(tmp_path):
     fields = dict(text.split("=", 1) for text in main.parse(shlex.split(command)[3:])[1])
     again, = suites.alone(fields["eval.attacks"], "linf", "8/255")
     assert fields["eval.suite"] == "" and again.settings == suite.settings
+
+
+def test_a_team_and_the_pool_that_it_was_chosen_from(tmp_path):
+    found = {"rule": {"choose": "budget_fill", "rd_threshold": 0.7, "rd_images": 512, "rd_on": "training",
+                      "rd_attack": "base_transfer"},
+             "pool": [{"name": f"runs/{name}", "run": name, "step": 3, "fails": 0.25, "own_ra": 0.5} for name in "abc"],
+             "team": [2, 0], "diversity": 0.625, "falls_back": True,
+             "teams": [["0 2", 0.625], ["0 1 2", 0.5], ["0 1", 0.25]]}
+    folder = workdir(tmp_path / "team", [entry(routed=False) | {"ra_by_view": {"none": 0.4, "soft": 0.5}}])
+    (folder / "team.json").write_text(json.dumps(found))
+    workdir_report.write(runs.load(folder))
+    text = (folder / "report.md").read_text()
+    assert "robust diversity 0.625, below the threshold" in text and "they are no robustness" in text
+    assert [line.split("|")[1:3] for line in text.splitlines() if line.startswith(("| a ", "| b ", "| c "))] == [
+        [" a   ", " 1      "], [" b   ", "        "], [" c   ", " 0      "]]
+    assert "router" not in text.split("## MACs")[0], "the gradients are not those of a router"
+    assert is_png(folder / "team.png")
+    (folder / "team.json").write_text("{}")
+    with pytest.raises(UserError, match="team.json is damaged"):
+        workdir_report.write(runs.load(folder))

@@ -1,5 +1,6 @@
 """The search for masks: what begins, what rests, what is kept, and what the next run takes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -17,7 +18,7 @@ from advmoe_jax.models import network
 from advmoe_jax.pruning import magnitude, pruned
 from advmoe_jax.pruning import masks as selecting
 from advmoe_jax.pruning import search as searching
-from advmoe_jax.systems import mask_search, prune
+from advmoe_jax.systems import mask_search, prune, rst
 from advmoe_jax.systems.sources import Source
 from advmoe_jax.train import checkpoint, loop
 
@@ -225,7 +226,73 @@ def test_magnitude_prunes_the_same_layers():
     assert masks.keys() == first.keys() and all(np.array_equal(masks[path], first[path]) for path in masks)
 
 
+@pytest.mark.parametrize("score", ["nis", "bnsf", "ase"])
+def test_a_search_begins_with_another_score(score):
+    more = ("system.loss=madry", "train.attack=pgd(num_steps=1,keep=last)", "system.images=6") if score == "ase" else ()
+    state = jax.device_get(_system(f"system.score={score}", *more).init(rng.key(0, "init")))
+    scores = tree.named_leaves(state.extra["search"]["scores"])
+    weights = tree.named_leaves(_base()[1]["params"])
+    for path, mask in _by_hand(scores, 0.1).items():
+        np.testing.assert_array_equal(_kernel_masks(state)[path], mask, err_msg=path)
+        assert np.all(scores[path] * weights[path] >= 0)
+        assert np.abs(scores[path]).max() == pytest.approx(np.sqrt(6 / np.prod(scores[path].shape[:-1])), rel=1e-5)
+    inner = "backbone/layer1_0/conv1/kernel"
+    other = np.abs(scores[inner]) / np.abs(weights[inner])
+    if score != "bnsf":  # a fresh norm changes nothing
+        assert other.max() > 1.01 * other.min(), "it is no multiple of the weights"
+
+
+def test_sub_models_of_one_shape_share_their_programs():
+    """Other scores, images and weights are arguments: nothing is compiled again."""
+    from jax._src import monitoring
+    events = []
+    monitoring.register_event_listener(lambda event, **_: events.append(event.split("/")[-1]))
+
+    def trained(score, rows):
+        net, variables = _base()
+        config = _config(f"system.score={score}", f"data.part_draw={score}", "data.part=0+1 of 2")
+        data = dataclasses.replace(_data(), rows=rows)
+        variables = jax.tree.map(lambda leaf: leaf + len(score) / 100, variables)
+        system, mesh = mask_search.make(config, net, data, meshes.make(), {
+            "base": Source(None, config, net, variables, {}, 0)}), meshes.make()
+        del events[:]
+        state = system.init(rng.key(0, "init"))
+        for step in range(2):
+            state, _ = loop.iterate(system, state, step, 2, lambda _: pipeline.device_batch(mesh, data.train, rows))
+        left = prune.make(_config("system.method=given", system="prune"), net, data, mesh, {"base": Source(
+            None, config, net, *(jax.tree.map(np.asarray, part) for part in (state.variables, state.masks)), 0)})
+        state, _ = loop.iterate(left, left.init(rng.key(0, "init")), 0, 2, lambda _: pipeline.device_batch(
+            mesh, data.train, rows))
+        return events.count("cache_misses"), events.count("cache_hits")
+
+    try:
+        trained("nis", np.arange(BATCH))
+        jax.clear_caches()
+        misses, hits = trained("bnsf", np.arange(BATCH) + 7)
+        assert misses == 0 and hits > 5
+    finally:
+        monitoring.clear_event_listeners()
+
+
+def test_a_scratch_ticket_is_searched_among_signs():
+    config = _config(system="rst")
+    config.init_from = ""
+    configs.check(config)
+    state = jax.device_get(rst.make(config, _base()[0], _data(), meshes.make(), {}).init(rng.key(0, "init")))
+    scores, masks = tree.named_leaves(state.extra["search"]["scores"]), _kernel_masks(state)
+    for path, kernel in tree.named_leaves(state.extra["search"]["dense"]).items():
+        if path.endswith("kernel"):
+            np.testing.assert_allclose(np.abs(kernel), np.sqrt(2 / np.prod(kernel.shape[:-1])), rtol=1e-6)
+            assert 0.2 < np.mean(kernel > 0) < 0.8 and len(np.unique(np.abs(scores[path]))) > scores[path].size / 2
+            np.testing.assert_array_equal(masks[path], _by_hand({path: scores[path]}, 0.1)[path])
+    config.init_from = "base"
+    with pytest.raises(UserError, match="expected nothing with system.name=rst"):
+        configs.check(config)
+
+
 @pytest.mark.parametrize("overrides, said", [
+    (["system.images=5"], "which has no effect here"), (["system.score=niss"], "did you mean 'nis'"),
+    (["system.score=magnitude"], "expected advmoe_jax/pruning/magnitude.py to define score"),
     (["init_from="], "system.name=mask_search needs init_from"), (["system.rate=1"], "system.rate is '1': expected"),
     (["system.rate=x"], "system.rate is 'x'"), (["system.unit=filters"], "did you mean 'filter'"),
     (["train.ema=0.9"], "train.ema is 0.9: expected 0"), (["system.budget_weight=2"], "which has no effect here"),

@@ -22,9 +22,10 @@ from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.split import Arrays
-from advmoe_jax.models import network
+from advmoe_jax.models import model as models
 from advmoe_jax.models.router import ROUTINGS
 from advmoe_jax.ops import losses, routing
+from advmoe_jax.pruning import magnitude, pruned
 from advmoe_jax.systems import adversarial, adversary, methods
 from advmoe_jax.systems.sources import Source
 from advmoe_jax.train import loop
@@ -41,17 +42,24 @@ CASES = {
     "advmoe": [ADVMOE, *(
         ("advmoe", f"model.routing={name}", "system.loss=madry") for name in ROUTINGS if name != "layer")],
     "mask_search": [("mask_search", *_PRUNES)],
+    "flying_bird": [("flying_bird", "model.num_experts=1", "system.loss=madry", "system.rate=1/2")],
+    "rst": [("rst", "model.num_experts=1", "system.loss=madry", "system.rate=1/2")],
     "standard": [DENSE, ("standard", "system.loss=madry")],
-    "prune": [("prune", *_PRUNES, "system.groups=4")]}
-OWN_METRICS = {"admm": {"distance"}}
+    "prune": [("prune", *_PRUNES, "system.groups=4")],
+    "eed": [("eed", "model.name=team", "model.num_experts=1", "model.num_members=2", "system.host=none",
+             "system.loss=madry", "system.team_rate=1/10", "system.member_rate=11/20", "init_from=base")]}
+_SLOW = {"rst", "flying_bird", "eed"}
+_SEARCHES = ("mask_search", "rst")
+OWN_METRICS = {"admm": {"distance"}, "eed": {"wrong", "compact", "disagreement", "active"}}
 each_system = pytest.mark.parametrize("case", slow_but(
-    lambda case: "system.loss=madry" not in case[0] or "init_from=base" in case[0],
+    lambda case: case[0][0] not in _SLOW and ("system.loss=madry" not in case[0] or "init_from=base" in case[0]),
     [(case,) for cases in CASES.values() for case in cases]), ids="-".join)
 
 
 def _config(name, *overrides):
     config = configs.default()
-    for text in (f"system.name={name}", "model.depth=4", "model.width=8", "model.router_width=4", "data.pad=1",
+    for text in (f"system.name={name}", *filter(lambda text: text.startswith("model.name="), overrides),
+                 "model.depth=4", "model.width=8", "model.router_width=4", "data.pad=1",
                  "train.attack=pgd(num_steps=1,step_size=0.625 eps,keep=last)", f"data.batch_size={BATCH}",
                  "train.length=40 steps", *overrides):
         configs.override(config, text)
@@ -62,11 +70,16 @@ def _config(name, *overrides):
 def _system(case, devices=4):
     config = _config(*case)
     mesh = Mesh(np.array(jax.devices()[:devices]), (meshes.AXIS,), axis_types=(AxisType.Auto,))
-    net = network.make(config.model, SHAPE, CLASSES)
+    net = models.make(config.model, SHAPE, CLASSES)
     data = pipeline.Data(_split(), np.arange(COUNT), _split(), np.arange(4), _split(), CLASSES, SHAPE)
     make = find.module("systems", config.system.name, defines="make").make
-    variables = jax.device_get(jax.jit(net.init)(jax.random.key(3)))
-    sources = {config.init_from: Source(None, config, net, variables, {}, 0)} if config.init_from else {}
+    single = getattr(net, "member", net)
+    variables = jax.device_get(jax.jit(single.init)(jax.random.key(3)))
+    sources = {config.init_from: Source(None, config, single, variables, {}, 0)} if config.init_from else {}
+    if single is not net:
+        left = pruned.choose(pruned.of(None, variables, single.layers, "11/20", "every"), "magnitude",
+                             magnitude.Config())
+        sources |= {name: Source(None, config, single, jax.device_get(left.variables), left.masks, 0) for name in "ab"}
     return make(config, net, data, mesh, sources), mesh
 
 
@@ -120,7 +133,7 @@ def test_every_system_is_tested():
 
 def _trained(case, state, group):
     """What is trained of a group: its parameters; in a search its scores, since weights rest there."""
-    return state.extra["search"]["scores"][group] if case[0] == "mask_search" else state.params[group]
+    return state.extra["search"]["scores"][group] if case[0] in _SEARCHES else state.params[group]
 
 
 @each_system
@@ -144,7 +157,7 @@ def test_a_step_changes_what_it_owns_and_nothing_else(case):
                     same = [name for name in old if old[name] == new[name]]
                     assert not same, f"{step.name} left {part} of {group} as they were: {same}"
         assert int(after.step) == 0, "the loop counts"
-        if case[0] == "mask_search":
+        if case[0] in _SEARCHES:
             assert _bytes(after.extra["search"]["dense"]) == _bytes(before.extra["search"]["dense"])
     assert {group for step in steps for group in step.owns} == set(before.params)
 
@@ -157,7 +170,7 @@ def test_metrics_are_finite(case):
         assert metrics["non_finite"] == -1 and all(np.all(np.isfinite(v)) for v in metrics.values())
         assert metrics["loss"] > 0 and all(metrics[f"grad_norm_{group}"] > 0 for group in step.owns)
         rates = {"ra"} if "system.loss=madry" in case else {"sa", "ra"}
-        if system.model.num_experts > 1:
+        if getattr(system.model, "num_experts", 1) > 1:
             np.testing.assert_allclose(metrics["load"].sum(-1), 1, rtol=1e-5)
             assert metrics["load"].shape == (len(metrics["load_entropy"]), 2)
             assert len(metrics["load"]) == (1 if "model.routing=global" in case else 2)
@@ -233,7 +246,7 @@ def _objective(*overrides, router_loss=False):
     """The network and a jitted labels -> (loss, (batch_stats, metrics)) of its first parameters and clean images that
     stand for the adversarial ones too, unless others are given."""
     config = _config(*overrides)
-    net = network.make(config.model, SHAPE, CLASSES)
+    net = models.make(config.model, SHAPE, CLASSES)
     variables = jax.jit(net.init)(jax.random.key(0))
     run = adversarial.objective(net, config, router_loss=router_loss)
     x = jnp.asarray(_split().images[:BATCH], jnp.float32) / 255
@@ -434,7 +447,7 @@ def test_methods_by_name(method, system, loss, kind):
         methods.choose(config, before)
         methods.choose(config, method)
         assert (config.system.name, config.system.loss) == (system, loss)
-        assert network.make(config.model, SHAPE, CLASSES).kind == kind
+        assert models.make(config.model, SHAPE, CLASSES).kind == kind
         configs.check(config)
 
 
