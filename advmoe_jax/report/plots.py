@@ -132,7 +132,8 @@ def _layers(figure_class, run: Run, vectors: dict[str, tuple[np.ndarray, np.ndar
         axes.set(title=name.replace("_", " "), xlabel="epoch")
     for axes, (name, values) in zip(panels[len(vectors):], shares.items()):
         _stacked(axes, f"{name}, {final['checkpoint']} checkpoint", values)
-    panels[0].set(ylabel="layer", yticks=np.arange(0, num_layers, 1 + num_layers // 20), ylim=(num_layers - 0.5, -0.5))
+    panels[0].set(ylabel="layer or expert", yticks=np.arange(0, num_layers, 1 + num_layers // 20),
+                  ylim=(num_layers - 0.5, -0.5))
     return figure
 
 

@@ -121,7 +121,7 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
     length = units.steps(cfg.train.length, per_epoch, what="train.length")
     optimizers = {group: optim.make(cfg.optim[model.optim[group]], per_epoch, length, u.every)
                   for u in updates for group in u.owns}
-    variables, inherited = initial(model, sources)
+    variables, inherited = initial(model, sources, cfg.seed)
     masks = inherited if masks is None else masks
     trained = model.in_training(cfg.train)
 

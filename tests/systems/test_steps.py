@@ -21,6 +21,7 @@ from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.split import Arrays
+from advmoe_jax.models import model as models
 from advmoe_jax.models import network
 from advmoe_jax.models.router import ROUTINGS
 from advmoe_jax.ops import losses, routing
@@ -40,9 +41,10 @@ CASES = {
     "advmoe": [ADVMOE, *(
         ("advmoe", f"model.routing={name}", "system.loss=madry") for name in ROUTINGS if name != "layer")],
     "mask_search": [("mask_search", *_PRUNES)],
+    "mol": [("mol", "model.name=mixture", "model.num_experts=1", "model.num_members=2", "init_from=base")],
     "standard": [DENSE, ("standard", "system.loss=madry")],
     "prune": [("prune", *_PRUNES, "system.groups=4")]}
-OWN_METRICS = {"admm": {"distance"}}
+OWN_METRICS = {"admm": {"distance"}, "mol": {"gate", "gate_entropy"}}
 each_system = pytest.mark.parametrize("case", [
     pytest.param(case, marks=pytest.mark.slow if "model.routing=global" in case else ())
     for cases in CASES.values() for case in cases], ids="-".join)
@@ -61,7 +63,7 @@ def _config(name, *overrides):
 def _system(case, devices=4):
     config = _config(*case)
     mesh = Mesh(np.array(jax.devices()[:devices]), (meshes.AXIS,), axis_types=(AxisType.Auto,))
-    net = network.make(config.model, SHAPE, CLASSES)
+    net = models.make(config.model, SHAPE, CLASSES)
     data = pipeline.Data(_split(), np.arange(COUNT), _split(), np.arange(4), _split(), CLASSES, SHAPE)
     make = find.module("systems", config.system.name, defines="make").make
     variables = jax.device_get(jax.jit(net.init)(jax.random.key(3)))
@@ -118,7 +120,10 @@ def test_every_system_is_tested():
 
 
 def _trained(case, state, group):
-    """What is trained of a group: its parameters; in a search its scores, since weights rest there."""
+    """What is trained of a group: its parameters; in a search its scores, since weights rest there; of an expert of a
+    mixture its last layer."""
+    if case[0] == "mol" and group != "gate":
+        return state.params[group]["backbone"]["linear"]
     return state.extra["search"]["scores"][group] if case[0] == "mask_search" else state.params[group]
 
 
@@ -135,7 +140,7 @@ def test_a_step_changes_what_it_owns_and_nothing_else(case):
             for part in ("params", "batch_stats", "opt"):
                 old, new = (_bytes(_trained(case, state, group) if part == "params" else getattr(state, part)[group])
                             for state in (before, after))
-                if group not in step.owns:
+                if group not in step.owns or (case[0] == "mol" and group != "gate" and part == "batch_stats"):
                     assert old == new, f"{step.name} changed {part} of {group}"
                 elif part == "opt":
                     assert old != new
@@ -155,8 +160,8 @@ def test_metrics_are_finite(case):
         metrics = _after_one(case)[step.name][1]
         assert metrics["non_finite"] == -1 and all(np.all(np.isfinite(v)) for v in metrics.values())
         assert metrics["loss"] > 0 and all(metrics[f"grad_norm_{group}"] > 0 for group in step.owns)
-        rates = {"ra"} if "system.loss=madry" in case else {"sa", "ra"}
-        if system.model.num_experts > 1:
+        rates = {"ra"} if "system.loss=madry" in case or case[0] == "mol" else {"sa", "ra"}
+        if getattr(system.model, "num_experts", 1) > 1:
             np.testing.assert_allclose(metrics["load"].sum(-1), 1, rtol=1e-5)
             assert metrics["load"].shape == (len(metrics["load_entropy"]), 2)
             assert len(metrics["load"]) == (1 if "model.routing=global" in case else 2)
