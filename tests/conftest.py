@@ -17,6 +17,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 # Compiling is most of what small tests cost; the processes that tests start inherit this.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
+if jax.lib.__version__.startswith("0.10."):  # XLA aborts on a flag that it does not know
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
 from advmoe_jax.models import resnet  # the package sets XLA_FLAGS before a backend starts
 

@@ -30,6 +30,8 @@ class Recipe:
             by the seed are a row.
         paper: {label: {"SA": percent, "RA": percent}}, what a paper reports for a row.
         notes: paragraphs below the tables.
+        oracles: {label: names of runs} of columns of the matrix that take, for each attack, whichever of the runs of a
+            seed stands it best.
     """
 
     runs: Mapping[str, ConfigDict]
@@ -37,6 +39,7 @@ class Recipe:
     rows: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     paper: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    oracles: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,7 @@ def _checked(loaded: Recipe, path: str, argument: str) -> Recipe:
                 raise UserError(f"run {name} of {path} starts from {need}, which comes later: expected it before")
             if need not in runs and "/" not in need:
                 raise unknown_name(f"run in init_from of {name}", need, loaded.runs)
-    labelled = {name for names in loaded.rows.values() for name in names}
+    labelled = {name for rows in (loaded.rows, loaded.oracles) for names in rows.values() for name in names}
     if labelled - runs.keys():
         raise unknown_name(f"run in the rows of {path}", min(labelled - runs.keys()), runs)
     if loaded.paper.keys() - loaded.rows.keys():
@@ -143,7 +146,8 @@ def write(recipe: Recipe, root: epath.Path) -> None:
 
 def _content(recipe: Recipe) -> dict[str, Any]:
     return {"title": recipe.title, "runs": list(recipe.runs), "rows": {k: list(v) for k, v in recipe.rows.items()},
-            "paper": {k: dict(v) for k, v in recipe.paper.items()}, "notes": list(recipe.notes)}
+            "paper": {k: dict(v) for k, v in recipe.paper.items()}, "notes": list(recipe.notes),
+            "oracles": {k: list(v) for k, v in recipe.oracles.items()}}
 
 
 def read(root: epath.PathLike) -> dict[str, Any] | None:
@@ -157,7 +161,8 @@ def read(root: epath.PathLike) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text())
-        return {name: content[name] for name in ("title", "runs", "rows", "paper", "notes")}
+        return {name: content[name] for name in ("title", "runs", "rows", "paper", "notes")} | {
+            "oracles": content.get("oracles", {})}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: expected what a recipe writes; the command that started the recipe "
                         "writes it again") from None

@@ -1,6 +1,7 @@
 """PNG plots of runs. L layers, T log lines, E parts of a layer."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -175,5 +176,34 @@ def write_rows(path, labels: list[str], rates: list[tuple[float, float]], paper:
     axes.set(yticks=place, yticklabels=labels, xlabel="robust accuracy (%)", xlim=(0, 100),
              ylim=(len(labels) - 0.5, -0.5))
     axes.spines[["top", "right"]].set_visible(False)
+    files.write_figure(path, figure)
+    return True
+
+
+def write_matrix(path, rows: Sequence[str], columns: Sequence[str], rates: np.ndarray) -> bool:
+    """Draws accuracies in percent as a heat map, NaN where nothing was measured.
+
+    Args:
+        path: of the PNG.
+        rows, columns: names.
+        rates: (rows, columns).
+    Returns:
+        Whether there is anything to draw with.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(3 + 0.55 * len(columns), 2 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(rates, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for i, row in enumerate(rates):
+        for j, value in enumerate(row):
+            if np.isfinite(value):
+                axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize="small",
+                          color="black" if value > 55 else "white")
+    axes.set(xticks=np.arange(len(columns)), yticks=np.arange(len(rows)), yticklabels=rows)
+    axes.set_xticklabels(columns, rotation=45, ha="right")
+    figure.colorbar(shown, ax=axes, label="accuracy (%)")
     files.write_figure(path, figure)
     return True

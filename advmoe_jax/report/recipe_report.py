@@ -5,7 +5,7 @@ from etils import epath
 
 from advmoe_jax.core import files, recipe, status, tables
 from advmoe_jax.core.tables import Table
-from advmoe_jax.report import comparison, plots, runs
+from advmoe_jax.report import comparison, matrix, plots, runs
 
 
 def write(root: epath.Path) -> None:
@@ -28,6 +28,11 @@ def write(root: epath.Path) -> None:
         paper = [stored["paper"].get(group.label, {}).get("RA") for group in drawn]
         if drawn and plots.write_rows(root / name, [group.method for group in drawn], rates, paper):
             parts.append(f"![{runs.attack_title(drawn[0].entries[0])}]({name})\n")
+    for number, found_matrix in enumerate(matrix.of(found, labels, stored["oracles"])):
+        parts.append(tables.markdown(found_matrix.table))
+        name = f"matrix{number or ''}.png"
+        if plots.write_matrix(root / name, found_matrix.rows, found_matrix.columns, found_matrix.rates):
+            parts.append(f"![{found_matrix.table.title}]({name})\n")
     parts += [f"{note}\n" for note in stored["notes"]] + [tables.markdown(_runs(folders), 2)]
     files.write_text(root / "report.md", "\n".join(parts))
     tables.show(shown, as_text=False)

@@ -11,8 +11,9 @@ from advmoe_jax.report.runs import Run
 _DEFINITION = ("Robust accuracy (RA) = worst case per example over the gradients attacked through; images "
                "misclassified when clean count as broken. SA is the accuracy on clean images. Both in percent, with "
                "Wilson 95 % intervals.")
-_COLUMNS = ("The columns after RA are the accuracies under one gradient each: with the router held constant, and "
-            "through it by each straight-through estimate.")
+_COLUMNS = ("The columns after RA are the accuracies under one gradient each. Of a routed network: with the router "
+            "held constant, and through it by each straight-through estimate. Of a mixture: through its gate, with the "
+            "gate held constant, and through the experts that are not served.")
 _ATTEMPTS = ("Robust accuracy = worst case per example. The attacks of a suite, in order: images that they were given, "
              "that they broke, and the robust accuracy after them.")
 _MORE = {"ra": "RA alone %", "accuracy": "accuracy %"}

@@ -40,8 +40,10 @@ CASES = {
     "admm": [("admm", *_PRUNES)],
     "advmoe": [ADVMOE, *(
         ("advmoe", f"model.routing={name}", "system.loss=madry") for name in ROUTINGS if name != "layer")],
+    "eat": [("eat", "model.num_experts=1", "train.attack=rotation pgd(num_steps=1)")],
     "mask_search": [("mask_search", *_PRUNES)],
     "mol": [("mol", "model.name=mixture", "model.num_experts=1", "model.num_members=2", "init_from=base")],
+    "ramp": [("ramp", "model.num_experts=1", "train.attack=rotation pgd(num_steps=1)", "train.several=mean")],
     "standard": [DENSE, ("standard", "system.loss=madry")],
     "prune": [("prune", *_PRUNES, "system.groups=4")]}
 OWN_METRICS = {"admm": {"distance"}, "mol": {"gate", "gate_entropy"}}
@@ -160,7 +162,7 @@ def test_metrics_are_finite(case):
         metrics = _after_one(case)[step.name][1]
         assert metrics["non_finite"] == -1 and all(np.all(np.isfinite(v)) for v in metrics.values())
         assert metrics["loss"] > 0 and all(metrics[f"grad_norm_{group}"] > 0 for group in step.owns)
-        rates = {"ra"} if "system.loss=madry" in case or case[0] == "mol" else {"sa", "ra"}
+        rates = {"ra"} if "system.loss=madry" in case or case[0] in ("mol", "eat") else {"sa", "ra"}
         if getattr(system.model, "num_experts", 1) > 1:
             np.testing.assert_allclose(metrics["load"].sum(-1), 1, rtol=1e-5)
             assert metrics["load"].shape == (len(metrics["load_entropy"]), 2)
