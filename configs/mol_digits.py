@@ -1,6 +1,6 @@
 """MoL on digits: seven pruned experts, one for each perturbation, behind a trained gate, and what it is compared to.
 
-Cheng et al., WACVW 2022, with the narrow ResNet-18 of configs/digits_r18.py. Each expert is trained on its own
+Cheng et al., WACVW 2022, with the network of configs/digits_r18.py at depth 10. Each expert is trained on its own
 perturbation alone, drawn by ADMM to a copy of which 3/4 of the blocks of 4 filters are gone, and trained on without
 them. A gate with the experts' last layers is then trained (a) on clean and adversarial images, with 4 experts, and (b)
 on all perturbations, with 7. MAX, AVG, MSD, E-AT and RAMP train one dense network of the same width for as many network
@@ -27,7 +27,8 @@ from advmoe_jax.core.recipe import Recipe
 EPS = {"linf": "0.1", "l2": "0.46", "l1": "1.06"}
 STEPS = 4  # of PGD in training
 EPOCHS = {"expert": 10, "admm": 5, "retrain": 5, "gate": 6}
-N, QUERIES = 200, 200  # test images, and what RayS may ask
+N, QUERIES = 128, 200  # test images, and what RayS may ask
+MODEL = ("model.width=16", "model.depth=10", "model.num_experts=1", "model.model_scale=1")
 CLEAN = "rotation(limit=0)"  # the images as they are
 NATURAL = ("fog", "snow", "rotation")
 ADVERSARIAL = ("linf", "l2", "l1")
@@ -50,7 +51,7 @@ PASSES = {"clean": 1, **dict.fromkeys(ADVERSARIAL, STEPS + 1), **dict.fromkeys(N
 def rows():
     """The fifteen attacks of the paper's table A5 at digits' strengths, and fog that clips; RayS asks less."""
     of = {norm: f"norm={norm},eps={eps}" for norm, eps in EPS.items()}
-    deepfool, rays = "num_steps=20,beyond=project", f"num_queries={QUERIES},early_stop=true"
+    deepfool, rays = "num_steps=9,beyond=project", f"num_queries={QUERIES},early_stop=true"
     return " ".join((
         pgd("l1", 20), f"gaussian_noise({of['l1']})", f"salt_pepper({of['l1']})",
         pgd("l2", 20), f"fgsm({of['l2']})", f"ddn({of['l2']},start_eps={EPS['l2']})",
@@ -70,6 +71,7 @@ def base(system, epochs, seed, init_from="", **fields):
     config = digits_r18.get_config("at_dense")
     configs.choose(config, system=system)
     config.seed, config.init_from = seed, init_from
+    configs.override_all(config, [*MODEL])
     config.train.length = f"{epochs} epochs"
     config.train.eval_every = config.train.save_every = "0 steps"  # the last checkpoint is the one that counts
     config.train.select_attack = CLEAN
@@ -109,10 +111,10 @@ def mixture(which, seed, epochs=EPOCHS["gate"], **fields):
     kinds = SETS[which]
     config = base("mol", epochs, seed, ", ".join(f"{kind}-4x-s{seed}" for kind in kinds))
     configs.choose(config, model="mixture")
-    configs.override_all(config, ["model.num_experts=1", "model.model_scale=1", "model.width=16",
-                                  f"model.num_members={len(kinds)}"])
+    configs.override_all(config, [*MODEL, f"model.num_members={len(kinds)}"])
     config.train.attack = " ".join(TRAINING[kind] for kind in kinds)
-    config.eval.suite = f"mol-digits: {rows()} {knowing()}"
+    if "model__gate" not in fields:
+        config.eval.suite = f"mol-digits: {rows()} {knowing()}"
     for name, value in fields.items():
         configs.override(config, f"{name.replace('__', '.')}={value}")
     return config
@@ -158,10 +160,10 @@ def get_recipe(seeds="1seed"):
             rows_of.setdefault(f"M {kind} 1/4", []).append(f"{kind}-4x-s{seed}")
         for which, kinds in SETS.items():
             add(f"MoL ({which}) 1/4", f"mol-{which}", mixture(which, seed))
-            uniform = {"model__gate": "uniform"}
-            add(f"same weights ({which})", f"uniform-{which}", mixture(which, seed, 0, **uniform))
+            even = {"model__gate": "uniform", "model__combine": "log_probabilities"}
+            add(f"same weights ({which})", f"uniform-{which}", mixture(which, seed, 0, **even))
             add(f"untrained gate ({which})", f"untrained-{which}", mixture(which, seed, 0))
-            add(f"SA ({which})", f"sa-{which}", mixture(which, seed, **uniform, model__combine="log_probabilities"))
+            add(f"SA ({which})", f"sa-{which}", mixture(which, seed, **even))
             oracles[f"oracle gate ({which})"] += tuple(f"{kind}-4x-s{seed}" for kind in kinds)
             for name in ("MAX", "AVG", *(("MSD", "E-AT", "RAMP") if which == "a" else ())):
                 add(f"{name} ({which})", f"{name.lower()}-{which}", single(which, name, seed))

@@ -28,7 +28,8 @@ class Recipe:
         title: of the report.
         rows: {label: names of runs} of the report's tables, such as the seeds of a method; empty: runs that differ only
             by the seed are a row.
-        paper: {label: {"SA": percent, "RA": percent}}, what a paper reports for a row.
+        paper: {label: {"SA": percent, "RA": percent}}, what a paper reports for a row; and of a matrix, by the names of
+            its lines, such as "clean", "pgd-20 l2" and "all PGD".
         notes: paragraphs below the tables.
         oracles: {label: names of runs} of columns of the matrix that take, for each attack, whichever of the runs of a
             seed stands it best.

@@ -42,13 +42,15 @@ class Matrix:
 
 
 def of(found: Sequence[Run], labels: Mapping[str, str] = MappingProxyType({}),
-       oracles: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Matrix]:
+       oracles: Mapping[str, Sequence[str]] = MappingProxyType({}),
+       paper: Mapping[str, Mapping[str, float]] = MappingProxyType({})) -> list[Matrix]:
     """A matrix for each suite and set of images by which two runs or more were measured.
 
     Args:
         found: runs.
         labels: {workdir: label of its column}; runs without one are left out if any has one.
         oracles: {label: names of runs}, as of `core.recipe.Recipe`.
+        paper: {label: {line: percent}}, as of the same; shown behind ours.
     """
     suites: dict[tuple, dict[str, list[tuple[Run, dict[str, Any]]]]] = {}
     for run in found:
@@ -57,10 +59,10 @@ def of(found: Sequence[Run], labels: Mapping[str, str] = MappingProxyType({}),
             if entry["checkpoint"] == "best" and len(entry.get("by_attack", ())) > 1:
                 key = entry["attack"], entry["data"], entry["n"], entry["seed"]
                 suites.setdefault(key, {}).setdefault(label, []).append((run, entry))
-    return [_matrix(key, columns, oracles) for key, columns in suites.items() if len(columns.keys() - {""}) > 1]
+    return [_matrix(key, columns, oracles, paper) for key, columns in suites.items() if len(columns.keys() - {""}) > 1]
 
 
-def _matrix(key, columns, oracles) -> Matrix:
+def _matrix(key, columns, oracles, paper) -> Matrix:
     measured = [pair for pairs in columns.values() for pair in pairs]
     shown = {label: [_rates(entry) for _, entry in pairs] for label, pairs in columns.items() if label}
     made = {label: _of_oracle(names, measured) for label, names in oracles.items()}
@@ -71,8 +73,13 @@ def _matrix(key, columns, oracles) -> Matrix:
     cells = {label: [[rates[row] for rates in of_column if row in rates] for row in order]
              for label, of_column in shown.items()}
     titles = tuple(_title(row, order) for row in order)
-    lines = [(title, *(tables.mean_and_deviation(cells[label][i], len(shown[label])) if cells[label][i] else
-                       tables.NOTHING for label in shown)) for i, title in enumerate(titles)]
+
+    def cell(label, i):
+        ours = tables.mean_and_deviation(cells[label][i], len(shown[label])) if cells[label][i] else tables.NOTHING
+        theirs = paper.get(label, {}).get(titles[i])
+        return ours if theirs is None else f"{ours} (paper {tables.decimals(theirs)})"
+
+    lines = [(title, *(cell(label, i) for label in shown)) for i, title in enumerate(titles)]
     rates = np.array([[100 * np.mean(cells[label][i]) if cells[label][i] else np.nan for label in shown]
                       for i in range(len(order))])
     notes = [_NOTE, *runs.warnings([entry for _, entry in measured])]

@@ -28,7 +28,7 @@ def write(root: epath.Path) -> None:
         paper = [stored["paper"].get(group.label, {}).get("RA") for group in drawn]
         if drawn and plots.write_rows(root / name, [group.method for group in drawn], rates, paper):
             parts.append(f"![{runs.attack_title(drawn[0].entries[0])}]({name})\n")
-    for number, found_matrix in enumerate(matrix.of(found, labels, stored["oracles"])):
+    for number, found_matrix in enumerate(matrix.of(found, labels, stored["oracles"], stored["paper"])):
         parts.append(tables.markdown(found_matrix.table))
         name = f"matrix{number or ''}.png"
         if plots.write_matrix(root / name, found_matrix.rows, found_matrix.columns, found_matrix.rates):

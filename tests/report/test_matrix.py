@@ -105,5 +105,13 @@ def test_the_report_of_a_recipe_has_it_with_a_heat_map(root):
     assert (root / "matrix.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_paper_s_numbers_stand_behind_ours(root):
+    labels = {str(root / name): name for name in ("a-s0", "b-s0")}
+    [found] = matrix.of([runs.load(root / name) for name in ("a-s0", "b-s0")], labels,
+                        paper={"a-s0": {"clean": 87.11, "all PGD": 44.2, "RA": 1}})
+    assert found.table.rows[0][1:] == ("100.00 (paper 87.11)", "75.00")
+    assert found.table.rows[4][1:] == ("25.00 (paper 44.20)", "0.00") and "(paper 1" not in str(found.table)
+
+
 def test_one_run_makes_no_matrix(root):
     assert matrix.of([runs.load(root / "a-s0")]) == []
