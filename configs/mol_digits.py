@@ -154,11 +154,12 @@ def get_recipe(seeds="1seed"):
             runs[f"{name}-s{seed}"] = config
             rows_of.setdefault(label, []).append(f"{name}-s{seed}")
 
-        for kind in SETS["b"]:
-            runs |= compressed(kind, seed)
-            rows_of.setdefault(f"M {kind}", []).append(f"{kind}-s{seed}")
-            rows_of.setdefault(f"M {kind} 1/4", []).append(f"{kind}-4x-s{seed}")
         for which, kinds in SETS.items():
+            for kind in kinds:
+                if f"{kind}-s{seed}" not in runs:
+                    runs |= compressed(kind, seed)
+                    rows_of.setdefault(f"M {kind}", []).append(f"{kind}-s{seed}")
+                    rows_of.setdefault(f"M {kind} 1/4", []).append(f"{kind}-4x-s{seed}")
             add(f"MoL ({which}) 1/4", f"mol-{which}", mixture(which, seed))
             even = {"model__gate": "uniform", "model__combine": "log_probabilities"}
             add(f"same weights ({which})", f"uniform-{which}", mixture(which, seed, 0, **even))

@@ -138,22 +138,23 @@ def test_serving_the_best_computes_no_other():
 
 def test_views_are_gradients_of_the_same_values():
     """With the gate held constant its part is missing; what was not computed has a gradient in the last view."""
-    model, variables = _model("model.serve=top-2")
+    (model, variables), (whole, _) = _model("model.serve=top-2"), _model()
     cotangent = jax.random.normal(jax.random.key(2), (BATCH, CLASSES))
+    held = whole._scores(variables, _images())
+    values = {view: model.outputs_fn(variables, view) for view in model.views} | {
+        "whole": whole.outputs_fn(variables), "whole, constant": whole.outputs_fn(variables, "constant"),
+        "by hand": lambda x: (mixture.mix(whole.outputs_fn(variables)(x)[1]["member_logits"], held),)}
 
-    def slope(of, fn):
-        return np.asarray(jax.jit(jax.grad(lambda x: jnp.vdot(cotangent, fn(of, x))))(_images()))
+    @jax.jit
+    def slopes(x):
+        return {name: jax.grad(lambda x, of=of: jnp.vdot(cotangent, of(x)[0]))(x) for name, of in values.items()}
 
-    slopes = {view: slope(variables, lambda v, x, view=view: model.outputs_fn(v, view)(x)[0]) for view in model.views}
+    found = jax.device_get(slopes(_images()))
     assert model.views == ("through", "constant", "others")
-    whole, _ = _model()
-    assert not np.allclose(slopes["through"], slopes["constant"], rtol=1e-3)
-    every = slope(variables, lambda v, x: whole.outputs_fn(v)(x)[0])
-    np.testing.assert_allclose(slopes["others"], every, rtol=1e-3, atol=1e-5 * np.abs(every).max())
-    held = np.asarray(_outputs(whole, variables)[1]["gate_logits"])
-    by_hand = slope(variables, lambda v, x: mixture.mix(whole.outputs_fn(v)(x)[1]["member_logits"], held))
-    constant = slope(variables, lambda v, x: whole.outputs_fn(v, "constant")(x)[0])
-    np.testing.assert_allclose(constant, by_hand, rtol=1e-3, atol=1e-5 * np.abs(by_hand).max())
+    assert not np.allclose(found["through"], found["constant"], rtol=1e-3)
+    for ours, theirs in (("others", "whole"), ("whole, constant", "by hand")):
+        size = np.abs(found[theirs]).max()
+        np.testing.assert_allclose(found[ours], found[theirs], rtol=1e-3, atol=1e-5 * size)
 
 
 def test_the_gradient_of_a_mixture_is_that_of_differences():
@@ -232,9 +233,8 @@ def test_the_gate_of_the_paper():
         cfg = configs.default(model="mixture").model
         cfg.update(dict(num_experts=1, model_scale=1.0, num_members=count))
         model = models.make(cfg, (32, 32, 3), 10)
-        params = model.shapes["params"]
-        last = [tree.size(params[group]["backbone"]["linear"]) for group in model.members]
-        assert tree.size(params["gate"]) + sum(last) == expected
+        last = model.experts[0].layers[-1].kernel
+        assert last == (512, 10) and tree.size(model.gate.shapes["params"]) + count * (513 * 10) == expected
 
 
 @pytest.mark.parametrize("texts, says", [
