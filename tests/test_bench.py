@@ -1,15 +1,19 @@
 """Every benchmark runs, on tiny networks, and its ratios are those of its times."""
 
 import pathlib
+import types
 
+import jax
 import numpy as np
 import pytest
 
 import advmoe_jax
 from advmoe_jax.bench import __main__ as bench
-from advmoe_jax.bench import ensemble, growth, layers, nets, pruning, reference, routing, train
+from advmoe_jax.bench import edge, ensemble, growth, layers, nets, pruning, reference, routing, train
 from advmoe_jax.core import config
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.ops import conv
+from advmoe_jax.pruning import masks as selecting
 from advmoe_jax.train.log import Metrics
 
 
@@ -161,3 +165,26 @@ def test_macs_on_both_sides(monkeypatch):
             step = released.trainer(theirs)
             count = released.macs(lambda: step(x, y)) / len(x)
             assert count == pytest.approx(train.count(method, {}), rel=2e-3)  # but for the stem's gradient to images
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("unit, form", [("column", "smaller product"), ("block(4,1)", "gathered columns"),
+                                        ("filter", "left out")])
+def test_what_is_left_of_a_convolution_computes_what_its_zeros_do(unit, form, stride):
+    """With channels that the layer before does not write, where filters are gone."""
+    numbers = np.random.default_rng(0)
+    kernel = numbers.normal(size=(3, 3, 8, 12)).astype(np.float32)
+    mask = np.asarray(selecting.select({"a": np.abs(kernel)}, "1/4", unit=unit, norm="l2")["a"])
+    x = numbers.normal(size=(2, 6, 6, 8)).astype(np.float32)
+    if form == "left out":
+        before = np.arange(8).reshape(1, 1, 1, 8) % 2 == 0
+        x = x * before[0]
+        spec = types.SimpleNamespace(path="a", inputs=("b",), kernel=kernel.shape)
+        compute, share = edge._left_out(spec, {"a": mask, "b": before})
+        assert share == 1 / 8
+    else:
+        compute, share = (edge._columns(np.broadcast_to(mask, kernel.shape)) if unit == "column" else
+                          edge._gathered(np.broadcast_to(mask, kernel.shape), 4))
+        assert 1 / 4 <= share < 1 and (unit != "column" or share == 1 / 4)
+    left = jax.jit(compute, static_argnums=2)(x, kernel * mask, stride)
+    np.testing.assert_allclose(left, conv.conv2d(x, kernel * mask, stride), rtol=1e-4, atol=1e-4)

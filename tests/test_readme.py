@@ -21,7 +21,7 @@ from tiny import FIELDS, fields_of
 from advmoe_jax import main
 from advmoe_jax.bench import __main__ as bench
 from advmoe_jax.bench import attacks as attacks_bench
-from advmoe_jax.bench import conv, growth, layers, nets, reference, routing
+from advmoe_jax.bench import conv, edge, growth, layers, mixture, nets, reference, routing
 from advmoe_jax.bench import input as input_bench
 from advmoe_jax.bench import pruning as pruning_bench
 from advmoe_jax.bench import train as train_bench
@@ -180,6 +180,9 @@ def short_benchmarks(monkeypatch):
     monkeypatch.setattr(train_bench, "program", lambda *_: lambda iterations: jnp.zeros(()))
     monkeypatch.setattr(reference, "_TRAINING", 8)
     monkeypatch.setattr(reference, "_FORWARD", 8)
+    monkeypatch.setattr(mixture, "_CASES", ((2, 8),))
+    for name, value in dict(_RATES={"4x": "1/4"}, _UNITS={"filter": "filter"}, _EXPERTS=2).items():
+        monkeypatch.setattr(edge, name, value)
     for name in ("_SEARCHED", "_TIMED"):
         monkeypatch.setattr(pruning_bench, name, {"ResNet-8": dict(name="cifar_resnet", depth=8, width=16)})
     monkeypatch.setattr(pruning_bench, "_BATCH", 4)

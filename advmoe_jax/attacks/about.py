@@ -5,7 +5,7 @@ import dataclasses
 from advmoe_jax.core.errors import one_of
 from advmoe_jax.ops import balls
 
-TAKES = ("logits", "values", "outputs", "routed")
+TAKES = ("logits", "values", "outputs", "routed", "gated")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,8 @@ class About:
     Attributes:
         norms: the norms that its setting `norm` may have; empty if it has no such setting.
         takes: the function that it attacks. "logits": x -> logits. "values": the same, of which it uses no gradient.
-            "outputs": x -> (logits, aux). "routed": (x, route) -> (logits, aux) of a routed model.
+            "outputs": x -> (logits, aux). "routed": (x, route) -> (logits, aux) of a routed model. "gated": as
+            "outputs", of experts behind a gate.
         needs: the entries of aux that it reads, such as "member_logits"; a model without them cannot be attacked.
         all_images: whether it also attacks images that are misclassified when clean, since the papers that use it count
             those that it makes right.

@@ -61,7 +61,7 @@ def classes(takes: str, model_fn: jax.tree_util.Partial, x: jax.Array, *keys: ja
     more = (routing.hard(),) if takes == "routed" else keys
     with objectives.tracing(*keys):
         logits = jax.eval_shape(_call, model_fn, x, *more)
-        logits = logits[0] if takes in ("outputs", "routed") else logits
+        logits = logits[0] if takes in ("outputs", "routed", "gated") else logits
     shape, dtype = getattr(logits, "shape", ()), getattr(logits, "dtype", None)
     if len(shape) != 2 or shape[0] != len(x) or shape[1] < 2 or not jnp.issubdtype(dtype, jnp.floating):
         found = f"{dtype} of shape {shape}" if dtype else type(logits).__name__

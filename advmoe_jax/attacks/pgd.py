@@ -31,6 +31,7 @@ class Config:
     restarts: int = settings.count(1, "starts, of which each example keeps the worst")
     start: str = setting("uniform", "uniform in the ball, gaussian (standard deviation 0.001, as TRADES) or none",
                          choices=STARTS)
+    l1_share: float = setting(balls.SHARE, "of the coordinates, that an l1 step moves", above=0, most=1)
     loss: str | objectives.Objective = settings.loss()
     keep: str = setting("best", "the best iterate by (broken, loss), or the last one as papers do, which is weaker",
                         choices=("best", "last"))
@@ -61,7 +62,7 @@ def make(config: Config = Config()) -> build.Attack:
     step_size = units.step_size(config.step_size, config.eps, config.num_steps, config.norm, "step_size of pgd")
     looks_at_last = config.keep == "best" or config.restarts > 1
     program = Search(config.norm, config.start, objectives.get(config.loss), config.keep == "best", config.early_stop,
-                     looks_at_last=looks_at_last)
+                     looks_at_last=looks_at_last, share=config.l1_share)
 
     def attack(logits_fn, key, x, y):
         inputs = build.inputs_of(logits_fn, key, x, y, takes=objectives.takes(config.loss), eps=config.eps,
@@ -93,6 +94,7 @@ class Search:
     stops: bool
     cost: tuple[int, int] = (1, 1)
     looks_at_last: bool = True
+    share: float = balls.SHARE
 
     def start(self, inputs: driver.Inputs) -> driver.Carry:
         x, eps, keys = inputs.rows["x"], inputs.scalars["eps"], self._keys(inputs)
@@ -112,7 +114,8 @@ class Search:
         loss, grad, broken = objectives.gradient(self.objective, inputs.logits_fn, x_adv, inputs.rows["y"], *route)
         candidate = dict(x=x_adv, loss=loss, broken=broken)
         kept = driver.worse(kept, candidate) if self.keep_best else candidate
-        direction = balls.steepest(jnp.nan_to_num(grad), x_adv, self.norm, rng.fold_in(self._keys(inputs), i))
+        keys = rng.fold_in(self._keys(inputs), i)
+        direction = balls.steepest(jnp.nan_to_num(grad), x_adv, self.norm, keys, self.share)
         moved = x_adv + inputs.scalars["step_size"] * direction
         return balls.project(moved, inputs.rows["x"], inputs.scalars["eps"], self.norm), kept
 

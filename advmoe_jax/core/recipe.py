@@ -70,9 +70,12 @@ class Recipe:
         title: of the report.
         rows: {label: names of runs} of the report's tables, such as the seeds of a method; empty: runs that differ only
             by the seed are a row.
-        paper: {label: {"SA": percent, "RA": percent}}, what a paper reports for a row.
+        paper: {label: {"SA": percent, "RA": percent}}, what a paper reports for a row; and of a matrix, by the names of
+            its lines, such as "clean", "pgd-20 l2" and "all PGD".
         notes: paragraphs below the tables.
         tables: of a paper, to stand above.
+        oracles: {label: names of runs} of columns of the matrix that take, for each attack, whichever of the runs of a
+            seed stands it best.
     """
 
     runs: Mapping[str, ConfigDict]
@@ -81,6 +84,7 @@ class Recipe:
     paper: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tables: tuple[Printed, ...] = ()
+    oracles: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +135,7 @@ def _checked(loaded: Recipe, path: str, argument: str) -> Recipe:
                 raise UserError(f"run {name} of {path} starts from {need}, which comes later: expected it before")
             if need not in runs and "/" not in need:
                 raise unknown_name(f"run in init_from of {name}", need, loaded.runs)
-    labelled = {name for names in loaded.rows.values() for name in names}
+    labelled = {name for rows in (loaded.rows, loaded.oracles) for names in rows.values() for name in names}
     if labelled - runs.keys():
         raise unknown_name(f"run in the rows of {path}", min(labelled - runs.keys()), runs)
     named = {name for table in loaded.tables for line in table.lines for name in line.runs}
@@ -191,7 +195,8 @@ def write(recipe: Recipe, root: epath.Path) -> None:
 def _content(recipe: Recipe) -> dict[str, Any]:
     return {"title": recipe.title, "runs": list(recipe.runs), "rows": {k: list(v) for k, v in recipe.rows.items()},
             "paper": {k: dict(v) for k, v in recipe.paper.items()}, "notes": list(recipe.notes),
-            "tables": [dataclasses.asdict(table) for table in recipe.tables]}
+            "tables": [dataclasses.asdict(table) for table in recipe.tables],
+            "oracles": {k: list(v) for k, v in recipe.oracles.items()}}
 
 
 def read(root: epath.PathLike) -> dict[str, Any] | None:
@@ -206,7 +211,8 @@ def read(root: epath.PathLike) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text())
         tables = [_printed(table) for table in content.get("tables", ())]  # which older recipes do not have
-        return {name: content[name] for name in ("title", "runs", "rows", "paper", "notes")} | {"tables": tables}
+        return {name: content[name] for name in ("title", "runs", "rows", "paper", "notes")} | {
+            "tables": tables, "oracles": content.get("oracles", {})}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: expected what a recipe writes; the command that started the recipe "
                         "writes it again") from None

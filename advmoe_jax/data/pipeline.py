@@ -47,6 +47,9 @@ class Config:
     pad: int = setting(4, "pixels that crops may move by", least=0, most=1024, only=Only(
         "images that are not cropped before, by data.crop=resized", lambda config: _is_padded(config.data)))
     flip: bool = setting(True, "whether half of the images are mirrored")
+    jitter: float = setting(0.0, "how far brightness, contrast and saturation may change; 0: not at all", least=0,
+                            most=1)
+    turn: float = setting(0.0, "degrees by which images may turn; 0: not at all", least=0, most=180)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -139,11 +139,20 @@ def summarize(found: Found, suite: Suite, model: Model, noticed: tuple[Flag, ...
         "ra_by_view": {} if suite.survivors_only else {
             view: float(found.survivors([attempt for attempt in found.own if attempt.view == view]).mean())
             for view in dict.fromkeys(attempt.view for attempt in found.own)},
+        "by_attack": [] if suite.survivors_only else [
+            {"attack": spec.label, "norm": spec.settings.get("norm", ""), "eps": spec.settings.get("eps", ""),
+             "ra": _rate(found, (spec,))} for spec in suite.specs],
+        "unions": {} if suite.survivors_only else {name: _rate(found, specs) for name, specs in suite.unions.items()},
         "unreliable": any(flag.unreliable for flag in noticed),
         "flags": [dataclasses.asdict(flag) for flag in noticed], "attempts": attempts,
         "largest_norm": _largest_norm(found.attempts), "facts": facts,
         "fact_tables": [dataclasses.asdict(table) for table in model.fact_tables(facts)],
         "seconds": round(sum(attempt.seconds for attempt in found.attempts), 2)}
+
+
+def _rate(found: Found, specs: Sequence[Spec]) -> float:
+    """Robust accuracy under some of the attacks, through every gradient."""
+    return float(found.survivors([attempt for attempt in found.own if any(attempt.spec is of for of in specs)]).mean())
 
 
 def _largest_norm(attempts: Sequence[verdicts.Attempt]) -> float:

@@ -78,7 +78,8 @@ class Model(Protocol):
         """The same model as training computes it."""
 
     def gather(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Trees by group of finished runs (parameters, statistics or masks), in their order, as trees of this model.
+        """Trees by group of finished runs (parameters, statistics or masks), in their order, as trees of this model;
+        None for a group that starts afresh.
 
         Raises:
             UserError: it takes another number of runs.
@@ -88,7 +89,7 @@ class Model(Protocol):
         """x (B, H, W, C) in [0, 1] -> (logits (B, K), aux), in evaluation mode, the weights being arguments.
 
         `aux` holds what the kind has, each entry with leading B: router_logits (B, L, E), expert_ids and margins (B, L)
-        of a routed network; member_logits (B, M, K) of an ensemble.
+        of a routed network; member_logits (B, M, K) of an ensemble; these and gate_logits (B, M) of a mixture.
         """
 
     def train_pass(self, variables: Variables, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:

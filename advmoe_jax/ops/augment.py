@@ -3,6 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from advmoe_jax.ops import warp
+
+_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue
+
 
 def to_float(images: jax.Array) -> jax.Array:
     """(B, H, W, C) uint8 -> float32 in [0, 1]."""
@@ -31,3 +35,50 @@ def pad_crop_flip(key: jax.Array, images: jax.Array, pad: int, flip: bool) -> ja
         mirrored = jax.random.bernoulli(flip_key, 0.5, (batch, 1, 1, 1))
         images = jnp.where(mirrored, images[:, :, ::-1], images)
     return images
+
+
+def jitter(key: jax.Array, x: jax.Array, strength: float) -> jax.Array:
+    """Changes brightness, then contrast, then saturation, each by an image's own factor, uniform in 1 - strength to
+    1 + strength, as torchvision's ColorJitter does in random order.
+
+    Args:
+        key: one key; image b uses draw b.
+        x: (B, H, W, C) in [0, 1]; those of one channel have no saturation.
+        strength: 0 to 1.
+    """
+    factors = jax.random.uniform(key, (3, x.shape[0], 1, 1, 1), x.dtype, 1 - strength, 1 + strength)
+    x = jnp.clip(x * factors[0], 0, 1)
+    mean = jnp.mean(_grey(x), (1, 2, 3), keepdims=True)
+    x = jnp.clip(mean + factors[1] * (x - mean), 0, 1)
+    return jnp.clip(_grey(x) + factors[2] * (x - _grey(x)), 0, 1) if x.shape[-1] == 3 else x
+
+
+def _grey(x):
+    if x.shape[-1] != 3:
+        return jnp.mean(x, -1, keepdims=True)
+    return jnp.sum(x * jnp.asarray(_LUMA, x.dtype)[None, None, None], -1, keepdims=True)
+
+
+def turn(key: jax.Array, x: jax.Array, degrees: float) -> jax.Array:
+    """Turns each image about its centre by its own angle, uniform in -degrees to degrees; the nearest pixel is taken,
+    and 0 from outside. Arguments as `jitter`."""
+    angles = jax.random.uniform(key, x.shape[:1], x.dtype, -degrees, degrees)
+    return warp.warp(x, angles, jnp.zeros((x.shape[0], 2), x.dtype), bilinear=False)
+
+
+def mixup(key: jax.Array, x: jax.Array, targets: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """Images and soft labels mixed with those of another image of the batch; Zhang et al., ICLR 2018.
+
+    The share of the image itself is drawn for each from Beta(alpha, alpha).
+
+    Args:
+        key: one key.
+        x: (B, H, W, C).
+        targets: (B, K).
+        alpha: above 0.
+    """
+    order, share = jax.random.split(key)
+    others = jax.random.permutation(order, x.shape[0])
+    share = jax.random.beta(share, alpha, alpha, x.shape[:1], x.dtype)
+    along = share[:, None, None, None]
+    return along * x + (1 - along) * x[others], share[:, None] * targets + (1 - share[:, None]) * targets[others]

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from advmoe_jax.core.errors import one_of
 
 NORMS = ("linf", "l2", "l1")
-_L1_KEEP = 0.01  # SLIDE moves this fraction of the coordinates
+SHARE = 0.01
+"""Of the coordinates, that an l1 step of SLIDE moves."""
 
 
 def norm(delta: jax.Array, kind: str) -> jax.Array:
@@ -115,17 +116,18 @@ def random_start(key: jax.Array, x: jax.Array, eps: float | jax.Array, kind: str
     return project(x + eps * jax.vmap(draw)(key), x, eps, kind)
 
 
-def steepest(grad: jax.Array, x_adv: jax.Array, kind: str, key: jax.Array) -> jax.Array:
+def steepest(grad: jax.Array, x_adv: jax.Array, kind: str, key: jax.Array, share: float = SHARE) -> jax.Array:
     """Direction of unit size that increases the loss most.
 
     linf: the sign. l2: the normalised gradient; where it vanishes, a random direction, since a dead gradient must
-    not end an attack. l1: SLIDE (Tramer & Boneh, NeurIPS 2019): signs of the 1 % largest coordinates that can
-    still move, divided by their number.
+    not end an attack. l1: SLIDE (Tramer & Boneh, NeurIPS 2019): signs of the largest coordinates that can still move,
+    divided by their number.
 
     Args:
         grad: (B, H, W, C).
         x_adv: current images, for what "can still move" means.
         key: (B,) keys.
+        share: of the coordinates, that an l1 step moves.
     """
     if kind == "linf":
         return jnp.sign(grad)
@@ -134,7 +136,7 @@ def steepest(grad: jax.Array, x_adv: jax.Array, kind: str, key: jax.Array) -> ja
         return normalized(jnp.where(_column(norm(grad, "linf")) > 0, grad, noise))
     stuck = ((x_adv <= 0) & (grad < 0)) | ((x_adv >= 1) & (grad > 0))
     size = jnp.where(stuck, 0, jnp.abs(grad)).reshape(grad.shape[0], -1)
-    keep = max(1, round(_L1_KEEP * size.shape[-1]))
+    keep = max(1, round(share * size.shape[-1]))
     threshold = jax.lax.top_k(size, keep)[0][:, -1:]
     move = jnp.where((size >= threshold) & (size > 0), jnp.sign(grad.reshape(size.shape)), 0)
     return (move / jnp.maximum(jnp.sum(jnp.abs(move), -1, keepdims=True), 1)).reshape(grad.shape)

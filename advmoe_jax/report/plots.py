@@ -1,7 +1,7 @@
 """PNG plots of runs. L layers, T log lines, E parts of a layer."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -189,7 +189,8 @@ def _layers(figure_class, run: Run, vectors: dict[str, tuple[np.ndarray, np.ndar
         axes.set(title=name.replace("_", " "), xlabel="epoch")
     for axes, (name, values) in zip(panels[len(vectors):], shares.items()):
         _stacked(axes, f"{name}, {final['checkpoint']} checkpoint", values)
-    panels[0].set(ylabel="layer", yticks=np.arange(0, num_layers, 1 + num_layers // 20), ylim=(num_layers - 0.5, -0.5))
+    panels[0].set(ylabel="layer or expert", yticks=np.arange(0, num_layers, 1 + num_layers // 20),
+                  ylim=(num_layers - 0.5, -0.5))
     return figure
 
 
@@ -260,5 +261,34 @@ def write_superscores(path, labels: list[str], scores: list[Mapping[str, float]]
     axes.set_xticklabels(labels, rotation=40, ha="right", fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize="small", ncols=len(names), loc="outside upper center")
+    files.write_figure(path, figure)
+    return True
+
+
+def write_matrix(path, rows: Sequence[str], columns: Sequence[str], rates: np.ndarray) -> bool:
+    """Draws accuracies in percent as a heat map, NaN where nothing was measured.
+
+    Args:
+        path: of the PNG.
+        rows, columns: names.
+        rates: (rows, columns).
+    Returns:
+        Whether there is anything to draw with.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(3 + 0.55 * len(columns), 2 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(rates, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for i, row in enumerate(rates):
+        for j, value in enumerate(row):
+            if np.isfinite(value):
+                axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize="small",
+                          color="black" if value > 55 else "white")
+    axes.set(xticks=np.arange(len(columns)), yticks=np.arange(len(rows)), yticklabels=rows)
+    axes.set_xticklabels(columns, rotation=45, ha="right")
+    figure.colorbar(shown, ax=axes, label="accuracy (%)")
     files.write_figure(path, figure)
     return True

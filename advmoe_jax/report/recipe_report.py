@@ -7,7 +7,7 @@ from etils import epath
 
 from advmoe_jax.core import files, recipe, status, tables
 from advmoe_jax.core.tables import Table
-from advmoe_jax.report import comparison, criteria, plots, printed, runs
+from advmoe_jax.report import comparison, criteria, matrix, plots, printed, runs
 
 
 def write(root: epath.Path) -> None:
@@ -38,6 +38,11 @@ def write(root: epath.Path) -> None:
     for number, of in enumerate(criteria.compared(found, labels) if not of_paper else ()):
         parts += map(tables.markdown, filter(None, (criteria.best_table(of), criteria.rank_table(of))))
         parts += _bars(root, f"criteria{number or ''}.png", {group.label: group.means() for group in of.groups})
+    for number, found_matrix in enumerate(matrix.of(found, labels, stored["oracles"], stored["paper"])):
+        parts.append(tables.markdown(found_matrix.table))
+        name = f"matrix{number or ''}.png"
+        if plots.write_matrix(root / name, found_matrix.rows, found_matrix.columns, found_matrix.rates):
+            parts.append(f"![{found_matrix.table.title}]({name})\n")
     parts += [f"{note}\n" for note in stored["notes"]] + [tables.markdown(_runs(folders), 2)]
     files.write_text(root / "report.md", "\n".join(parts))
     tables.show([table for table, _ in of_paper] + shown, as_text=False)

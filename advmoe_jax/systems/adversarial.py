@@ -4,6 +4,7 @@ x images (B, H, W, C) in [0, 1], y labels (B,), P passes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,13 +17,13 @@ from advmoe_jax.core.fields import Only, setting
 from advmoe_jax.data import pipeline
 from advmoe_jax.models.model import Model
 from advmoe_jax.models.network import HAS_ROUTER
-from advmoe_jax.ops import losses, routing
+from advmoe_jax.ops import augment, losses, routing
 from advmoe_jax.systems import adversary
 from advmoe_jax.systems.sources import Source, initial
 from advmoe_jax.train import ema, optim, step
 from advmoe_jax.train import state as states
 from advmoe_jax.train.state import Part, State
-from advmoe_jax.train.system import Inputs, System
+from advmoe_jax.train.system import Batch, Inputs, System
 
 LOSSES = ("natural", "madry", "trades", "mart")
 _WEIGHTED = Only("system.loss trades or mart, or system.router_loss label_mod", lambda config: (
@@ -37,6 +38,9 @@ class Config:
     beta: float = setting(6.0, "1 / lambda, the weight of the robust term", least=0, most=1e6, only=_WEIGHTED)
     balance_loss: float = setting(0.0, "weight of the Switch Transformer's load-balance loss", least=0, most=1e6,
                                   only=HAS_ROUTER)
+    label_smoothing: float = setting(0.0, "share of a label that all classes get alike", least=0, most=1)
+    mixup: float = setting(0.0, "alpha: images are mixed with others by shares from Beta(alpha, alpha), the labels in "
+                                "the loss too; attacks know the image's own; 0: they are not", least=0, most=1e3)
 
 
 def objective(model: Model, cfg, *, router_loss: bool = False) -> step.Objective:
@@ -53,24 +57,25 @@ def objective(model: Model, cfg, *, router_loss: bool = False) -> step.Objective
     name, system = cfg.system.loss, cfg.system
     labels_steer = router_loss and system.router_loss == "label_mod"
 
-    def per_example(clean, adv, y):
+    def per_example(clean, adv, y, target):
         if labels_steer:
             return losses.label_mod(clean[1]["router_logits"], adv[1]["router_logits"], y, system.beta, system.beta)
         if name == "natural":
-            return losses.cross_entropy(clean[0], y)
+            return losses.cross_entropy(clean[0], target)
         if name == "madry":
-            return losses.cross_entropy(adv[0], y)
-        return getattr(losses, name)(clean[0], adv[0], y, system.beta)
+            return losses.cross_entropy(adv[0], target)
+        return getattr(losses, name)(clean[0], adv[0], target, system.beta)
 
     def run(state, batch):
-        y = batch["label"]
+        y, target = batch["label"], batch.get("target", batch["label"])
         images = {"clean": batch["image"]} if name != "madry" or labels_steer else {}
         attacked = jnp.moveaxis(batch["adversarial"], 1, 0) if name != "natural" else ()
         images |= {f"adv{i or ''}": x_adv for i, x_adv in enumerate(attacked)}
         *outputs, batch_stats = model.train_pass(state.variables, jnp.stack(list(images.values()), 1))
         passes = {which: jax.tree.map(lambda leaf, i=i: leaf[:, i], outputs) for i, which in enumerate(images)}
         clean, *adversarial = [passes.get("clean"), *(v for which, v in passes.items() if which != "clean")]
-        loss = sum(jnp.mean(per_example(clean, adv, y)) for adv in adversarial or [None]) / max(len(adversarial), 1)
+        passed = adversarial or [None]
+        loss = sum(jnp.mean(per_example(clean, adv, y, target)) for adv in passed) / len(passed)
         if system.balance_loss > 0:
             balance = [routing.balance_loss(aux["router_logits"]) for _, aux in passes.values()]
             loss += system.balance_loss * sum(balance) / len(balance)
@@ -102,6 +107,8 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
           updates: tuple[Update, ...], describe: str, objective: Callable[..., step.Objective] = objective,
           masks: Mapping[str, Any] | None = None, after: Callable[[State], State] = states.masked,
           begin: Callable[[State], State] = lambda state: state, part: Part = states.PARAMETERS,
+          turn: Callable[[State, jax.Array], jax.Array] | None = None,
+          track: Callable[[State, Batch, dict[str, jax.Array]], State] | None = None,
           attacks: Callable[[Model, step.Attack | None], step.Attack | None] = lambda _, attack: attack) -> System:
     """A system whose iterations are `updates` in order.
 
@@ -117,13 +124,15 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
         masks: {group: tree} that it starts with; those of the sources unless given.
         after: applied to the state after each step.
         begin, part: as `train.state.fresh`.
+        turn: as `train.step.preparation`; by train.several unless given.
+        track: as `train.step.make`.
         attacks: (model as it is trained, its attack) -> what makes a step's images instead.
     """
     per_epoch = pipeline.steps_per_epoch(len(data.rows), cfg.data.batch_size)
     length = units.steps(cfg.train.length, per_epoch, what="train.length")
     optimizers = {group: optim.make(cfg.optim[model.optim[group]], per_epoch, length, u.every)
                   for u in updates for group in u.owns}
-    variables, inherited = initial(model, sources)
+    variables, inherited = initial(model, sources, cfg.seed)
     masks = inherited if masks is None else masks
     trained = model.in_training(cfg.train)
 
@@ -143,13 +152,34 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
 
     loss = cfg.system.loss
     attack = None if loss == "natural" else adversary.training_attack(trained, cfg, "kl" if loss == "trades" else "ce")
+    if turn is None and attack is not None and cfg.train.several == "pass":
+        turn = functools.partial(_pass, per_epoch)
     prepare = step.preparation(attacks(trained, attack), seed=cfg.seed, mesh=mesh, data_cfg=cfg.data,
-                               parts=cfg.train.accumulate)
+                               parts=cfg.train.accumulate, soften=_softening(cfg.system, model.num_classes), turn=turn)
     abstract = jax.eval_shape(init, jax.random.key(0))
     steps = tuple(
         step.make(u.name, objective(trained, cfg, router_loss=u.router_loss), prepare, u.inputs, owns=u.owns,
                   optimizers=optimizers, state=abstract, mesh=mesh, every=u.every, parts=cfg.train.accumulate,
-                  after=after, part=part)
+                  after=after, part=part, track=track)
         for u in updates)
     averaging = {"1 steps": ema.update(cfg.train.ema)} if cfg.train.ema else {}
     return System(init, steps, length, data.rows, model, describe, averaging)
+
+
+def _pass(per_epoch: int, state: State, key: jax.Array) -> jax.Array:
+    return state.step // per_epoch
+
+
+def _softening(system: Any, num_classes: int) -> Callable[[jax.Array, Batch], Batch] | None:
+    """What makes soft labels of a ready batch by the fields of `config.system`; None: labels stay."""
+    if not (system.label_smoothing or system.mixup):
+        return None
+
+    def soften(key, batch):
+        target = losses.one_hot(batch["label"], num_classes, system.label_smoothing)
+        if not system.mixup:
+            return {"target": target}
+        image, target = augment.mixup(key, batch["image"], target, system.mixup)
+        return {"image": image, "target": target}
+
+    return soften

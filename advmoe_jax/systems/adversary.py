@@ -4,7 +4,6 @@ B batch, A attacks whose images all count, x images (B, H, W, C) in [0, 1], y la
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +45,9 @@ class Training:
 
     attack: str = setting("pgd(num_steps=2,step_size=0.625 eps,start=gaussian,keep=last)",
                           "attacks of training, named as in eval.attacks", only=ATTACKED)
-    several: str = setting("turn", "several attacks: in turn, an iteration each; the worst of an image; or the mean of "
-                                   "their losses", choices=("turn", "worst", "mean"), only=ATTACKED)
+    several: str = setting("turn", "several attacks: in turn, an iteration each, or a pass over the images each; the "
+                                   "worst of an image, or the one of largest loss on the batch; or the mean of their "
+                                   "losses", choices=("turn", "pass", "worst", "largest", "mean"), only=ATTACKED)
 
 
 def check(config) -> None:
@@ -67,7 +67,7 @@ def named(config, loss: str | Objective) -> tuple[Spec, ...]:
 
 
 def training_attack(model: Model, config, loss: str) -> Attack:
-    """Builds the adversary of a training step, (variables, key, x, y, index, step) -> (B, A, H, W, C).
+    """Builds the adversary of a training step, (variables, key, x, y, index, turn) -> (B, A, H, W, C).
 
     BatchNorm uses running statistics and none is written. Gradients go through the view `attack.router_grad`.
     With `attack.router_weight` > 0 attacks also increase that multiple of KL(clean || adversarial) of the router's
@@ -101,7 +101,7 @@ def training_attack(model: Model, config, loss: str) -> Attack:
             return spec.run(model.surfaces[spec.about.takes](variables), keys, x, y)
         return spec.run(outputs_fn if spec.about.takes == "outputs" else objectives.logits_fn(outputs_fn), keys, x, y)
 
-    def run(variables, key, x, y, index, step):
+    def run(variables, key, x, y, index, turn):
         outputs_fn = model.outputs_fn(variables, cfg.router_grad)
         target = (y, None)
         if loss == "kl" or cfg.router_weight > 0:
@@ -110,16 +110,15 @@ def training_attack(model: Model, config, loss: str) -> Attack:
         common = variables, outputs_fn, rng.per_example(key, index), x, y, target
         if len(specs) == 1:
             return by(specs[0], *common)[:, None]
-        if config.train.several == "turn":
+        if config.train.several in ("turn", "pass"):
             branches = [lambda spec=spec: by(spec, *common) for spec in specs]
-            return jax.lax.switch(step % len(specs), branches)[:, None]
+            return jax.lax.switch(turn % len(specs), branches)[:, None]
         images = jnp.stack([by(spec, *common) for spec in specs], 1)
-        return images if config.train.several == "mean" else _worst(images, outputs_fn, objective, target)
+        if config.train.several == "mean":
+            return images
+        values = jnp.stack([objective.loss(outputs_fn(images[:, i]), target) for i in range(len(specs))], 1)
+        values = jnp.mean(values, 0, keepdims=True) if config.train.several == "largest" else values
+        worst = jnp.broadcast_to(jnp.argmax(values, 1), x.shape[:1])
+        return jnp.take_along_axis(images, worst[:, None, None, None, None], 1)
 
     return run
-
-
-def _worst(images: jax.Array, outputs_fn: jax.tree_util.Partial, objective: Objective, target: Any) -> jax.Array:
-    """(B, A, H, W, C) -> (B, 1, H, W, C), of each image the one of the largest loss."""
-    values = jnp.stack([objective.loss(outputs_fn(images[:, i]), target) for i in range(images.shape[1])], 1)
-    return jnp.take_along_axis(images, jnp.argmax(values, 1)[:, None, None, None, None], 1)

@@ -79,7 +79,7 @@ def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, source
     updates = (Update("train", model.groups, Inputs("data", "train", "train")),)
     if not sources:  # it is evaluated alone
         return build(cfg, model, data, mesh, sources, updates, title)
-    variables, inherited = initial(model, sources)
+    variables, inherited = initial(model, sources, cfg.seed)
     x, y = score_images(cfg, model, data, variables, system.scored_on) if about.needs_images else (None, None)
 
     def chosen(variables):

@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from advmoe_jax.core import config as configs
-from advmoe_jax.core import paths, status, tree
+from advmoe_jax.core import paths, rng, status, tree
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.models import model as models
 from advmoe_jax.models.model import Model
@@ -86,9 +87,14 @@ def load(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int
     return sources
 
 
-def initial(model: Model, sources: Mapping[str, Source]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+def initial(model: Model, sources: Mapping[str, Source], seed: int = 0
+            ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Variables and masks that a model takes from finished runs; (None, {}) if there are none.
 
+    Args:
+        model: what starts from them.
+        sources: finished runs, by name.
+        seed: of the run, for groups that start afresh.
     Raises:
         UserError: they are not of this model's architecture.
     """
@@ -96,6 +102,11 @@ def initial(model: Model, sources: Mapping[str, Source]) -> tuple[dict[str, Any]
         return None, {}
     runs = list(sources.values())
     variables = {part: model.gather([run.variables[part] for run in runs]) for part in runs[0].variables}
+    if afresh := [group for group, found in variables["params"].items() if found is None]:
+        begin = jax.jit(lambda key: {part: {group: trees[group] for group in afresh}
+                                     for part, trees in model.init(key).items()})
+        fresh = jax.device_get(begin(rng.stream(rng.key(seed, "init"), "params")))
+        variables = {part: trees | fresh[part] for part, trees in variables.items()}
     if different := tree.first_difference(model.shapes, variables):
         name, ours, theirs = different
         raise UserError(f"init_from names {', '.join(sources)}, of another architecture: {name} is {theirs} there, "

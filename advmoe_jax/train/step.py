@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from advmoe_jax.core import mesh as meshes
@@ -44,39 +45,55 @@ Objective = Callable[[State, Batch], tuple[jax.Array, tuple[dict[str, Any], dict
 
 
 def preparation(attack: Attack | None, *, seed: int, mesh: jax.sharding.Mesh, data_cfg,
-                parts: int = 1) -> Callable[[State, Batch, Inputs], Batch]:
+                parts: int = 1, soften: Callable[[jax.Array, Batch], Batch] | None = None,
+                turn: Callable[[State, jax.Array], jax.Array] | None = None) -> Callable[[State, Batch, Inputs], Batch]:
     """What makes a batch ready: float "image"s, cropped and flipped, and, if there is an attack, "adversarial" ones.
 
-    It is one compiled program for all steps that attack alike, whatever their random streams are.
+    It is one compiled program for all steps that attack alike, whatever the seed and their random streams are.
 
     Args:
         attack: of the ready images; None: there is none.
         seed: of the run.
         mesh: of all devices.
-        data_cfg: fields pad, flip and, of images that are decoded, crop.
+        data_cfg: fields pad, flip and, where there are such, jitter, turn and, of images that are decoded, crop.
         parts: of a batch, which are attacked one after the other. An image has a key of its own, so that nothing
             depends on them.
+        soften: (key, ready batch) -> what it changes or adds, such as soft labels "target" (B, K); None: nothing.
+        turn: (state, key) -> () int, by which attacks take turns, given to the attack in place of the step, and with
+            the batch as "turn" (B,); None: the step.
     """
-    def run(state: State, batch: Batch, crops: jax.Array, noise: jax.Array) -> Batch:
+    jitter, degrees = getattr(data_cfg, "jitter", 0), getattr(data_cfg, "turn", 0)
+
+    def run(state: State, batch: Batch, seed: jax.Array, crops: jax.Array, noise: jax.Array) -> Batch:
         crop = rng.stream(rng.key(seed, crops, state.step), "augment")
         x = augment.to_float(augment.pad_crop_flip(crop, batch["image"], pipeline.padding(data_cfg), data_cfg.flip))
+        x = augment.jitter(rng.stream(crop, "jitter"), x, jitter) if jitter else x
+        x = augment.turn(rng.stream(crop, "turn"), x, degrees) if degrees else x
         ready = {**batch, "image": x}
+        if soften is not None:
+            ready |= soften(rng.stream(crop, "soften"), ready)
         if attack is not None:
             key = rng.stream(rng.key(seed, noise, state.step), "attack")
+            number = state.step
+            if turn is not None:
+                number = turn(state, rng.stream(key, "turn"))
+                ready["turn"] = jnp.full(x.shape[:1], number, jnp.int32)
 
             def of(part):
-                return attack(state.variables, key, part["image"], part["label"], part["index"], state.step)
+                return attack(state.variables, key, part["image"], part["label"], part["index"], number)
 
             ready["adversarial"] = _joined(jax.lax.map(of, _cut(ready, parts))) if parts > 1 else of(ready)
         return ready
 
     compiled = jax.jit(run, out_shardings=meshes.by_example(mesh))
-    return lambda state, batch, inputs: compiled(state, batch, rng.number(inputs.crops), rng.number(inputs.noise))
+    return lambda state, batch, inputs: compiled(state, batch, np.uint32(seed), rng.number(inputs.crops),
+                                                 rng.number(inputs.noise))
 
 
 def make(name: str, objective: Objective, prepare: Callable[[State, Batch, Inputs], Batch], inputs: Inputs, *,
          owns: Sequence[str], optimizers: dict[str, Any], state: State, mesh: jax.sharding.Mesh, every: int = 1,
-         parts: int = 1, after: Callable[[State], State] = states.masked, part: Part = states.PARAMETERS) -> Step:
+         parts: int = 1, after: Callable[[State], State] = states.masked, part: Part = states.PARAMETERS,
+         track: Callable[[State, Batch, dict[str, jax.Array]], State] | None = None) -> Step:
     """A step that descends `objective` in the parameters of the groups it owns, or in what `part` says instead.
 
     Parameters, optimizer states and running statistics of other groups pass through untouched.
@@ -95,6 +112,7 @@ def make(name: str, objective: Objective, prepare: Callable[[State, Batch, Input
             running ones see one after the other.
         after: applied to the new state, last.
         part: what of a group is trained.
+        track: (new state, ready batch, metrics) -> the state with what a system counts in `extra`; None: nothing.
     """
     grad_names = tree.named_leaves({group: part.get(state)[group] for group in owns})
     tensors = ("loss", *(f"gradient {n}" for n in grad_names), *(f"parameter {n}" for n in grad_names))
@@ -121,7 +139,8 @@ def make(name: str, objective: Objective, prepare: Callable[[State, Batch, Input
         finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(
             (loss, grads, updated))])
         metrics |= {"loss": loss, "non_finite": jnp.where(jnp.all(finite), -1, jnp.argmin(finite))}
-        return after(part.put(state, updated).replace(batch_stats=batch_stats, opt=opt)), metrics
+        new = after(part.put(state, updated).replace(batch_stats=batch_stats, opt=opt))
+        return new if track is None else track(new, batch, metrics), metrics
 
     compiled = jax.jit(update, donate_argnums=0, out_shardings=meshes.replicated(mesh))
     return Step(name, inputs, prepare, compiled, tuple(owns), tensors, every)

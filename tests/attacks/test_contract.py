@@ -35,7 +35,7 @@ OWN = {"cw_l2": dict(c=1.0, binary_search_steps=2, learning_rate=0.05), "ddn": d
 MODULES = {name: find.module("attacks", name, defines="make") for name in NAMES}
 ABOUTS = {name: module.ABOUT for name, module in MODULES.items() if hasattr(module, "ABOUT")}  # all, by the first test
 CASES = [(name, norm) for name, about in ABOUTS.items()
-         if about.takes in ("logits", "values")  # others: test_adaptive.py, test_exits.py
+         if about.takes in ("logits", "values")  # others: test_adaptive.py, test_exits.py, test_gated.py
          for norm in about.norms or ("",)]
 each = pytest.mark.parametrize("name, norm", CASES)
 in_one_norm = pytest.mark.parametrize("name, norm", slow_but(
@@ -109,7 +109,7 @@ def test_says_what_it_is(name):
     assert ("norm" in fields) == ("eps" in fields) == bool(module.ABOUT.norms)
     assert not module.ABOUT.norms or config.norm in module.ABOUT.norms
     assert module.ABOUT.fixed_by in fields | {""}
-    assert bool(module.ABOUT.needs) == (module.ABOUT.takes in ("outputs", "routed"))
+    assert bool(module.ABOUT.needs) == (module.ABOUT.takes in ("outputs", "routed", "gated"))
     assert parse.attack(name).about == module.ABOUT
 
 

@@ -299,6 +299,23 @@ def test_columns_of_a_suite(three_views):
         both = [attempt for attempt in found.attempts if attempt.view == view]
         assert len(both) == 2 and record["ra_by_view"][view] == found.survivors(both).mean()
     assert record["ra"] == found.survivors().mean() <= min(record["ra_by_view"].values())
+    for of, spec in zip(record["by_attack"], suite.specs, strict=True):
+        rate = found.survivors([attempt for attempt in found.attempts if attempt.spec is spec]).mean()
+        assert of == {"attack": spec.label, "norm": "linf", "eps": "0.05", "ra": rate} and record["ra"] <= rate
+
+
+def test_unions_are_worst_cases_on_the_same_images():
+    """Of PGD in several norms, and of all: no larger than any of their rows."""
+    suite = suites.together("three: pgd(num_steps=2) fgsm(norm=l2,eps=0.3) pgd(norm=l2,eps=0.3,num_steps=2)", "linf",
+                            "0.05")
+    found = _run(suite, model=_Dense())
+    record = measure.summarize(found, suite, _Dense())
+    both = [found.attempts[0], found.attempts[2]]
+    assert record["unions"] == {"all PGD": found.survivors(both).mean()}
+    rates = [of["ra"] for of in record["by_attack"]]
+    assert record["ra"] <= record["unions"]["all PGD"] <= min(rates[0], rates[2]) <= record["sa"]
+    together = measure.summarize(found, suites.Suite("a", suite.specs, True), _Dense())
+    assert together["by_attack"] == [] and together["unions"] == {}
 
 
 def test_suites_of_one_command_watch_each_other():

@@ -37,7 +37,9 @@ def test_attacks_alone():
 
 
 @pytest.mark.parametrize("text, name, survivors_only, count", [
-    ("standard", "standard", True, 4), ("union", "union", False, 3), ("fgsm pgd(num_steps=2)", "fgsm+pgd-2", True, 2)])
+    ("standard", "standard", True, 4), ("union", "union", False, 3), ("fgsm pgd(num_steps=2)", "fgsm+pgd-2", True, 2),
+    ("my-own: fgsm pgd(num_steps=2)", "my-own", False, 2), ("mol-adv", "mol-adv", False, 12),
+    ("mol-all", "mol-all", False, 16), ("union-8", "union-8", False, 6), ("gated", "gated", False, 7)])
 def test_a_suite_in_place_of_attacks(text, name, survivors_only, count):
     [suite] = _asked(eval__suite=text, eval__attacks="square")
     assert (suite.name, suite.survivors_only, len(suite.specs)) == (name, survivors_only, count)
@@ -53,7 +55,7 @@ def test_several_eps():
 
 @pytest.mark.parametrize("fields", [
     dict(eval__attacks="fgsm pgd(num_steps=7)"), dict(eval__suite="standard", eval__eps="2/255,4/255"),
-    dict(eval__suite="fgsm square", eval__norm="l2", eval__eps="0.5")])
+    dict(eval__suite="fgsm square", eval__norm="l2", eval__eps="0.5"), dict(eval__suite="mine: fgsm fog")])
 def test_what_was_asked_asks_for_the_same(fields):
     """Reports make their commands of it."""
     chosen = _asked(**fields)
@@ -67,6 +69,8 @@ def test_what_was_asked_asks_for_the_same(fields):
 @pytest.mark.parametrize("fields, words", [
     (dict(eval__attacks="pdg"), "unknown attack 'pdg'"), (dict(eval__attacks=""), "no attack is named"),
     (dict(eval__suite="standart"), "unknown suite 'standart'.*did you mean 'standard'"),
+    (dict(eval__suite="quick: fgsm"), "has the name 'quick': expected one of letters and hyphens that is no other"),
+    (dict(eval__suite=": fgsm"), "has the name ''"), (dict(eval__suite="mine:"), "no attack is named"),
     (dict(eval__attacks="pgd(steps=3)"), "unknown setting of pgd 'steps'"),
     (dict(eval__eps="8"), "eval.eps is '8' for linf"), (dict(eval__eps="4/255,8"), "eval.eps is '8' for linf"),
     (dict(eval__eps="4/255,"), "eval.eps is ''"), (dict(attack__eps="8"), "attack.eps is '8' for linf"),
@@ -147,3 +151,16 @@ def test_a_job_is_known_when_all_its_names_are():
     assert not job.is_measured
     [job] = _jobs({40: ["best", "last"]}, [*known, _measured("last", 40, CHOSEN[0])], CHOSEN[:1])
     assert job.is_measured and job.was_reliable
+
+
+def test_the_rows_of_mol():
+    """Table A5 of the paper, and fog that clips; all PGD is the worst of three."""
+    suite = suites.together("mol-all", "linf", "8/255")
+    assert [(spec.label, spec.settings.get("norm", "")) for spec in suite.specs] == [
+        ("pgd-20", "l1"), ("gaussian-noise", "l1"), ("salt-pepper", "l1"), ("pgd-20", "l2"), ("fgsm", "l2"),
+        ("ddn-100", "l2"), ("deepfool-100", "l2"), ("rays", "l2"), ("pgd-20", "linf"), ("fgsm", "linf"),
+        ("deepfool-100", "linf"), ("rays", "linf"), ("fog", ""), ("snow", ""), ("rotation", ""), ("fog-clip", "")]
+    assert {norm: eps for spec in suite.specs for norm, eps in spec.budgets.items()} == {
+        "l1": 16, "l2": 1, "linf": pytest.approx(8 / 255)}
+    assert [(name, len(specs)) for name, specs in suite.unions.items()] == [("all PGD", 3)]
+    assert not suites.together("union", "linf", "8/255").unions, "it is the union itself"

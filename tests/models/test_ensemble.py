@@ -26,7 +26,9 @@ SHAPE, CLASSES, BATCH, PASSES = (8, 8, 1), 4, 6, 2
 KINDS = {"dense": ("model.num_experts=1", "model.model_scale=1"), "routed": ("model.router_width=4",),
          "ensemble": ("model.name=ensemble", "model.num_experts=1", "model.num_members=3"),
          "team": ("model.name=ensemble", "model.router_width=4", "model.num_members=2"),
-         "stopping": ("model.name=team", "model.num_experts=1", "model.num_members=3")}
+         "stopping": ("model.name=team", "model.num_experts=1", "model.num_members=3"),
+         "mixture": ("model.name=mixture", "model.num_experts=1", "model.num_members=3"),
+         "top": ("model.name=mixture", "model.num_experts=1", "model.num_members=3", "model.serve=top-2")}
 each = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -53,7 +55,7 @@ def test_everything_that_the_protocol_names_is_there(kind):
         assert isinstance(getattr(model, name), str) and "\n" not in getattr(model, name)
     for name in ("groups", "views", "layers", "image_shape"):
         assert isinstance(getattr(model, name), tuple)
-    assert set(model.surfaces) == ({"routed"} if kind == "routed" else set())
+    assert set(model.surfaces) == {"routed": {"routed"}, "mixture": {"gated"}, "top": {"gated"}}.get(kind, set())
     assert all(isinstance(surface(variables), jax.tree_util.Partial) for surface in model.surfaces.values())
     assert hash(model) == hash(_model(kind)[0]), "it is a static argument of compiled programs"
 
@@ -106,7 +108,8 @@ def test_what_an_evaluation_keeps_and_says(kind):
     assert costs.keys() == {"pathway", "router", "total", "executed", "params"}
     tables = [dataclasses.asdict(table) for table in model.fact_tables(facts)]
     assert [Table(**table).title for table in json.loads(json.dumps(tables))] == {
-        "dense": [], "routed": ["Routing"], "stopping": ["Members", "Members asked"]}.get(kind, ["Members"])
+        "dense": [], "routed": ["Routing"], "stopping": ["Members", "Members asked"], "mixture": ["Experts"],
+        "top": ["Experts"]}.get(kind, ["Members"])
     assert bool(facts) == (kind != "dense")
     assert costs["total"] == costs["pathway"] + costs["router"] and costs["executed"] >= costs["total"]
     assert costs["params"] == tree.size(variables["params"])
@@ -185,7 +188,9 @@ def test_members_alone():
 @pytest.mark.parametrize("kind, text, says", [
     ("dense", "adaptive", "Dense"), ("ensemble", "adaptive", "ensemble of 3"), ("dense", "exits", "Dense"),
     ("routed", "exits", "MoE"), ("routed", "adaptive", ""), ("ensemble", "exits", ""), ("team", "exits", ""),
-    ("team", "adaptive", "ensemble of 2 MoE"), ("team", "pgd square", ""), ("stopping", "exits square", "")])
+    ("team", "adaptive", "ensemble of 2 MoE"), ("team", "pgd square", ""), ("stopping", "exits square", ""),
+    ("mixture", "gated exits", ""), ("dense", "gated", "gated reads member_logits"),
+    ("ensemble", "gated", "gated reads gate_logits")])
 def test_attacks_that_a_model_can_take(kind, text, says):
     suite = suites.together(text, "linf", "0.1")
     if not says:
@@ -236,5 +241,6 @@ def test_an_ensemble_is_evaluated_member_by_member():
 
 def test_a_network_has_the_name_of_its_kind():
     assert [_model(kind)[0].kind for kind in KINDS] == [
-        "Dense", "MoE", "ensemble of 3 S-Dense", "ensemble of 2 MoE", "team of 3 S-Dense"]
+        "Dense", "MoE", "ensemble of 3 S-Dense", "ensemble of 2 MoE", "team of 3 S-Dense", "mixture of 3 S-Dense",
+        "mixture of 3 S-Dense, the 2 best of the gate"]
     assert isinstance(_model("ensemble")[0].member, network.Network)

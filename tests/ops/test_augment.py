@@ -68,3 +68,35 @@ def test_to_float():
     x = augment.to_float(jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1))
     assert x.dtype == jnp.float32 and x.min() == 0 and x.max() == 1
     np.testing.assert_allclose(x.ravel(), np.arange(256) / 255, rtol=1e-6)
+
+
+def test_jitter_changes_colours_within_bounds():
+    """Each image by factors of its own; grey stays grey, and without strength nothing changes."""
+    x = jax.random.uniform(jax.random.key(0), (BATCH, 4, 4, 3), minval=0.3, maxval=0.6)
+    found = np.asarray(jax.jit(augment.jitter)(jax.random.key(1), x, 0.25))
+    brightness = found.mean((1, 2, 3)) / np.asarray(x).mean((1, 2, 3))
+    assert 0.74 < brightness.min() < 0.8 and 1.2 < brightness.max() < 1.26 and found.min() >= 0 and found.max() <= 1
+    spread = found.std((1, 2)).mean(-1) / np.asarray(x).std((1, 2)).mean(-1) / brightness
+    assert spread.min() < 0.8 and spread.max() > 1.2, "contrast"
+    np.testing.assert_allclose(augment.jitter(jax.random.key(1), x, 0.0), x, atol=1e-6)
+    grey = augment.jitter(jax.random.key(2), jnp.broadcast_to(x[..., :1], x.shape), 0.25)
+    np.testing.assert_allclose(grey[..., 0], grey[..., 2], atol=1e-6)
+    assert augment.jitter(jax.random.key(2), x[..., :1], 0.25).shape == (BATCH, 4, 4, 1)
+
+
+def test_turns_are_each_image_s_own():
+    x = np.zeros((64, 9, 9, 1), np.float32)
+    x[:, 4, 8] = 1
+    rows = np.argmax(np.asarray(augment.turn(jax.random.key(0), x, 90.0)).reshape(64, -1), 1) // 9
+    assert set(rows.tolist()) == set(range(9))
+    np.testing.assert_array_equal(augment.turn(jax.random.key(0), x, 0.0), x)
+
+
+def test_mixup_mixes_images_and_labels_alike():
+    x = jnp.eye(8, dtype=jnp.float32).reshape(8, 8, 1, 1)
+    mixed, target = augment.mixup(jax.random.key(0), x, jnp.eye(8, dtype=jnp.float32), 0.3)
+    np.testing.assert_allclose(mixed.reshape(8, 8), target, atol=1e-6)
+    np.testing.assert_allclose(target.sum(1), 1, rtol=1e-6)
+    _, target = augment.mixup(jax.random.key(1), jnp.zeros((500, 1, 1, 1)), jnp.eye(500), 0.3)
+    shares = np.asarray(target).max(1)
+    assert shares.min() >= 0.5 - 1e-6 and np.mean(shares > 0.95) > 0.4, "Beta(0.3, 0.3) is mostly near 0 or 1"

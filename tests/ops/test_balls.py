@@ -192,3 +192,17 @@ def test_l1_direction_moves_the_largest_coordinates_that_can_move():
         expected[largest[b, first:first + 4]] = sign / 4
         np.testing.assert_allclose(direction[b], expected, atol=1e-7)
     assert not np.any(steepest(np.zeros_like(x), x, "l1", _keys(3)))
+
+
+def test_golden_l1_step_and_projection():
+    """mol.md 8.4 and 8.5, the latter at a tenth, inside the box: a step moves a share of the coordinates, alike."""
+    grad = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    sparse = jax.jit(balls.steepest, static_argnums=(2, 4))
+    step = np.asarray(sparse(grad, jnp.full(grad.shape, 0.5), "l1", _keys(2), 0.05))
+    assert np.all(np.count_nonzero(step, (1, 2, 3)) == 154)
+    np.testing.assert_allclose(np.abs(step[step != 0]), 1 / 154, rtol=1e-6)
+    for v, z, expected in (((.3, -.1, .05), .2, (.2, 0, 0)), ((.2, -.2, .1), .3, (.4 / 3, -.4 / 3, .1 / 3)),
+                           ((.1, -.1, 0), .3, (.1, -.1, 0))):
+        x = np.full((1, 1, 1, 3), 0.5, np.float32)
+        found = np.asarray(project(x + np.float32(v), x, z, "l1")) - x
+        np.testing.assert_allclose(found.ravel(), expected, atol=2e-6)

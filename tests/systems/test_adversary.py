@@ -152,6 +152,13 @@ def test_the_worst_attack_of_each_image(loss):
     _assert_same(found, each[np.arange(BATCH), chosen][:, None])
 
 
+def test_the_attack_of_the_largest_loss_on_the_batch():
+    """One for all images, that of the larger mean."""
+    each = _each("madry")
+    chosen = np.argmax(_losses(each, "madry").mean(0))
+    _assert_same(_attacked(f"{PGD} {OTHER}", "train.several=largest"), each[:, [chosen]])
+
+
 @pytest.mark.parametrize("loss", ["madry", "trades"])
 def test_the_mean_over_attacks_keeps_all_images(loss):
     _assert_same(_attacked(f"{PGD} {OTHER}", "train.several=mean", loss=loss), _each(loss))
@@ -254,7 +261,7 @@ def test_natural_training_has_no_adversary(field):
     assert field.partition("=")[0] in message and "no effect" in message
 
 
-@pytest.mark.parametrize("several", slow_but(lambda several: several == "worst", ["turn", "worst", "mean"]))
+@pytest.mark.parametrize("several", slow_but(lambda several: several == "worst", ["turn", "pass", "worst", "mean"]))
 def test_a_system_trains_against_several(several):
     """Through the compiled programs of the steps, on four devices: images made with the iteration's attack."""
     config = _config(DENSE, f"train.attack={PGD} {OTHER}", f"train.several={several}", "system.loss=madry",
@@ -265,13 +272,14 @@ def test_a_system_trains_against_several(several):
     images = np.asarray(255 * _images()).astype(np.uint8)
     batch = pipeline.device_batch(mesh, Arrays(images, _labels()), np.arange(BATCH))
     state, made = system.init(jax.random.key(0)), []
-    for number in range(2):
+    for number in (0, COUNT // BATCH) if several == "pass" else (0, 1):
         state = state.replace(step=jax.device_put(np.int32(number), meshes.replicated(mesh)))
         made.append(step.prepare(state, batch, step.inputs))
     assert made[0]["adversarial"].shape == (BATCH, 2 if several == "mean" else 1, *SHAPE)
     change = [np.asarray(found["adversarial"]) - np.asarray(found["image"])[:, None] for found in made]
     in_linf = [np.abs(values).max((0, 2, 3, 4)) <= 8 / 255 + 1e-6 for values in change]
     assert [list(each) for each in in_linf] == {
-        "turn": [[True], [False]], "worst": [[False], [False]], "mean": [[True, False], [True, False]]}[several]
+        "turn": [[True], [False]], "pass": [[True], [False]], "worst": [[False], [False]],
+        "mean": [[True, False], [True, False]]}[several]
     _, metrics = step.update(state, made[1])
     assert metrics["non_finite"] == -1 and np.isfinite(metrics["loss"])
