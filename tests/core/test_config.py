@@ -134,7 +134,7 @@ def test_complete_adds_what_is_missing():
     ({"modle": {"width": 8}}, r"unknown config field modle.width: expected a field of .*; did you mean model.width\?$"),
     ({"model": {"name": "resent"}}, "unknown model.name 'resent': expected one of .*; did you mean 'resnet'"),
     ({"system": {"name": 3}}, "system.name is 3: expected text"),
-    ({"model": {"num_members": 4}},
+    ({"model": {"num_members": 5}},
      "model.num_members is a field of model.name=ensemble, and model.name is resnet: expected"),
     ({"system": {"name": "standard", "order": "backbone_first"}},
      "system.order is a field of system.name=advmoe, and system.name is standard: expected")])

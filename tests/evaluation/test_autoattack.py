@@ -205,7 +205,7 @@ def test_report(report):
                                   report.x_adv)
 
 
-@pytest.mark.parametrize("batch_size", [7, 16])
+@pytest.mark.parametrize("batch_size", [7, pytest.param(16, marks=pytest.mark.slow)])
 def test_nothing_depends_on_the_batch_size(report, batch_size):
     np.testing.assert_array_equal(_report(batch_size=batch_size).robust, report.robust)
 
@@ -311,6 +311,7 @@ def test_random_models_and_eot():
     assert robust < 0.5 * np.mean(np.argmax(_net(weights, x), -1) == y)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:evaluation UNRELIABLE")
 def test_the_suite_of_random_models():
     """Of images and keys; a model of images alone is refused."""

@@ -108,7 +108,7 @@ def test_blocks_are_exact(case, grads, train):
 
 
 @pytest.mark.parametrize("case, kind, devices", [
-    (QUICK[0], "blocks", 4), pytest.param(QUICK[0], "blocks", 1, marks=pytest.mark.slow),
+    pytest.param(QUICK[0], "blocks", 4, marks=pytest.mark.slow), (QUICK[0], "blocks", 1),
     pytest.param(QUICK[1], "blocks", 4, marks=pytest.mark.slow),
     pytest.param(CASES[3], "all", 1, marks=pytest.mark.slow)], ids=str)
 def test_passes_in_one_batch_are_those_one_after_the_other(case, kind, devices):
@@ -185,6 +185,7 @@ def test_whole_pathways():
     assert len(np.unique(theirs[1]["expert_ids"])) == 2
 
 
+@pytest.mark.slow
 def test_the_host_sorts_what_is_not_traced():
     variables, x, _ = _inputs(QUICK[1])
     x = np.resize(x, (33, *SHAPE))

@@ -136,6 +136,7 @@ def test_serving_the_best_computes_no_other():
     assert loops() and not loops("model.serve=top-1")
 
 
+@pytest.mark.slow
 def test_views_are_gradients_of_the_same_values():
     """With the gate held constant its part is missing; what was not computed has a gradient in the last view."""
     (model, variables), (whole, _) = _model("model.serve=top-2"), _model()

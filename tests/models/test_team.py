@@ -160,6 +160,7 @@ def test_what_is_asked_is_what_it_costs():
     assert sequential.costs(facts=facts)["executed"] == round(1.75 * single["total"])
 
 
+@pytest.mark.slow
 def test_a_team_is_evaluated_through_all_of_its_views():
     team, variables = _team()
     images = np.asarray(255 * _x()).astype(np.uint8)[:12]

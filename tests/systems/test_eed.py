@@ -168,7 +168,7 @@ HOSTS = {"dverge": (), "none": ("system.host=none",), "adp": ("system.host=adp",
          "gal": ("system.host=gal", "system.gamma=0")}
 
 
-@pytest.mark.parametrize("host", [pytest.param(host, marks=() if host == "dverge" else pytest.mark.slow)
+@pytest.mark.parametrize("host", [pytest.param(host, marks=() if host == "none" else pytest.mark.slow)
                                   for host in HOSTS])
 def test_members_stay_as_sparse_as_they_were(host):
     first, last, metrics = _run(*HOSTS[host])

@@ -165,9 +165,10 @@ def test_pruning_json_says_what_is_left():
 
 def test_scores_are_made_of_clean_or_attacked_images():
     net, variables = _base()
-    (clean, y), (attacked, same) = (prune._images(_config(
-        "system.method=taylor_channels", f"system.scored_on={on}", "system.images=8", "system.loss=madry",
-        "attack.eps=0.3", "train.attack=pgd(num_steps=2)"), net, _data(), variables) for on in ("clean", "attacked"))
+    config = _config("system.method=taylor_channels", "system.images=8", "system.loss=madry", "attack.eps=0.3",
+                     "train.attack=pgd(num_steps=2)")
+    (clean, y), (attacked, same) = (prune.score_images(config, net, _data(), variables, on)
+                                    for on in ("clean", "attacked"))
     np.testing.assert_allclose(clean, _data().train.images[:8] / 255, atol=1e-6)
     assert y.tolist() == same.tolist() and 0.01 < np.abs(clean - attacked).max() <= 0.3 + 1e-6
 

@@ -465,7 +465,8 @@ def test_a_method_that_is_none_is_refused():
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("trains, other", [("router", "backbone"), ("backbone", "router")])
+@pytest.mark.parametrize("trains, other", [
+    ("router", "backbone"), pytest.param("backbone", "router", marks=pytest.mark.slow)])
 def test_one_part_alone_is_trained(trains, other):
     """The other rests with its running statistics, and has no optimizer."""
     case = ("standard", "system.loss=madry", f"system.trains={trains}")

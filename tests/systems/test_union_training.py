@@ -99,6 +99,7 @@ def test_answers_are_paired_where_the_first_is_right():
     assert float(ramp.paired(first, second, y, ~(right | True), 5.0)) == pytest.approx(worse, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_step_of_ramp_is_the_projected_gradient():
     """The value is the paired loss; its gradient is by hand that of both trainings."""
     net, variables = _net()

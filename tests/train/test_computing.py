@@ -42,7 +42,7 @@ def _slopes(model, variables):
     return jax.jit(jax.value_and_grad(functools.partial(_loss, model, variables), has_aux=True))(variables["params"])
 
 
-@pytest.mark.parametrize("dispatch", ["all", "blocks"])
+@pytest.mark.parametrize("dispatch", ["all", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_bfloat16_is_the_backbones_alone(dispatch):
     """Convolutions of the backbone are bfloat16, those of gradients too; all that is stored or decided is float32."""
     model, variables = _model(dispatch)
