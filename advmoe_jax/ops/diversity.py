@@ -5,6 +5,7 @@ images, T teams.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -52,10 +53,10 @@ def teams_of(count: int, sizes: Sequence[int] | None = None) -> np.ndarray:
     Raises:
         UserError: there are more than MOST_TEAMS.
     """
-    chosen = [team for size in (range(2, count + 1) if sizes is None else sizes)
-              for team in itertools.islice(itertools.combinations(range(count), size), MOST_TEAMS + 1)]
-    if len(chosen) > MOST_TEAMS:
+    sizes = range(2, count + 1) if sizes is None else sizes
+    if sum(math.comb(count, size) for size in sizes) > MOST_TEAMS:
         raise UserError(f"a pool of {count} has over {MOST_TEAMS:,} such teams: expected a smaller pool, or one size")
+    chosen = [team for size in sizes for team in itertools.combinations(range(count), size)]
     found = np.zeros((len(chosen), count), bool)
     for row, team in zip(found, chosen):
         row[list(team)] = True
