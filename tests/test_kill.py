@@ -53,8 +53,10 @@ def _saves(workdir):
     return saved_steps(workdir)[-1:] >= [10] and any((workdir / "checkpoints" / "last").glob("*tmp*"))
 
 
+@pytest.mark.slow
 def test_killed_while_saving(complete, tmp_path):
-    """The shortest of these, which every change has to pass."""
+    """The shortest of these. tests/train/test_loop.py kills a loop within the process, which every change has to
+    pass."""
     workdir = tmp_path / "w"
     assert kill_at(functools.partial(_saves, workdir), workdir, "a save after step 10",
                    method="natural")[0] == -signal.SIGKILL

@@ -26,13 +26,14 @@ from advmoe_jax.bench import input as input_bench
 from advmoe_jax.bench import pruning as pruning_bench
 from advmoe_jax.bench import train as train_bench
 from advmoe_jax.core import config as configs
-from advmoe_jax.core import find, recipe, status
+from advmoe_jax.core import fields, find, recipe, status
 from advmoe_jax.core.recipe import Recipe
 from advmoe_jax.data import images, prepare
 from advmoe_jax.evaluation import autoattack, flags, suites
 from advmoe_jax.interop import torch_import
 from advmoe_jax.models import network
 from advmoe_jax.pruning import pruned
+from advmoe_jax.systems import mask_search
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 ROOT = Path(__file__).parent.parent
@@ -321,7 +322,8 @@ def test_named_files_exist(name):
 def test_fields_that_are_named_exist(clone):
     """A README that calls a field by its old name sends people to an error."""
     known = {field for file in ("digits_r18.py", "digits_r18.py:at_moe", "imagenette_r18.py", "prune_resnet20.py")
-             for field in _fields(recipe.load(f"configs/{file}"))} | {"data.name", "init_from", "system.coupled"}
+             for field in _fields(recipe.load(f"configs/{file}"))} | {
+        "data.name", "init_from", "system.coupled", *(f"system.{name}" for name in fields.settings(mask_search.Config))}
     groups = {field.partition(".")[0] for field in known if "." in field}
     for name in NAMES:
         said = set(re.findall(rf"(?:`|--config\.)((?:{'|'.join(groups)})\.[a-z_]+(?:\.[a-z_]+)?)(?=[`=])", text(name)))

@@ -108,7 +108,7 @@ def test_blocks_are_exact(case, grads, train):
 
 
 @pytest.mark.parametrize("case, kind, devices", [
-    pytest.param(QUICK[0], "blocks", 4, marks=pytest.mark.slow), (QUICK[0], "blocks", 1),
+    (QUICK[0], "blocks", 4), pytest.param(QUICK[0], "blocks", 1, marks=pytest.mark.slow),
     pytest.param(QUICK[1], "blocks", 4, marks=pytest.mark.slow),
     pytest.param(CASES[3], "all", 1, marks=pytest.mark.slow)], ids=str)
 def test_passes_in_one_batch_are_those_one_after_the_other(case, kind, devices):
@@ -176,6 +176,7 @@ def test_fixed_and_soft_routes(case):
             np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_whole_pathways():
     variables, x, _ = _inputs(QUICK[1])
     with jax.enable_x64(True):
