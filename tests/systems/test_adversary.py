@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import slow_but
+from cases import EXACT, slow_but
 
 from advmoe_jax.attacks import objectives, parse
 from advmoe_jax.core import config as configs
@@ -71,12 +71,7 @@ def _attacked(text, *more, loss="madry", step=0, experts=DENSE):
     config = _config(experts, f"train.attack={text}", f"system.loss={loss}", *more)
     net, variables = _model(experts)
     attack = adversary.training_attack(net, config, "kl" if loss == "trades" else "ce")
-    return np.asarray(jax.jit(attack)(variables, KEY, _images(), _labels(experts), INDEX, step))
-
-
-def _assert_same(ours, theirs):
-    """Images of two programs, which may round the last bit in other ways."""
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-7)
+    return np.asarray(jax.jit(attack, compiler_options=EXACT)(variables, KEY, _images(), _labels(experts), INDEX, step))
 
 
 def _evaluated(text, loss, experts=DENSE):
@@ -85,7 +80,7 @@ def _evaluated(text, loss, experts=DENSE):
     [spec] = parse.attacks(text, norm="linf", eps="8/255", loss=objectives.NAMED[loss])
     outputs_fn = net.outputs_fn(variables)
     goal = outputs_fn(_images())[0] if loss == "kl" else _labels(experts)
-    attack = jax.jit(lambda logits_fn, keys, x, goal: spec.run(logits_fn, keys, x, goal))
+    attack = jax.jit(lambda logits_fn, keys, x, goal: spec.run(logits_fn, keys, x, goal), compiler_options=EXACT)
     return np.asarray(attack(objectives.logits_fn(outputs_fn), rng.per_example(KEY, INDEX), _images(), goal))
 
 
@@ -97,7 +92,7 @@ def test_one_attack_is_that_of_an_evaluation(text, loss, raises):
     """With the same settings and the objective of what is trained it makes the same images, and changes them."""
     found = _attacked(text, loss=loss)
     assert found.shape == (BATCH, 1, *SHAPE)
-    _assert_same(found[:, 0], _evaluated(text, raises))
+    np.testing.assert_array_equal(found[:, 0], _evaluated(text, raises))
     assert np.mean(np.any(found[:, 0] != _images(), (1, 2, 3))) > 0.5
 
 
@@ -107,8 +102,8 @@ def test_one_attack_is_that_of_an_evaluation(text, loss, raises):
 def test_an_attack_may_raise_another_loss(text):
     """Under TRADES one that names a loss of the labels raises that; so does one that knows no other."""
     found = _attacked(text, loss="trades")
-    _assert_same(found[:, 0], _evaluated(text, "ce"))
-    _assert_same(found, _attacked(text, loss="madry"))
+    np.testing.assert_array_equal(found[:, 0], _evaluated(text, "ce"))
+    np.testing.assert_array_equal(found, _attacked(text, loss="madry"))
     assert np.any(found[:, 0] != _images())
     if text.startswith("pgd(num_steps=2,"):
         assert np.any(found != _attacked("pgd(num_steps=2)", loss="trades"))
@@ -137,7 +132,7 @@ def test_several_attacks_take_turns():
     assert np.any(each[:, 0] != each[:, 1])
     for step in range(5):
         found = _attacked(f"{PGD} {OTHER}", step=step)
-        _assert_same(found, each[:, [step % 2]])
+        np.testing.assert_array_equal(found, each[:, [step % 2]])
     assert np.any(_attacked(f"{OTHER} {PGD}") != each[:, [0]])
 
 
@@ -149,19 +144,19 @@ def test_the_worst_attack_of_each_image(loss):
     chosen = np.argmax(values, 1)
     assert set(chosen) == {0, 1}
     found = _attacked(f"{PGD} {OTHER}", "train.several=worst", loss=loss)
-    _assert_same(found, each[np.arange(BATCH), chosen][:, None])
+    np.testing.assert_array_equal(found, each[np.arange(BATCH), chosen][:, None])
 
 
 def test_the_attack_of_the_largest_loss_on_the_batch():
     """One for all images, that of the larger mean."""
     each = _each("madry")
     chosen = np.argmax(_losses(each, "madry").mean(0))
-    _assert_same(_attacked(f"{PGD} {OTHER}", "train.several=largest"), each[:, [chosen]])
+    np.testing.assert_array_equal(_attacked(f"{PGD} {OTHER}", "train.several=largest"), each[:, [chosen]])
 
 
 @pytest.mark.parametrize("loss", ["madry", "trades"])
 def test_the_mean_over_attacks_keeps_all_images(loss):
-    _assert_same(_attacked(f"{PGD} {OTHER}", "train.several=mean", loss=loss), _each(loss))
+    np.testing.assert_array_equal(_attacked(f"{PGD} {OTHER}", "train.several=mean", loss=loss), _each(loss))
 
 
 @pytest.mark.parametrize("loss", ["madry", "trades", "mart"])
@@ -199,7 +194,7 @@ def test_an_attack_that_weighs_the_router_moves_its_scores():
     """Where the weight is large that is nearly all it does; where it is 0 the router is let be."""
     text = "pgd(num_steps=4)"
     plain, weighed = (_attacked(text, f"attack.router_weight={weight}", experts=MOE) for weight in (0, 1e5))
-    _assert_same(plain[:, 0], _evaluated(text, "ce", experts=MOE))
+    np.testing.assert_array_equal(plain[:, 0], _evaluated(text, "ce", experts=MOE))
     before, after = _scores_moved(plain), _scores_moved(weighed)
     assert np.mean(after) > 2 * np.mean(before) > 0 and np.mean(after > before) > 0.8, (before, after)
 
@@ -209,10 +204,10 @@ def test_a_model_s_other_surfaces_are_attacked():
     text = "adaptive(mode=joint,num_steps=5)"
     net, variables = _model(MOE)
     [spec] = parse.attacks(text, norm="linf", eps="8/255")
-    attack = jax.jit(lambda routed_fn, keys: spec.run(routed_fn, keys, _images(), _labels(MOE)))
+    attack = jax.jit(lambda routed_fn, keys: spec.run(routed_fn, keys, _images(), _labels(MOE)), compiler_options=EXACT)
     expected = attack(net.surfaces["routed"](variables), rng.per_example(KEY, INDEX))
     found = _attacked(text, experts=MOE)
-    _assert_same(found[:, 0], expected)
+    np.testing.assert_array_equal(found[:, 0], expected)
     assert np.any(found[:, 0] != _images())
 
 
