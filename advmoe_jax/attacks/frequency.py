@@ -46,10 +46,7 @@ def label(config: Config) -> str:
 
 def check(config: Config, channels: int) -> None:
     """Raises UserError if `mean` is for images of other channels."""
-    count = len(str(config.mean).split())
-    if count not in (1, channels):
-        raise UserError(f"frequency has {count} numbers in mean and images {channels} channels: expected as many, or "
-                        "one")
+    settings.check_channels("frequency", "mean", config.mean, channels)
 
 
 def make(config: Config = Config()) -> build.Attack:

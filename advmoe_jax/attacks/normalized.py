@@ -44,10 +44,7 @@ def label(config: Config) -> str:
 
 def check(config: Config, channels: int) -> None:
     """Raises UserError if `std` is for images of other channels."""
-    count = len(str(config.std).split())
-    if count not in (1, channels):
-        raise UserError(f"normalized has {count} numbers in std and images {channels} channels: expected as many, or "
-                        "one")
+    settings.check_channels("normalized", "std", config.std, channels)
 
 
 def make(config: Config = Config()) -> build.Attack:

@@ -8,6 +8,7 @@ from advmoe_jax.attacks import driver as drivers
 from advmoe_jax.attacks.about import About
 from advmoe_jax.attacks.objectives import NAMED, Objective
 from advmoe_jax.core import fields, units
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import setting
 
 BEYOND = ("clean", "project", "keep")
@@ -53,6 +54,14 @@ def beyond() -> Any:
     """What a search returns that finds nothing within eps."""
     return setting("clean", "what a search for the smallest perturbation returns where that is larger than eps: the "
                             "clean image, the perturbation scaled to eps, or the image that was found", choices=BEYOND)
+
+
+def check_channels(attack: str, name: str, text: str | float, channels: int) -> None:
+    """Raises UserError if a setting that has one number for all channels, or one for each, is for other images."""
+    count = len(str(text).split())
+    if count not in (1, channels):
+        raise UserError(f"{attack} has {count} numbers in {name} and images {channels} channels: expected as many, or "
+                        "one")
 
 
 def driver() -> Any:

@@ -123,21 +123,12 @@ def _left_out(spec: LayerSpec, masks: dict[str, np.ndarray]) -> tuple[Compute, f
     return compute, reads.mean() * writes.mean()
 
 
-def _patches(x, size, stride):
-    """(B, H, W, k * k * I), the columns of a convolution's product, those of a pixel of the kernel together."""
-    padded = jnp.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
-    height, width = (-(-length // stride) for length in x.shape[1:3])
-    parts = [padded[:, i:i + stride * (height - 1) + 1:stride, j:j + stride * (width - 1) + 1:stride]
-             for i in range(size) for j in range(size)]
-    return jnp.concatenate(parts, -1)
-
-
 def _columns(mask: np.ndarray) -> tuple[Compute, float]:
     """Columns that all filters lack are left out of the product."""
     kept = np.flatnonzero(mask.reshape(-1, mask.shape[-1]).any(1))
 
     def compute(x, kernel, stride):
-        return _patches(x, len(mask), stride)[..., kept] @ kernel.reshape(-1, kernel.shape[-1])[kept]
+        return conv.patches(x, len(mask), stride)[..., kept] @ kernel.reshape(-1, kernel.shape[-1])[kept]
 
     return compute, len(kept) / np.prod(mask.shape[:3])
 
@@ -155,7 +146,7 @@ def _gathered(mask: np.ndarray, size: int) -> tuple[Compute, float]:
     def compute(x, kernel, stride):
         rows = kernel.reshape(-1, len(groups), size)
         weights = rows[columns, np.arange(len(groups))[:, None]] * is_kept
-        found = jnp.einsum("bhwgn,gno->bhwgo", _patches(x, len(mask), stride)[..., columns], weights)
+        found = jnp.einsum("bhwgn,gno->bhwgo", conv.patches(x, len(mask), stride)[..., columns], weights)
         return found.reshape(*found.shape[:3], -1)
 
     return compute, most / groups.shape[1]

@@ -5,8 +5,11 @@ import json
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
+from advmoe_jax.core import config as configs
 from advmoe_jax.core import files
+from advmoe_jax.core.errors import UserError
 
 STATES = ("new", "training", "trained", "finished", "failed")
 """Not begun; begun; trained to the end; evaluated too; refused or not finite, see `why`."""
@@ -37,6 +40,24 @@ def read(workdir: epath.PathLike) -> Status:
         return Status(**json.loads((epath.Path(workdir) / "status.json").read_text()))
     except (OSError, ValueError, TypeError):
         return Status()
+
+
+def config_of_trained(workdir: epath.Path, said: str) -> ConfigDict:
+    """The config of a run that has been trained to the end.
+
+    Args:
+        workdir: of the run.
+        said: how an error names it, "init_from names runs/a".
+    Raises:
+        UserError: there is none, or it has not finished training.
+    """
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{said}: expected the workdir of a run, which has a config.json")
+    config = configs.read(workdir / "config.json")
+    if not read(workdir).is_trained:
+        raise UserError(f"{said}, which has not finished training ({config.name}): expected a finished run; the "
+                        "command that it was started with continues it")
+    return config
 
 
 def write(workdir: epath.PathLike, state: str, seconds: float = 0.0, why: str = "") -> None:

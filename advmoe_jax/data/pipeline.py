@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from advmoe_jax.core import find
@@ -21,10 +22,9 @@ from advmoe_jax.core.fields import Only, setting
 from advmoe_jax.data import images
 from advmoe_jax.data.source import Dataset
 from advmoe_jax.data.split import Rows, Split, stratified
+from advmoe_jax.ops import augment
 
 _SMALL = 20_000
-
-
 _PART = re.compile(r"\s*(\d{1,6}(?:\s*\+\s*\d{1,6})*)\s+of\s+(\d{1,6})\s*")
 
 
@@ -209,6 +209,12 @@ def batch_indices(indices: np.ndarray, batch_size: int, seed: int, stream: str,
     return np.asarray(indices, np.int64)[order[position * batch_size:(position + 1) * batch_size]]
 
 
+def images_of(split: Split, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images as numpy, (B, H, W, C) float32 in [0, 1], and their labels (B,)."""
+    batch = split.take(rows)
+    return np.asarray(augment.to_float(jnp.asarray(batch["image"]))), batch["label"]
+
+
 def padding(cfg: Any) -> int:
     """Pixels that crops move by on the device: data.pad, or 0 for images that were cropped at random before."""
     return cfg.pad if _is_padded(cfg) else 0
@@ -239,9 +245,14 @@ def device_batch(mesh: jax.sharding.Mesh, split: Split, rows: np.ndarray) -> dic
     Returns:
         {"image": (B, H, W, C) uint8, "label": (B,) int32, "index": (B,) int32, which is `rows`}, cut over the devices.
     """
-    share = len(rows) // jax.process_count()
-    mine = np.asarray(rows[jax.process_index() * share:(jax.process_index() + 1) * share], np.int64)
+    mine = np.asarray(of_this_process(rows), np.int64)
     return on_devices(mesh, split.take(mine) | {"index": mine.astype(np.int32)})
+
+
+def of_this_process(rows: np.ndarray) -> np.ndarray:
+    """The part of a global batch (B, ...), a multiple of the processes, that this process reads."""
+    share = len(rows) // jax.process_count()
+    return rows[jax.process_index() * share:(jax.process_index() + 1) * share]
 
 
 def on_devices(mesh: jax.sharding.Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:

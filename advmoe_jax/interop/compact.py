@@ -57,12 +57,7 @@ def make_run(workdir: str, out: str, which: str = "best") -> ConfigDict:
 
 def _config_of(source: epath.Path, name: str) -> ConfigDict:
     """The config of a finished run of a dense network."""
-    if not (source / "config.json").exists():
-        raise UserError(f"--workdir is {name}: expected the workdir of a run, which has a config.json")
-    config = configs.read(source / "config.json")
-    if not status.read(source).is_trained:
-        raise UserError(f"--workdir is {name}, which has not finished training: expected a finished run; the command "
-                        "that it was started with continues it")
+    config = status.config_of_trained(source, f"--workdir is {name}")
     if config.model.get("num_experts", 1) > 1:
         raise UserError(f"--workdir is {name}, whose network has {config.model.num_experts} experts: expected a dense "
                         "network, model.num_experts=1")

@@ -19,6 +19,7 @@ from advmoe_jax.core.fields import setting
 from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.core.tables import Table
 from advmoe_jax.models import network
+from advmoe_jax.models.members import layers_within, of_group
 from advmoe_jax.models.network import Network
 
 _NOTE = "Accuracies of the members alone, on the clean images and on those that break most images of the ensemble."
@@ -70,11 +71,8 @@ class Ensemble:
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
-        def within(group, spec):
-            return dataclasses.replace(spec, path=f"{group}/{spec.path}", norm=spec.norm and f"{group}/{spec.norm}",
-                                       inputs=tuple(f"{group}/{path}" for path in spec.inputs))
-
-        return tuple(within(group, spec) for group in self.groups for spec in self.member.layers)
+        layers = self.member.layers
+        return tuple(spec for group in self.groups for spec in layers_within(group, layers))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -105,13 +103,13 @@ class Ensemble:
 
     def outputs_fn(self, variables: dict[str, Any], view: str = "none") -> jax.tree_util.Partial:
         """As Model.outputs_fn; aux has member_logits (B, M, K)."""
-        return jax.tree_util.Partial(_evaluate, [self.member.outputs_fn(self._of(variables, group), view)
+        return jax.tree_util.Partial(_evaluate, [self.member.outputs_fn(of_group(variables, group), view)
                                                  for group in self.groups])
 
     def train_pass(self, variables: dict[str, Any], x: jax.Array
                    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
         """As Model.train_pass; aux has member_logits (B, P, M, K)."""
-        logits, _, stats = zip(*(self.member.train_pass(self._of(variables, group), x) for group in self.groups))
+        logits, _, stats = zip(*(self.member.train_pass(of_group(variables, group), x) for group in self.groups))
         return *_mean(logits), dict(zip(self.groups, stats))
 
     def metrics(self, passes: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -143,9 +141,6 @@ class Ensemble:
         """The sums over the members."""
         parts = [self.member.costs((masks or {}).get(group)) for group in self.groups]
         return {name: sum(part[name] for part in parts) for name in parts[0]}
-
-    def _of(self, variables, group):
-        return {part: trees[group] for part, trees in variables.items()}
 
 
 def _mean(member_logits):

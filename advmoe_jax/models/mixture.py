@@ -23,6 +23,7 @@ from advmoe_jax.core.fields import Only, setting
 from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.core.tables import Table
 from advmoe_jax.models import gate_facts, network
+from advmoe_jax.models.members import layers_within, of_group, stacked
 from advmoe_jax.models.network import Network
 from advmoe_jax.ops import dispatch, gating, routing
 from advmoe_jax.ops.dispatch import Dispatch
@@ -149,11 +150,7 @@ class Mixture:
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
-        def within(group, spec):
-            return dataclasses.replace(spec, path=f"{group}/{spec.path}", norm=spec.norm and f"{group}/{spec.norm}",
-                                       inputs=tuple(f"{group}/{path}" for path in spec.inputs))
-
-        return tuple(within(group, spec) for group, net in self._networks.items() for spec in net.layers)
+        return tuple(spec for group, net in self._networks.items() for spec in layers_within(group, net.layers))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -206,9 +203,9 @@ class Mixture:
         begin, stats = x.shape[:2], dict(variables["batch_stats"])
         gate_logits = jnp.zeros((*begin, self.num_members), x.dtype)
         if self.gate:
-            gate_logits, _, stats[GATE] = self.gate.train_pass(_of(variables, GATE), x)
+            gate_logits, _, stats[GATE] = self.gate.train_pass(of_group(variables, GATE), x)
         if self.expert_norm == "training":
-            found = [net.train_pass(_of(variables, group), x) for group, net in zip(self.members, self.experts)]
+            found = [net.train_pass(of_group(variables, group), x) for group, net in zip(self.members, self.experts)]
             logits = jnp.stack([of[0] for of in found], 2)
             stats |= {group: of[2] for group, of in zip(self.members, found)}
         else:
@@ -263,7 +260,7 @@ class Mixture:
         """(B, M) logits of the gate."""
         if self.gate is None:
             return jnp.zeros((x.shape[0], self.num_members), x.dtype)
-        return self.gate.apply(_of(variables, GATE), x)[0]
+        return self.gate.apply(of_group(variables, GATE), x)[0]
 
     @property
     def _is_alike(self) -> bool:
@@ -275,11 +272,11 @@ class Mixture:
         if self._is_alike:
             found = jax.lax.map(lambda own: self.experts[0].apply(own, x)[0], self._stacked(variables))
             return jnp.moveaxis(found, 0, 1)
-        return jnp.stack([net.apply(_of(variables, group), x)[0] for group, net in zip(self.members, self.experts)], 1)
+        return jnp.stack([net.apply(of_group(variables, group), x)[0]
+                          for group, net in zip(self.members, self.experts)], 1)
 
     def _stacked(self, variables):
-        parts = [_of(variables, group) for group in self.members]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+        return stacked([of_group(variables, group) for group in self.members])
 
     def _best(self, variables, x, gate_logits):
         """(B, K) of the k best experts of each image, the others not computed."""
@@ -290,7 +287,7 @@ class Mixture:
         choice, _ = dispatch.choose(jnp.repeat(gate_logits, self.served, 0), routing.fixed(ids.reshape(-1)), 0,
                                     self.dispatch)
         weighed = self._stacked(variables) if self._is_alike else {
-            group: _of(variables, group) for group in self.members}
+            group: of_group(variables, group) for group in self.members}
         found = dispatch.pathways(self._chosen, weighed, repeated, choice)
         return self._blend(found.reshape(*ids.shape, -1), weights)
 
@@ -339,10 +336,6 @@ def _evaluate(static, variables, x):
 
 def _logits(net, variables, x):
     return net.apply(variables, x)[0]
-
-
-def _of(variables, group):
-    return {part: trees[group] for part, trees in variables.items()}
 
 
 def model(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | None = None) -> Mixture:

@@ -25,6 +25,7 @@ from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.core.tables import Table
 from advmoe_jax.models import network, taps
 from advmoe_jax.models.ensemble import Ensemble
+from advmoe_jax.models.members import of_group, stacked
 from advmoe_jax.models.network import Network
 from advmoe_jax.ops import stopping
 from advmoe_jax.ops.stopping import Rule
@@ -169,7 +170,7 @@ class Team:
             (logits, _, stats), smooth, share = taps.active(lambda: self.member.train_pass(variables, x))
             return logits, stats, {"activity": smooth.T, "active": share.T}
 
-        logits, stats, activity = jax.lax.map(one, _stacked(self.members(variables)))
+        logits, stats, activity = jax.lax.map(one, stacked(self.members(variables)))
         logits, activity = (jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), part) for part in (logits, activity))
         answer = _answers(jax.nn.log_softmax(logits.reshape(-1, *logits.shape[2:])), self.combiner)[:, -1]
         return answer.reshape(*x.shape[:2], -1), {"member_logits": logits, **activity}, {
@@ -177,7 +178,7 @@ class Team:
 
     def members(self, variables: dict[str, Any]) -> list[dict[str, Any]]:
         """The variables of each member."""
-        return [{part: trees[group] for part, trees in variables.items()} for group in self.groups]
+        return [of_group(variables, group) for group in self.groups]
 
     def metrics(self, passes: Mapping[str, Any]) -> dict[str, jax.Array]:
         """As an ensemble's; with `taps` also the share of activations that are not zero."""
@@ -234,16 +235,11 @@ class _Static:
     team: Team
 
 
-def _stacked(members):
-    """One tree with leading M: members of one shape are one program, run M times."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-
-
 def _evaluate(static, members, view, x):
     team = static.team
     if team.is_sequential and team.rule and not trees.is_traced((members, view, x)):
         return _decided(static, _one_after_the_other(static, members, x), view)
-    logits = jax.lax.map(lambda variables: team.member.outputs_fn(variables)(x)[0], _stacked(members))
+    logits = jax.lax.map(lambda variables: team.member.outputs_fn(variables)(x)[0], stacked(members))
     return _answered(team, jnp.moveaxis(logits, 0, 1), view)
 
 

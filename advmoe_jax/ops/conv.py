@@ -52,7 +52,7 @@ def patches_conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Arra
 
 
 def _by_patches(x, kernel, stride):
-    return _patches(x, kernel.shape[0], stride) @ kernel.reshape(-1, kernel.shape[-1])
+    return patches(x, kernel.shape[0], stride) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _patches_fwd(x, kernel, stride):
@@ -68,7 +68,7 @@ def _patches_bwd(stride, saved, dy):
 patches_conv2d.defvjp(_patches_fwd, _patches_bwd)
 
 
-def _patches(x: jax.Array, k: int, stride: int) -> jax.Array:
+def patches(x: jax.Array, k: int, stride: int) -> jax.Array:
     """(B, H', W', k * k * I) windows of x, ordered as a flattened (k, k, I) kernel."""
     _, height, width, _ = x.shape
     p = k // 2

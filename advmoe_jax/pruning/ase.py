@@ -15,6 +15,7 @@ from flax import linen as nn
 from advmoe_jax.core import tree
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import setting
+from advmoe_jax.ops import losses
 from advmoe_jax.pruning import magnitude, scored
 from advmoe_jax.pruning.about import About
 from advmoe_jax.pruning.subject import Subject
@@ -45,7 +46,7 @@ def masks(subject: Subject, cfg: Config) -> tuple[dict, dict]:
 def _surprise(subject, params, x, y):
     """The sum of the cross-entropies."""
     logits = subject.apply({**subject.variables, "params": params}, x)
-    return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], -1))
+    return jnp.sum(losses.cross_entropy(logits, y))
 
 
 def _fisher(subject):
@@ -102,7 +103,7 @@ def _kfac(subject):
 
         def surprise(taps):
             logits = run(params, x, lambda path: ((lambda x: x), lambda y, module: y + taps[path]))
-            return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], -1))
+            return jnp.sum(losses.cross_entropy(logits, y))
 
         def energy(params):
             found = []

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from advmoe_jax.core import tables
+from advmoe_jax.core import files, tables
 from advmoe_jax.core.tables import Table
 from advmoe_jax.report import runs
 from advmoe_jax.report.runs import Run
@@ -129,8 +129,8 @@ def _best(pairs: Sequence[tuple[Run, dict[str, Any]]]) -> dict[_Row, float]:
 
 def _stands(run: Run, entry: dict[str, Any]) -> dict[_Row, np.ndarray]:
     """{row: (m,) bool}, who is right when clean, and under each attack by every gradient."""
-    with np.load(run.folder / "eval" / entry["id"] / "examples.npz") as kept:
-        label, clean, attacked = kept["label"], kept["clean_prediction"], kept["adversarial_prediction"]
+    kept = files.read_npz(run.folder / "eval" / entry["id"] / "examples.npz")
+    label, clean, attacked = kept["label"], kept["clean_prediction"], kept["adversarial_prediction"]
     found = {(_CLEAN, "", ""): clean == label}
     for attempt, predicted in zip(entry["attempts"], attacked):
         if "ra" in attempt:  # else it was a second look at some of the images

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from advmoe_jax.core import rng, units
 from advmoe_jax.models import taps
+from advmoe_jax.models.members import stacked
 from advmoe_jax.models.team import Team
 from advmoe_jax.train.step import Attack
 
@@ -55,8 +56,7 @@ def beside(attack: Attack | None, team: Team, *, eps: str, num_steps: int, per_e
 
             return jax.lax.fori_loop(0, num_steps, move, (x, jnp.zeros_like(x)))[0]
 
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *team.members(variables))
-        found = jax.lax.stop_gradient(jnp.moveaxis(jax.lax.map(of_member, stacked), 0, 1))
+        found = jax.lax.stop_gradient(jnp.moveaxis(jax.lax.map(of_member, stacked(team.members(variables))), 0, 1))
         return found if attack is None else jnp.concatenate([attack(variables, key, x, y, index, step), found], 1)
 
     return run

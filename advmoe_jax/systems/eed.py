@@ -131,9 +131,6 @@ def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, source
     return dataclasses.replace(built, model=model, files=files)
 
 
-
-
-
 def _chosen(cfg, team: Team, data: pipeline.Data, mesh, sources: Mapping[str, Source], kept: Any) -> dict[str, Any]:
     """What team.json says: the pool, the team and the ranking."""
     system, (pool, bases) = cfg.system, team_choice.pool_of(sources)

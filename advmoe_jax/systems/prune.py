@@ -20,7 +20,6 @@ from advmoe_jax.core.fields import Only, setting
 from advmoe_jax.core.layer_spec import dotted
 from advmoe_jax.data import pipeline
 from advmoe_jax.models.model import Model
-from advmoe_jax.ops import augment
 from advmoe_jax.ops import masks as masking
 from advmoe_jax.pruning import pruned as pruning
 from advmoe_jax.pruning.pruned import Pruned
@@ -132,9 +131,7 @@ def logits_of(model: Model):
 def score_images(cfg, model: Model, data: pipeline.Data, variables: Any, scored_on: str
                  ) -> tuple[np.ndarray, np.ndarray]:
     """The first `system.images` training images in [0, 1] and their labels, "clean" or "attacked" by `train.attack`."""
-    rows = data.rows[:cfg.system.images]
-    batch = data.train.take(rows)
-    x, y = np.asarray(augment.to_float(jnp.asarray(batch["image"]))), batch["label"]
+    x, y = pipeline.images_of(data.train, data.rows[:cfg.system.images])
     if scored_on == "attacked":
         attack = adversary.named(cfg, "ce")[0]
         x = np.asarray(attack.run(jax.tree_util.Partial(logits_of(model), variables), jax.random.key(cfg.seed), x, y))

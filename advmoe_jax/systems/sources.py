@@ -8,7 +8,6 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from advmoe_jax.core import config as configs
 from advmoe_jax.core import paths, rng, status, tree
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.models import model as models
@@ -55,17 +54,6 @@ def needed(config: ConfigDict) -> None:
                         "by python -m advmoe_jax.interop.torch_import")
 
 
-def _config(name: str, workdir: epath.Path) -> ConfigDict:
-    """The config of a run. Raises UserError unless it is there and finished."""
-    if not (workdir / "config.json").exists():
-        raise UserError(f"init_from names {name}: expected the workdir of a run, which has a config.json")
-    config = configs.read(workdir / "config.json")
-    if not status.read(workdir).is_trained:
-        raise UserError(f"init_from names {name}, which has not finished training ({config.name}): expected a "
-                        "finished run; the command that it was started with continues it")
-    return config
-
-
 def load(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int) -> dict[str, Source]:
     """The runs of `config.init_from` by name, in order.
 
@@ -76,7 +64,8 @@ def load(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int
         UserError: one is not there, not finished, or cannot be read.
     """
     found, sources = names(config), {}
-    of_runs = {name: _config(name, workdir) for name, (workdir, _) in found.items()}  # all, before one is read
+    of_runs = {name: status.config_of_trained(workdir, f"init_from names {name}")
+               for name, (workdir, _) in found.items()}  # all, before one is read
     for name, (workdir, which) in found.items():
         own = of_runs[name]
         model = models.make(own.model, image_shape, num_classes)

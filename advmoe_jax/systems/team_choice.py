@@ -23,7 +23,7 @@ from advmoe_jax.data import pipeline
 from advmoe_jax.models.ensemble import Ensemble
 from advmoe_jax.models.network import Network
 from advmoe_jax.models.team import Team
-from advmoe_jax.ops import augment, diversity
+from advmoe_jax.ops import diversity
 from advmoe_jax.systems.sources import Source
 
 RULES = ("budget_fill", "smallest_above_threshold", "random")
@@ -104,21 +104,16 @@ def images_of(data: pipeline.Data, on: str, count: int) -> tuple[np.ndarray, np.
         raise UserError("system.rd_on is 'validation', and train.select_on=test holds out no images: expected "
                         "system.rd_on=training")
     split, rows = (data.train, data.rows) if on == "training" else (data.select, data.select_rows)
-    batch = split.take(rows[:count])
-    return np.asarray(augment.to_float(jnp.asarray(batch["image"]))), batch["label"]
+    return pipeline.images_of(split, rows[:count])
 
 
 def _batches(mesh, *arrays):
     """Rows of arrays on the devices, so many at once, and which of them are no padding."""
     size = -(-min(_AT_ONCE, len(arrays[0])) // mesh.size) * mesh.size
     for rows, is_row in pipeline.padded_batches(np.arange(len(arrays[0])), size):
-        placed = pipeline.on_devices(mesh, {str(i): array[_mine(rows)] for i, array in enumerate(arrays)})
+        placed = pipeline.on_devices(mesh, {
+            str(i): array[pipeline.of_this_process(rows)] for i, array in enumerate(arrays)})
         yield rows, is_row, *placed.values()
-
-
-def _mine(rows):
-    share = len(rows) // jax.process_count()
-    return rows[jax.process_index() * share:(jax.process_index() + 1) * share]
 
 
 def _attacked(spec: Spec, outputs_fn, images, y, cfg, mesh) -> np.ndarray:
