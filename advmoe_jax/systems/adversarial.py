@@ -5,7 +5,7 @@ x images (B, H, W, C) in [0, 1], y labels (B,), P passes.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -60,11 +60,7 @@ def objective(model: Model, cfg, *, router_loss: bool = False) -> step.Objective
     def per_example(clean, adv, y, target):
         if labels_steer:
             return losses.label_mod(clean[1]["router_logits"], adv[1]["router_logits"], y, system.beta, system.beta)
-        if name == "natural":
-            return losses.cross_entropy(clean[0], target)
-        if name == "madry":
-            return losses.cross_entropy(adv[0], target)
-        return getattr(losses, name)(clean[0], adv[0], target, system.beta)
+        return by_name(system, clean and clean[0], adv and adv[0], target)
 
     def run(state, batch):
         y, target = batch["label"], batch.get("target", batch["label"])
@@ -72,7 +68,7 @@ def objective(model: Model, cfg, *, router_loss: bool = False) -> step.Objective
         attacked = jnp.moveaxis(batch["adversarial"], 1, 0) if name != "natural" else ()
         images |= {f"adv{i or ''}": x_adv for i, x_adv in enumerate(attacked)}
         *outputs, batch_stats = model.train_pass(state.variables, jnp.stack(list(images.values()), 1))
-        passes = {which: jax.tree.map(lambda leaf, i=i: leaf[:, i], outputs) for i, which in enumerate(images)}
+        passes = passes_of(images, outputs)
         clean, *adversarial = [passes.get("clean"), *(v for which, v in passes.items() if which != "clean")]
         passed = adversarial or [None]
         loss = sum(jnp.mean(per_example(clean, adv, y, target)) for adv in passed) / len(passed)
@@ -82,6 +78,24 @@ def objective(model: Model, cfg, *, router_loss: bool = False) -> step.Objective
         return loss, (batch_stats, accuracies(passes, y) | model.metrics(passes))
 
     return run
+
+
+def by_name(system: Any, clean: jax.Array | None, adv: jax.Array | None, y: jax.Array) -> jax.Array:
+    """(B,) `system.loss` of logits (B, K) of clean and of attacked images, either of which it may not read.
+
+    Args:
+        system: fields loss, one of LOSSES, and beta.
+        clean, adv: logits.
+        y: labels (B,), or soft ones (B, K).
+    """
+    if system.loss in ("natural", "madry"):
+        return losses.cross_entropy(clean if system.loss == "natural" else adv, y)
+    return getattr(losses, system.loss)(clean, adv, y, system.beta)
+
+
+def passes_of(names: Iterable[str], outputs: Any) -> dict[str, Any]:
+    """{name: outputs of a pass} of outputs with leading (B, P), in their order."""
+    return {which: jax.tree.map(lambda leaf, i=i: leaf[:, i], outputs) for i, which in enumerate(names)}
 
 
 def accuracies(passes: Mapping[str, Any], y: jax.Array) -> dict[str, jax.Array]:

@@ -3,6 +3,7 @@
 Jung & Song, CVPR 2025, eq. 14 to 19. B batch, A attacks, M members, P passes, K classes.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from advmoe_jax.core import tree
+from advmoe_jax.models.members import stacked
 from advmoe_jax.models.team import Team
 from advmoe_jax.ops import losses, teams
 from advmoe_jax.systems import adversarial
@@ -26,13 +28,9 @@ def objective(team: Team, cfg, **kind: Any) -> Objective:
     """
     system, name = cfg.system, cfg.system.loss
 
-    def of_member(clean, adv, y):
-        if name in ("natural", "madry"):
-            return losses.cross_entropy(clean if name == "natural" else adv, y)
-        return getattr(losses, name)(clean, adv, y, system.beta)
-
     def run(state, batch):
-        y, attacked = batch["label"], [] if name == "natural" else list(jnp.moveaxis(batch["adversarial"], 1, 0))
+        y, target = batch["label"], batch.get("target", batch["label"])
+        attacked = [] if name == "natural" else list(jnp.moveaxis(batch["adversarial"], 1, 0))
         distilled = []
         if system.host == "dverge":
             own = jnp.moveaxis(batch["adversarial"], 1, 0)
@@ -40,10 +38,11 @@ def objective(team: Team, cfg, **kind: Any) -> Objective:
         images = {"clean": batch["image"]} if name != "madry" else {}
         images |= {f"adv{i or ''}": x for i, x in enumerate(attacked)}
         *outputs, stats = team.train_pass(state.variables, jnp.stack([*images.values(), *distilled], 1))
-        passes = {which: jax.tree.map(lambda leaf, i=i: leaf[:, i], outputs) for i, which in enumerate(images)}
+        passes = adversarial.passes_of(images, outputs)
         clean, *adv = [passes.get("clean"), *(v for which, v in passes.items() if which != "clean")]
-        members = jax.vmap(of_member, (1 if clean else None, 1 if adv else None, None))
-        learnt = [jnp.mean(jnp.sum(members(_logits(clean), _logits(of), y), 0)) for of in adv or [None]]
+        members = jax.vmap(functools.partial(adversarial.by_name, system), (
+            1 if clean else None, 1 if adv else None, None))
+        learnt = [jnp.mean(jnp.sum(members(_logits(clean), _logits(of), target), 0)) for of in adv or [None]]
         learnt = sum(learnt) / len(learnt)
         hard, shown = (adv or [clean])[0], (attacked or [batch["image"]])[0]  # what the other terms are of
         h = jax.nn.softmax(_logits(hard))
@@ -78,8 +77,8 @@ def _slopes(team: Team, state: State, x: jax.Array, y: jax.Array) -> jax.Array:
     def of(variables):
         return jax.grad(lambda u: jnp.sum(losses.cross_entropy(team.member.outputs_fn(variables)(u)[0], y)))(x)
 
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *team.members(state.variables))
-    return jnp.moveaxis(jax.lax.map(of, stacked), 0, 1).reshape(len(x), team.num_members, -1)
+    found = jax.lax.map(of, stacked(team.members(state.variables)))
+    return jnp.moveaxis(found, 0, 1).reshape(len(x), team.num_members, -1)
 
 
 def _weights(state: State, form: str) -> jax.Array:

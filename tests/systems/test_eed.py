@@ -213,6 +213,11 @@ def test_the_loss_is_the_sum_of_its_terms(more):
         system.lambda_weights * sum(sizes) + system.lambda_activity * activity)
     assert float(loss) == pytest.approx(float(expected), rel=1e-4)
     assert float(parts["wrong"]) == pytest.approx(float(wrong), rel=1e-4)
+    soft = losses.one_hot(y, CLASSES, 0.3)  # as label smoothing and mixup make them: of the members' loss alone
+    smoothed, _ = jax.jit(team_loss.objective(trained, config))(first, batch | {"target": soft})
+    learnt = sum(losses.cross_entropy(logits[:, i], soft).mean() for i in range(2))
+    assert abs(float(learnt - members)) > 0.01
+    assert float(smoothed - loss) == pytest.approx(float(learnt - members), rel=1e-2, abs=1e-3)
 
 
 def test_images_that_look_like_another_to_a_member():
