@@ -5,13 +5,13 @@ import functools
 import jax
 import numpy as np
 import pytest
+import random_images
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, tree
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
-from advmoe_jax.data.split import Arrays
 from advmoe_jax.models import network
 from advmoe_jax.pruning import admm as arithmetic
 from advmoe_jax.systems import admm, prune
@@ -20,6 +20,7 @@ from advmoe_jax.train import checkpoint, loop
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 SHAPE, CLASSES, COUNT, BATCH, STEPS = (8, 8, 1), 4, 32, 16, 6
+DATA = random_images.data(COUNT)
 RATE, GROWTH = "3/4", 2.0
 
 
@@ -34,14 +35,6 @@ def _config(*overrides, system="admm"):
 
 
 @functools.cache
-def _data():
-    numbers = np.random.default_rng(0)
-    split = Arrays(numbers.integers(0, 256, (COUNT, *SHAPE)).astype(np.uint8),
-                   numbers.integers(0, CLASSES, COUNT).astype(np.int32))
-    return pipeline.Data(split, np.arange(COUNT), split, np.arange(4), split, CLASSES, SHAPE)
-
-
-@functools.cache
 def _base():
     net = network.make(_config().model, SHAPE, CLASSES)
     return net, jax.device_get(jax.jit(net.init)(jax.random.key(3)))
@@ -51,7 +44,7 @@ def _base():
 def _system(*overrides):
     config = _config("system.rho=0.5", f"system.growth={GROWTH}", *overrides)
     net, variables = _base()
-    return admm.make(config, net, _data(), meshes.make(), {"base": Source(None, config, net, variables, {}, 0)})
+    return admm.make(config, net, DATA, meshes.make(), {"base": Source(None, config, net, variables, {}, 0)})
 
 
 def _train(system, state, first):
@@ -60,7 +53,7 @@ def _train(system, state, first):
     for step in range(first, system.length):
         rows = np.arange(BATCH) + BATCH * (step % 2)
         state, metrics = loop.iterate(system, state, step, 2, lambda _, rows=rows: pipeline.device_batch(
-            mesh, _data().train, rows))
+            mesh, DATA.train, rows))
         found.append(jax.device_get((state, metrics)))
     return found
 
@@ -122,7 +115,7 @@ def test_the_penalty_is_in_the_loss():
     net, mesh = _base()[0], meshes.make()
     [step] = _system().steps
     state = jax.device_put(first, meshes.replicated(mesh))
-    batch = step.prepare(state, pipeline.device_batch(mesh, _data().train, np.arange(BATCH)), step.inputs)
+    batch = step.prepare(state, pipeline.device_batch(mesh, DATA.train, np.arange(BATCH)), step.inputs)
     alone = jax.jit(admm.adversarial.objective(net, _config()))(state, batch)[0]
     assert float(found[0][1]["train/loss"]) == pytest.approx(float(alone) + penalty, rel=1e-5) and penalty > 0.1
 
@@ -141,7 +134,7 @@ def test_a_pruning_run_masks_what_the_copy_lacks():
     last = _run()[1][-1][0]
     config = _config("system.method=magnitude", "system.kernels=every", system="prune")
     source = Source(None, config, _base()[0], jax.tree.map(np.asarray, last.variables), {}, 0)
-    state = prune.make(config, _base()[0], _data(), meshes.make(), {"base": source}).init(rng.key(1, "init"))
+    state = prune.make(config, _base()[0], DATA, meshes.make(), {"base": source}).init(rng.key(1, "init"))
     for path, kernel in _kernels(jax.device_get(state)).items():
         assert np.count_nonzero(kernel) == kernel.size - int(0.75 * kernel.size)
         np.testing.assert_array_equal(kernel[kernel != 0], _kernels(last)[path][kernel != 0])
@@ -175,5 +168,5 @@ def test_bad_input_is_said_in_a_line(overrides, said):
         config = _config(*overrides)
         configs.check(config)
         source = Source(None, config, *_base(), {}, 0)
-        admm.make(config, network.make(config.model, SHAPE, CLASSES), _data(), meshes.make(), {"base": source})
+        admm.make(config, network.make(config.model, SHAPE, CLASSES), DATA, meshes.make(), {"base": source})
     assert said in str(error.value) and "\n" not in str(error.value)

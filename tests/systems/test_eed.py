@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_images
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, tree
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
-from advmoe_jax.data.split import Arrays
 from advmoe_jax.models import model as models
 from advmoe_jax.ops import diversity, losses, teams
 from advmoe_jax.pruning import pruned, random_weights
@@ -40,11 +40,9 @@ def _config(*overrides):
 
 @functools.cache
 def _data():
-    numbers = np.random.default_rng(0)
-    split = Arrays(numbers.integers(0, 256, (COUNT, *SHAPE)).astype(np.uint8),
-                   numbers.integers(0, CLASSES, COUNT).astype(np.int32))
-    test = dataclasses.replace(split)
-    return pipeline.Data(split, np.arange(COUNT), split, np.arange(4), test, CLASSES, SHAPE)
+    """Those that choose the best checkpoint are no test images."""
+    found = random_images.data(COUNT)
+    return dataclasses.replace(found, test=dataclasses.replace(found.test))
 
 
 @functools.cache

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_images
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, tree
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
-from advmoe_jax.data.split import Arrays
 from advmoe_jax.models import network
 from advmoe_jax.pruning import magnitude, pruned
 from advmoe_jax.pruning import masks as selecting
@@ -24,6 +24,7 @@ from advmoe_jax.train import checkpoint, loop
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 SHAPE, CLASSES, COUNT, BATCH, STEPS = (8, 8, 1), 4, 32, 16, 4
+DATA = random_images.data(COUNT)
 CASES = {"hydra": (), "harp": ("system.learn_rates=true", "optim.backbone.learning_rate=0.5")}
 
 
@@ -37,14 +38,6 @@ def _config(*overrides, system="mask_search"):
 
 
 @functools.cache
-def _data():
-    numbers = np.random.default_rng(0)
-    split = Arrays(numbers.integers(0, 256, (COUNT, *SHAPE)).astype(np.uint8),
-                   numbers.integers(0, CLASSES, COUNT).astype(np.int32))
-    return pipeline.Data(split, np.arange(COUNT), split, np.arange(4), split, CLASSES, SHAPE)
-
-
-@functools.cache
 def _base():
     net = network.make(_config().model, SHAPE, CLASSES)
     return net, jax.device_get(jax.jit(net.init)(jax.random.key(3)))
@@ -53,7 +46,7 @@ def _base():
 def _system(*overrides, masks=None):
     config, (net, variables) = _config(*overrides), _base()
     source = Source(None, config, net, variables, masks or {}, 0)
-    return mask_search.make(config, net, _data(), meshes.make(), {"base": source})
+    return mask_search.make(config, net, DATA, meshes.make(), {"base": source})
 
 
 @functools.cache
@@ -65,7 +58,7 @@ def _run(case):
     for step in range(system.length):
         rows = np.arange(BATCH) + BATCH * (step % 2)
         state, metrics = loop.iterate(system, state, step, 2, lambda _, rows=rows: pipeline.device_batch(
-            mesh, _data().train, rows))
+            mesh, DATA.train, rows))
     return system, first, jax.device_get(state), metrics
 
 
@@ -127,7 +120,7 @@ def test_the_first_update_is_the_gradient_of_the_masked_weights():
     [step] = system.steps
     mesh = meshes.make()
     state = jax.device_put(first, meshes.replicated(mesh))
-    batch = step.prepare(state, pipeline.device_batch(mesh, _data().train, np.arange(BATCH)), step.inputs)
+    batch = step.prepare(state, pipeline.device_batch(mesh, DATA.train, np.arange(BATCH)), step.inputs)
 
     def loss(params):
         return mask_search.adversarial.objective(system.model, _config())(first.replace(params=params), batch)[0]
@@ -199,7 +192,7 @@ def test_a_pruning_run_takes_what_was_found():
     _, _, last, _ = _run("hydra")
     config, (net, _) = _config("system.method=given", system="prune"), _base()
     source = Source(None, config, net, jax.tree.map(np.asarray, last.variables), last.masks, 0)
-    state = jax.device_get(prune.make(config, net, _data(), meshes.make(), {"base": source}).init(rng.key(1, "init")))
+    state = jax.device_get(prune.make(config, net, DATA, meshes.make(), {"base": source}).init(rng.key(1, "init")))
     assert _same(state.params, last.params) and _same(state.batch_stats, last.batch_stats)
     found, wanted = _kernel_masks(state), _kernel_masks(last)
     assert found.keys() == wanted.keys() and all(np.array_equal(found[path], wanted[path]) for path in found)
@@ -251,7 +244,7 @@ def test_sub_models_of_one_shape_share_their_programs():
     def trained(score, rows):
         net, variables = _base()
         config = _config(f"system.score={score}", f"data.part_draw={score}", "data.part=0+1 of 2")
-        data = dataclasses.replace(_data(), rows=rows)
+        data = dataclasses.replace(DATA, rows=rows)
         variables = jax.tree.map(lambda leaf: leaf + len(score) / 100, variables)
         system, mesh = mask_search.make(config, net, data, meshes.make(), {
             "base": Source(None, config, net, variables, {}, 0)}), meshes.make()
@@ -278,7 +271,7 @@ def test_a_scratch_ticket_is_searched_among_signs():
     config = _config(system="rst")
     config.init_from = ""
     configs.check(config)
-    state = jax.device_get(rst.make(config, _base()[0], _data(), meshes.make(), {}).init(rng.key(0, "init")))
+    state = jax.device_get(rst.make(config, _base()[0], DATA, meshes.make(), {}).init(rng.key(0, "init")))
     scores, masks = tree.named_leaves(state.extra["search"]["scores"]), _kernel_masks(state)
     for path, kernel in tree.named_leaves(state.extra["search"]["dense"]).items():
         if path.endswith("kernel"):
@@ -306,7 +299,7 @@ def test_bad_input_is_said_in_a_line(overrides, said):
         configs.check(config)
         source = Source(None, config, *_base(), {}, 0)
         net = network.make(config.model, SHAPE, CLASSES)
-        mask_search.make(config, net, _data(), meshes.make(), {"base": source})
+        mask_search.make(config, net, DATA, meshes.make(), {"base": source})
     assert said in str(error.value) and "\n" not in str(error.value)
 
 

@@ -8,13 +8,13 @@ import functools
 import jax
 import numpy as np
 import pytest
+import random_images
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, tree
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
-from advmoe_jax.data.split import Arrays
 from advmoe_jax.models import model as models
 from advmoe_jax.models import network
 from advmoe_jax.ops import masks as masking
@@ -24,6 +24,7 @@ from advmoe_jax.train import loop
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 SHAPE, CLASSES, COUNT, BATCH, STEPS = (8, 8, 1), 4, 32, 16, 3
+DATA = random_images.data(COUNT)
 EXPERT = ["model.num_experts=1", "model.model_scale=1", "model.depth=4", "model.width=4"]
 ATTACK = "fog pgd(num_steps=1,norm=l2,eps=0.3) rotation"
 
@@ -34,14 +35,6 @@ def _config(*overrides):
         *EXPERT, "model.num_members=2", f"data.batch_size={BATCH}", f"train.length={STEPS} steps", "init_from=a, b",
         f"train.attack={ATTACK}", "optim.backbone.schedule=constant", "data.pad=0", "data.flip=false", *overrides])
     return config
-
-
-@functools.cache
-def _data():
-    numbers = np.random.default_rng(0)
-    split = Arrays(numbers.integers(0, 256, (COUNT, *SHAPE)).astype(np.uint8),
-                   numbers.integers(0, CLASSES, COUNT).astype(np.int32))
-    return pipeline.Data(split, np.arange(COUNT), split, np.arange(4), split, CLASSES, SHAPE)
 
 
 @functools.cache
@@ -65,7 +58,7 @@ def _sources():
 
 def _system(*overrides, given=None):
     config = _config(*overrides)
-    return mol.make(config, models.make(config.model, SHAPE, CLASSES), _data(), meshes.make(), given or _sources())
+    return mol.make(config, models.make(config.model, SHAPE, CLASSES), DATA, meshes.make(), given or _sources())
 
 
 @functools.cache
@@ -77,7 +70,7 @@ def _run(*overrides):
     for step in range(system.length):
         rows = np.arange(BATCH) + BATCH * (step % 2)
         state, metrics = loop.iterate(system, state, step, 2, lambda _, rows=rows: pipeline.device_batch(
-            mesh, _data().train, rows))
+            mesh, DATA.train, rows))
     return system, first, jax.device_get(state), jax.device_get(metrics)
 
 

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_images
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, tree
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
-from advmoe_jax.data.split import Arrays
 from advmoe_jax.models import network
 from advmoe_jax.pruning import pruned
 from advmoe_jax.systems import prune
@@ -24,6 +24,7 @@ from advmoe_jax.train import loop
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 SHAPE, CLASSES, COUNT, BATCH, EPOCHS = (8, 8, 1), 4, 32, 16, 3
+DATA = random_images.data(COUNT)
 PER_EPOCH = COUNT // BATCH
 
 
@@ -37,14 +38,6 @@ def _config(*overrides):
 
 
 @functools.cache
-def _data():
-    numbers = np.random.default_rng(0)
-    split = Arrays(numbers.integers(0, 256, (COUNT, *SHAPE)).astype(np.uint8),
-                   numbers.integers(0, CLASSES, COUNT).astype(np.int32))
-    return pipeline.Data(split, np.arange(COUNT), split, np.arange(4), split, CLASSES, SHAPE)
-
-
-@functools.cache
 def _base():
     net = network.make(_config().model, SHAPE, CLASSES)
     return net, jax.device_get(jax.jit(net.init)(jax.random.key(3)))
@@ -53,7 +46,7 @@ def _base():
 def _system(*overrides, masks=None):
     config, (net, variables) = _config(*overrides), _base()
     sources = {"base": Source(None, config, net, variables, masks or {}, 0)}
-    return prune.make(config, net, _data(), meshes.make(), sources)
+    return prune.make(config, net, DATA, meshes.make(), sources)
 
 
 def _run(system):
@@ -64,7 +57,7 @@ def _run(system):
         states.append(jax.device_get(state))
         rows = np.arange(BATCH) + BATCH * (step % PER_EPOCH)
         state, _ = loop.iterate(system, state, step, PER_EPOCH,
-                                lambda _, rows=rows: pipeline.device_batch(mesh, _data().train, rows))
+                                lambda _, rows=rows: pipeline.device_batch(mesh, DATA.train, rows))
     return [*states, jax.device_get(state)]
 
 
@@ -167,9 +160,9 @@ def test_scores_are_made_of_clean_or_attacked_images():
     net, variables = _base()
     config = _config("system.method=taylor_channels", "system.images=8", "system.loss=madry", "attack.eps=0.3",
                      "train.attack=pgd(num_steps=2)")
-    (clean, y), (attacked, same) = (prune.score_images(config, net, _data(), variables, on)
+    (clean, y), (attacked, same) = (prune.score_images(config, net, DATA, variables, on)
                                     for on in ("clean", "attacked"))
-    np.testing.assert_allclose(clean, _data().train.images[:8] / 255, atol=1e-6)
+    np.testing.assert_allclose(clean, DATA.train.images[:8] / 255, atol=1e-6)
     assert y.tolist() == same.tolist() and 0.01 < np.abs(clean - attacked).max() <= 0.3 + 1e-6
 
 
@@ -180,7 +173,7 @@ def test_experts_are_pruned_in_their_own_windows():
     found = {}
     for method, more in (("srgkp", ()), ("l1norm", ())):
         configs.override_all(config, [f"system.method={method}", *more])
-        system = prune.make(config, net, _data(), meshes.make(), {"base": Source(None, config, net, variables, {}, 0)})
+        system = prune.make(config, net, DATA, meshes.make(), {"base": Source(None, config, net, variables, {}, 0)})
         found[method] = jax.device_get(system.init(rng.key(0, "init"))), system
     state, system = found["srgkp"]
     order = system.files["pruning.json"]["layers"]["layer1.0.conv1"]["order"]
@@ -191,7 +184,7 @@ def test_experts_are_pruned_in_their_own_windows():
     kept = np.broadcast_to(masks["conv1"]["kernel"], block["conv1"]["kernel"].shape).any((0, 1, 2))
     assert np.array_equal(kept[:8], kept[8:]) and 4 <= kept[:8].sum() < 8
     np.testing.assert_array_equal(masks["bn1"]["scale"], kept[:8])
-    x = jnp.asarray(_data().train.images[:8] / 255.0, jnp.float32)
+    x = jnp.asarray(DATA.train.images[:8] / 255.0, jnp.float32)
     logits, _ = net.apply(state.variables, x)
     assert np.all(np.isfinite(logits))
 
@@ -207,13 +200,13 @@ def test_bad_input_is_said_before_the_first_step(overrides, said):
         config = _config(*overrides)
         configs.check(config)
         net, variables = _base()
-        prune.make(config, net, _data(), meshes.make(), {"base": Source(None, config, net, variables, {}, 0)})
+        prune.make(config, net, DATA, meshes.make(), {"base": Source(None, config, net, variables, {}, 0)})
     assert said in str(error.value)
 
 
 def test_a_run_to_be_evaluated_needs_no_source():
     config, (net, _) = _config(), _base()
-    system = prune.make(config, net, _data(), meshes.make(), {})
+    system = prune.make(config, net, DATA, meshes.make(), {})
     assert not system.files and dataclasses.is_dataclass(system)
 
 

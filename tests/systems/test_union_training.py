@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_images
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import tree
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
-from advmoe_jax.data.split import Arrays
 from advmoe_jax.models import network
 from advmoe_jax.ops import losses
 from advmoe_jax.systems import adversarial, eat, ramp, standard
@@ -23,6 +23,7 @@ from advmoe_jax.train import state as states
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 SHAPE, CLASSES, COUNT, BATCH = (8, 8, 1), 4, 16, 16
+DATA = random_images.data(COUNT)
 TWO = "train.attack=rotation(limit=0) fog"
 
 
@@ -31,14 +32,6 @@ def _config(system, *texts):
     configs.override_all(config, ["model.num_experts=1", "model.depth=4", "model.width=4", "train.length=2 steps",
                                   f"data.batch_size={BATCH}", "data.pad=0", "data.flip=false", *texts])
     return config
-
-
-@functools.cache
-def _data():
-    numbers = np.random.default_rng(0)
-    split = Arrays(numbers.integers(0, 256, (COUNT, *SHAPE)).astype(np.uint8),
-                   numbers.integers(0, CLASSES, COUNT).astype(np.int32))
-    return pipeline.Data(split, np.arange(COUNT), split, np.arange(4), split, CLASSES, SHAPE)
 
 
 @functools.cache
@@ -56,9 +49,9 @@ def test_robust_errors_until_now():
 def test_attacks_are_drawn_in_proportion_to_the_error():
     """Through the compiled steps: what was drawn is what was attacked, and it alone is counted."""
     config, mesh = _config("eat", TWO), meshes.make()
-    system = eat.make(config, _net()[0], _data(), mesh, {})
+    system = eat.make(config, _net()[0], DATA, mesh, {})
     [step], state = system.steps, system.init(jax.random.key(0))
-    batch, drawn = pipeline.device_batch(mesh, _data().train, np.arange(BATCH)), []
+    batch, drawn = pipeline.device_batch(mesh, DATA.train, np.arange(BATCH)), []
 
     def at(state, number, right):
         extra = {eat.NAME: {"right": jnp.array(right), "steps": jnp.array([10.0, 10.0])}}
@@ -103,8 +96,8 @@ def test_answers_are_paired_where_the_first_is_right():
 def test_the_step_of_ramp_is_the_projected_gradient():
     """The value is the paired loss; its gradient is by hand that of both trainings."""
     net, variables = _net()
-    x = jnp.asarray(_data().train.images, jnp.float32) / 255
-    batch = {"image": x, "adversarial": jnp.stack([x[:, ::-1], 1 - x], 1), "label": _data().train.labels}
+    x = jnp.asarray(DATA.train.images, jnp.float32) / 255
+    batch = {"image": x, "adversarial": jnp.stack([x[:, ::-1], 1 - x], 1), "label": DATA.train.labels}
 
     @functools.partial(jax.jit, static_argnums=0)
     def slope(texts, params):
@@ -130,12 +123,12 @@ def test_labels_may_be_soft():
     config = _config("standard", "system.loss=madry", "train.attack=rotation(limit=0)", "system.label_smoothing=0.2",
                      "system.mixup=0.3", "data.jitter=0.1", "data.turn=2")
     mesh, (net, _) = meshes.make(), _net()
-    system = standard.make(config, net, _data(), mesh, {})
+    system = standard.make(config, net, DATA, mesh, {})
     [step], state = system.steps, system.init(jax.random.key(0))
-    ready = step.prepare(state, pipeline.device_batch(mesh, _data().train, np.arange(BATCH)), step.inputs)
+    ready = step.prepare(state, pipeline.device_batch(mesh, DATA.train, np.arange(BATCH)), step.inputs)
     target = np.asarray(ready["target"])
     np.testing.assert_allclose(target.sum(1), 1, rtol=1e-5)
-    assert target.min() == pytest.approx(0.05, rel=1e-3) and np.array_equal(ready["label"], _data().train.labels)
+    assert target.min() == pytest.approx(0.05, rel=1e-3) and np.array_equal(ready["label"], DATA.train.labels)
     np.testing.assert_array_equal(ready["adversarial"][:, 0], ready["image"])
     logits, *_ = jax.jit(net.train_pass)(jax.device_get(state.variables), ready["adversarial"])
     expected = float(jnp.mean(losses.cross_entropy(logits[:, 0], target)))

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import random_images
 from jax.sharding import AxisType, Mesh
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, tree
 from advmoe_jax.data import pipeline
-from advmoe_jax.data.split import Arrays
 from advmoe_jax.models import network
 from advmoe_jax.ops import masks as masking
 from advmoe_jax.systems import standard
@@ -26,6 +26,7 @@ from advmoe_jax.train import state as states
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 SHAPE, CLASSES, COUNT, BATCH, STEPS = (8, 8, 1), 4, 64, 16, 4
+DATA = random_images.data(COUNT)
 OPTIMIZERS = {
     "sgd": ("optim.backbone.momentum=0.9", "optim.backbone.weight_decay=0.1"),
     "adam": ("optim.backbone.optimizer=adam", "optim.backbone.weight_decay=0.1", "optim.backbone.learning_rate=0.01"),
@@ -40,14 +41,6 @@ def _config(optimizer):
                  "train.eval_every=0 steps", "optim.backbone.schedule=constant", *OPTIMIZERS[optimizer]):
         configs.override(config, text)
     return config
-
-
-@functools.cache
-def _data():
-    numbers = np.random.default_rng(0)
-    split = Arrays(numbers.integers(0, 256, (COUNT, *SHAPE)).astype(np.uint8),
-                   numbers.integers(0, CLASSES, COUNT).astype(np.int32))
-    return pipeline.Data(split, np.arange(COUNT), split, np.arange(4), split, CLASSES, SHAPE)
 
 
 def _masks(net, params, whole_channels):
@@ -70,7 +63,7 @@ def _system(optimizer, whole_channels, devices):
     mesh = Mesh(np.array(jax.devices()[:devices]), (meshes.AXIS,), axis_types=(AxisType.Auto,))
     config = _config(optimizer)
     net = network.make(config.model, SHAPE, CLASSES, mesh)
-    system = standard.make(config, net, _data(), mesh, {})
+    system = standard.make(config, net, DATA, mesh, {})
 
     def init(key):
         state = system.init(key)
@@ -83,7 +76,7 @@ def _system(optimizer, whole_channels, devices):
 
 def _train(system, config, mesh, workdir):
     workdir.mkdir(exist_ok=True)
-    return jax.device_get(loop.run(config, workdir, system, _data().train, lambda state: (0.0, 0.0), mesh))
+    return jax.device_get(loop.run(config, workdir, system, DATA.train, lambda state: (0.0, 0.0), mesh))
 
 
 def _assert_masked(state, before):
@@ -131,7 +124,7 @@ def test_the_masks_of_a_state_may_change():
     before = tree.named_leaves(jax.device_get(state.params))
     assert all(np.any(before[name][where] != 0) for name, where in gone.items())
     [step] = system.steps
-    batch = pipeline.device_batch(mesh, _data().train, np.arange(BATCH))
+    batch = pipeline.device_batch(mesh, DATA.train, np.arange(BATCH))
     state, _ = step.update(state, step.prepare(state, batch, step.inputs))
     after = tree.named_leaves(jax.device_get(state.params))
     assert all(np.all(after[name][where] == 0) for name, where in gone.items())
