@@ -13,18 +13,18 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.train import loop
 
 
-def _cases(*chosen):
+def _cases():
     """(overrides that name modules, field, setting) of every field of every module, once."""
-    found = {}
-    values = dict(text.split("=") for text in chosen)
-    table = configs.table(values)
-    for name, of in table.items():
-        if of.room and name not in values:
-            for module in find.names(*of.room):
-                found |= _cases(*chosen, f"{name}={module}")
-    owned = {(name, of.default, of.least, of.most, of.above, of.choices): (chosen, name, of)
-             for name, of in table.items()}
-    return found | owned
+    found, tried, waiting = {}, set(), [()]
+    while waiting:
+        chosen = waiting.pop(0)
+        table = configs.table(dict(text.split("=") for text in chosen))
+        for name, of in table.items():
+            found.setdefault((name, of.default, of.least, of.most, of.above, of.choices), (chosen, name, of))
+            new = [f"{name}={module}" for module in find.names(*of.room)] if of.room else []
+            waiting += [(*chosen, text) for text in new if text not in tried]
+            tried.update(new)
+    return found
 
 
 CASES = list(_cases().values())
