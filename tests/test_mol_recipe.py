@@ -33,7 +33,7 @@ def get_recipe():
                            system__rate="3/4", system__kernels="every"),
                 fog=run("standard", system__loss="madry", train__attack="fog"),
                 mol=run("mol", "pruned, fog", model__name="mixture", model__num_members=2, model__num_experts=1,
-                        model__width=4, model__depth=4, train__attack="fgsm fog"))
+                        model__width=4, model__depth=4, system__loss="madry", train__attack="fgsm fog"))
     return Recipe(runs, "MoL", {{name: (name,) for name in runs}}, oracles=dict(oracle=("pruned", "fog")))
 """
 SMALL = FIELDS | {"train.length": "2 steps", "train.eval_every": "0 steps", "eval.suite": "tiny: fgsm fog",

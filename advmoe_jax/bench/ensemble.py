@@ -37,7 +37,8 @@ def measure(rounds: int) -> list[dict[str, Any]]:
                  function, x)}
     asked = {"all members": float(_MEMBERS), "one dense network": 1.0}
     for share in _SHARES:
-        rule = Rule("thresholds", most_change=1e6, least_confidence=float(np.quantile(confidence, 1 - share)))
+        least = float(np.quantile(confidence, 1 - share)) if share < 1 else 0.0
+        rule = Rule("thresholds", most_change=1e6, least_confidence=least)
         function = dataclasses.replace(team, rule=rule, is_sequential=True).outputs_fn(variables)
         name = f"asked in turn, {share:.0%} stop at once"
         sides[name] = lambda x, function=function: function(x)[0]

@@ -198,7 +198,7 @@ def compare_fast(n):
                   for suite, report in found.items()}
         rows.append((norm, *(f"{100 * report.robust_accuracy:.2f}" for report in found.values()),
                      str(np.sum(found["standard"].robust != found["fast"].robust)),
-                     *(f"{count / 1e6:.2f}" for count in passes.values()),
+                     *(f"{count / 1e6:.3f}" for count in passes.values()),
                      *(f"{sum(a.seconds for a in report.found.attempts):.0f}" for report in found.values())))
     return rows
 
