@@ -265,30 +265,35 @@ def write_superscores(path, labels: list[str], scores: list[Mapping[str, float]]
     return True
 
 
-def write_matrix(path, rows: Sequence[str], columns: Sequence[str], rates: np.ndarray) -> bool:
-    """Draws accuracies in percent as a heat map, NaN where nothing was measured.
+def write_matrix(path, rows: Sequence[str], columns: Sequence[str], rates: np.ndarray,
+                 label: str = "accuracy (%)", is_log: bool = False) -> bool:
+    """Draws numbers in percent as a heat map, NaN where nothing was measured.
 
     Args:
         path: of the PNG.
         rows, columns: names.
         rates: (rows, columns).
+        label: what they are.
+        is_log: whether colours are by logarithms, from 0.1 % on.
     Returns:
         Whether there is anything to draw with.
     """
     try:
+        from matplotlib.colors import LogNorm, Normalize
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(3 + 0.55 * len(columns), 2 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    shown = axes.imshow(rates, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    scale = LogNorm(0.1, 100, clip=True) if is_log else Normalize(0, 100)
+    shown = axes.imshow(rates, cmap="cividis", norm=scale, aspect="auto")
     for i, row in enumerate(rates):
         for j, value in enumerate(row):
             if np.isfinite(value):
-                axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize="small",
-                          color="black" if value > 55 else "white")
+                axes.text(j, i, f"{value:.{int(is_log and value < 10)}f}", ha="center", va="center", fontsize="small",
+                          color="black" if scale(value) > 0.55 else "white")
     axes.set(xticks=np.arange(len(columns)), yticks=np.arange(len(rows)), yticklabels=rows)
     axes.set_xticklabels(columns, rotation=45, ha="right")
-    figure.colorbar(shown, ax=axes, label="accuracy (%)")
+    figure.colorbar(shown, ax=axes, label=label)
     files.write_figure(path, figure)
     return True
