@@ -7,7 +7,7 @@ from the same pool, a team of random masks, and the single copies. Every team is
 mean, and the expectation over where it stops; the exits attacks force or delay the stop.
 
 Command:  python -m advmoe_jax.main --config configs/eed_digits.py
-          python -m advmoe_jax.main --config configs/eed_digits.py:hosts=none+adp+gal+dverge,seeds=0+1+2
+          python -m advmoe_jax.main --config configs/eed_digits.py:hosts=none+adp+gal+dverge+soe,seeds=0+1+2
 Hardware: 2 CPU cores.
 Time:     not measured yet.
 Expected: not run yet.
@@ -22,7 +22,7 @@ from advmoe_jax.core.recipe import Recipe
 SCORES, PARTS = ("nis", "erm", "ase", "bnsf"), 4
 MEMBER, TEAM = "19/20", "4/5"
 EPOCHS = {"search": 8, "left": 24, "team": 12, "harp_search": 16, "harp_left": 60}
-HOSTS = ("none", "adp", "gal", "dverge")
+HOSTS = ("none", "adp", "gal", "dverge", "soe")
 PGD, STOPS = "pgd(num_steps=20)", "exits(mode=force,num_steps=20) exits(mode=delay,num_steps=20)"
 
 
