@@ -33,7 +33,7 @@ TEAM = MEMBER | {
     "model.num_members": M, "model.gate": "never", "system.team_rate": "1/2", "system.member_rate": "3/4",
     "system.host": "soe", "system.soe_weight": 0.5, "system.soe_sigma": 0.7, "system.gamma": 0.0,
     "system.rd_by": ATTACK, "system.rd_images": 16, "init_from": "base, a, b", "train.length": "4 steps",
-    "train.eval_every": "2 steps", "train.save_every": "2 steps", "train.select_attack": "fgsm",
+    "train.eval_every": "4 steps", "train.save_every": "2 steps", "train.select_attack": "fgsm",
     "train.select_examples": 16, "eval.attacks": "fgsm", "eval.n": 8, "eval.black_box": False}
 
 
