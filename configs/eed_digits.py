@@ -4,10 +4,11 @@ Jung & Song, CVPR 2025, in small: four scores begin three searches each, on a sh
 another one, for 5 % of the weights; what is left is trained on the same images. Four of the twelve become a team, 20 %
 of the weights, which is trained on all images. All by TRADES, as the base. Beside it stand HARP at 20 %, a team drawn
 from the same pool, a team of random masks, and the single copies. Every team is attacked through each member, its
-mean, and the expectation over where it stops; the exits attacks force or delay the stop.
+mean, and the expectation over where it stops; the exits attacks force or delay the stop. The report shows what each
+copy keeps of each layer; that of a team, the robust diversity of all teams over their size.
 
 Command:  python -m advmoe_jax.main --config configs/eed_digits.py
-          python -m advmoe_jax.main --config configs/eed_digits.py:hosts=none+adp+gal+dverge,seeds=0+1+2
+          python -m advmoe_jax.main --config configs/eed_digits.py:hosts=none+adp+gal+dverge+soe,seeds=0+1+2
 Hardware: 2 CPU cores.
 Time:     not measured yet.
 Expected: not run yet.
@@ -22,7 +23,7 @@ from advmoe_jax.core.recipe import Recipe
 SCORES, PARTS = ("nis", "erm", "ase", "bnsf"), 4
 MEMBER, TEAM = "19/20", "4/5"
 EPOCHS = {"search": 8, "left": 24, "team": 12, "harp_search": 16, "harp_left": 60}
-HOSTS = ("none", "adp", "gal", "dverge")
+HOSTS = ("none", "adp", "gal", "dverge", "soe")
 PGD, STOPS = "pgd(num_steps=20)", "exits(mode=force,num_steps=20) exits(mode=delay,num_steps=20)"
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny import REPO
 
+from advmoe_jax.core import config as configs
 from advmoe_jax.core import recipe
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.report import criteria
@@ -162,6 +163,37 @@ def test_phases_of_the_benchmark_follow_each_other(pralab):
     assert runs["random-us95"].system.method == "random_weights" and runs["random-us95"].train.length == "120 epochs"
     with pytest.raises(UserError, match="unknown network in the recipe's argument 'resnet34'"):
         recipe.load(f"{PRALAB}:resnet34")
+
+
+EED = f"{REPO}/configs/paper/eed_tables.py"
+
+
+def test_hosts_and_weights_of_eed_differ_in_what_their_rows_say():
+    hosts = recipe.load(f"{EED}:9")
+    assert {row: hosts.runs[name].system.host for row, (name,) in hosts.rows.items()} == {
+        "ADP": "adp", "GAL": "gal", "DVERGE": "dverge", "SoE": "soe"}
+    assert hosts.paper["SoE"] == {"SA": 85.85, "RA": 47.90}
+    configs.check(hosts.runs[hosts.rows["SoE"][0]])
+    swept = recipe.load(f"{EED}:fig6")
+    fields = {"lambda1": "lambda_weights", "lambda2": "lambda_activity", "omega": "omega", "gamma": "gamma"}
+    assert len(swept.rows) == 1 + 3 + 3 + 2 + 2 and swept.paper["as in table 1"] == {"SA": 86.13, "RA": 48.13}
+    base = swept.runs[swept.rows["as in table 1"][0]].system
+    for row, (name,) in swept.rows.items():
+        changed = {field for field in base if swept.runs[name].system[field] != base[field]}
+        of, _, value = row.partition(" ")
+        assert changed == ({fields[of]} if of in fields else set())
+        assert of not in fields or swept.runs[name].system[fields[of]] == float(value)
+    assert {"lambda1 0.6", "lambda2 0.3"} <= swept.rows.keys() and "peaks" in swept.notes[0]
+    assert (base.omega, base.gamma) == (10, 4), "where the others peak"
+
+
+def test_eed_s_networks_that_learn_from_other_images():
+    runs = recipe.load(f"{EED}:fig2").runs
+    assert {name: run.system.loss for name, run in runs.items()} == {
+        "clean": "natural", "attacked": "madry", "both": "trades"}
+    assert len({(run.seed, run.model.name, run.model.depth, run.model.width) for run in runs.values()}) == 1
+    for run in runs.values():
+        configs.check(run)
 
 
 def test_rap_admm_beside_filters_that_go_at_once():

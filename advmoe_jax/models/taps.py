@@ -65,3 +65,24 @@ def features(function: Callable[[], Any]) -> tuple[jax.Array, ...]:
     with nn.intercept_methods(watched):
         function()
     return tuple(found)
+
+
+def inputs(function: Callable[[], Any], path: str) -> tuple[Any, jax.Array]:
+    """Runs a network and gives also what one layer reads.
+
+    Args:
+        function: calls it, without `train.remat`, once or in several passes over B images each.
+        path: of the layer, which reads (B, ...).
+    Returns:
+        What it gives; and what the layer reads in each pass, (P, B, ...) float32.
+    """
+    found = []
+
+    def watched(call, args, kwargs, context):
+        if context.method_name == "__call__" and "/".join(context.module.path) == path:
+            found.append(args[0].astype(jnp.float32))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(watched):
+        result = function()
+    return result, jnp.stack(found)

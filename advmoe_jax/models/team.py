@@ -77,6 +77,7 @@ class Team:
         combiner: of ops.stopping.COMBINERS.
         is_sequential: whether only those are computed that are asked, where values are known.
         taps: whether loss passes say how active the layers are, see `taps.active`.
+        features: whether they give what the members' last layers read.
     """
 
     ensemble: Ensemble
@@ -84,6 +85,7 @@ class Team:
     combiner: str = "mean"
     is_sequential: bool = False
     taps: bool = False
+    features: bool = False
 
     @property
     def member(self) -> Network:
@@ -129,6 +131,11 @@ class Team:
         return self.ensemble.layers
 
     @property
+    def last_layer(self) -> LayerSpec:
+        """The linear layer of a member that gives its logits, with a kernel (D, K)."""
+        return [spec for spec in self.member.layers if len(spec.kernel) == 2][-1]
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.ensemble.image_shape
 
@@ -162,18 +169,29 @@ class Team:
 
     def train_pass(self, variables: dict[str, Any], x: jax.Array
                    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
-        """As Model.train_pass; aux has member_logits (B, P, M, K), and with `taps` activity and active (B, P, M)."""
-        def one(variables):
+        """As Model.train_pass; aux has member_logits (B, P, M, K), with `taps` activity and active (B, P, M), and with
+        `features` these, (B, P, M, D)."""
+        def of_taps(run):
             if not self.taps:
-                logits, _, stats = self.member.train_pass(variables, x)
-                return logits, stats, {}
-            (logits, _, stats), smooth, share = taps.active(lambda: self.member.train_pass(variables, x))
-            return logits, stats, {"activity": smooth.T, "active": share.T}
+                return run(), {}
+            found, smooth, share = taps.active(run)
+            return found, {"activity": smooth.T, "active": share.T}
 
-        logits, stats, activity = jax.lax.map(one, stacked(self.members(variables)))
-        logits, activity = (jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), part) for part in (logits, activity))
+        def of_features(run):
+            if not self.features:
+                return run(), {}
+            found, read = taps.inputs(run, self.last_layer.path)
+            return found, {"features": jnp.moveaxis(read, 0, 1)}
+
+        def one(variables):
+            (((logits, _, stats), active), read) = of_features(
+                lambda: of_taps(lambda: self.member.train_pass(variables, x)))
+            return logits, stats, active | read
+
+        logits, stats, more = jax.lax.map(one, stacked(self.members(variables)))
+        logits, more = (jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), part) for part in (logits, more))
         answer = _answers(jax.nn.log_softmax(logits.reshape(-1, *logits.shape[2:])), self.combiner)[:, -1]
-        return answer.reshape(*x.shape[:2], -1), {"member_logits": logits, **activity}, {
+        return answer.reshape(*x.shape[:2], -1), {"member_logits": logits, **more}, {
             group: jax.tree.map(lambda leaf, i=i: leaf[i], stats) for i, group in enumerate(self.groups)}
 
     def members(self, variables: dict[str, Any]) -> list[dict[str, Any]]:

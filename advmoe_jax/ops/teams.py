@@ -6,6 +6,8 @@ B batch, M members, K classes; h probabilities (B, M, K), y labels (B,).
 import jax
 import jax.numpy as jnp
 
+from advmoe_jax.ops import losses
+
 _MOST_WRONG = 0.99
 FORMS = ("largest", "each", "any_class")
 
@@ -54,3 +56,22 @@ def gal(gradients: jax.Array) -> jax.Array:
     cosine = jnp.einsum("bmd,bnd->bmn", unit, unit)
     first, second = jnp.triu_indices(gradients.shape[1], 1)
     return jax.nn.logsumexp(cosine[:, first, second], -1)
+
+
+def soe(confidence: jax.Array, logits: jax.Array, y: jax.Array, sigma: float = 1.0) -> jax.Array:
+    """SoE's loss of attacked images (Cui et al., "Synergy-of-Experts", NeurIPS 2022; EED's eq. 35): (B,).
+
+    Each member says how probable it holds the right class to be, and the one that holds it to be most probable has most
+    to learn: the binary cross-entropies of what they say, summed, and the soft minimum over the members of their
+    cross-entropies, -sigma * ln(sum of exp(-CE / sigma)). What should be said is a constant, as in the released code.
+
+    Args:
+        confidence: (B, M), logits of what the members say.
+        logits: (B, M, K) of the members.
+        y: labels (B,).
+        sigma: temperature of the soft minimum, above 0; towards 0 it is the least cross-entropy.
+    """
+    surprise = jax.vmap(losses.cross_entropy, (1, None), 1)(logits, y)
+    right = jnp.exp(-jax.lax.stop_gradient(surprise))
+    said = jax.nn.softplus(confidence) - right * confidence
+    return jnp.sum(said, -1) - sigma * jax.nn.logsumexp(-surprise / sigma, -1)

@@ -265,13 +265,49 @@ def write_superscores(path, labels: list[str], scores: list[Mapping[str, float]]
     return True
 
 
-def write_matrix(path, rows: Sequence[str], columns: Sequence[str], rates: np.ndarray) -> bool:
-    """Draws accuracies in percent as a heat map, NaN where nothing was measured.
+def write_matrix(path, rows: Sequence[str], columns: Sequence[str], rates: np.ndarray,
+                 label: str = "accuracy (%)", is_log: bool = False) -> bool:
+    """Draws numbers in percent as a heat map, NaN where nothing was measured.
 
     Args:
         path: of the PNG.
         rows, columns: names.
         rates: (rows, columns).
+        label: what they are.
+        is_log: whether colours are by logarithms, from 0.1 % on.
+    Returns:
+        Whether there is anything to draw with.
+    """
+    try:
+        from matplotlib.colors import LogNorm, Normalize
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(3 + 0.55 * len(columns), 2 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    scale = LogNorm(0.1, 100, clip=True) if is_log else Normalize(0, 100)
+    shown = axes.imshow(rates, cmap="cividis", norm=scale, aspect="auto")
+    for i, row in enumerate(rates):
+        for j, value in enumerate(row):
+            if np.isfinite(value):
+                axes.text(j, i, f"{value:.{int(is_log and value < 10)}f}", ha="center", va="center", fontsize="small",
+                          color="black" if scale(value) > 0.55 else "white")
+    axes.set(xticks=np.arange(len(columns)), yticks=np.arange(len(rows)), yticklabels=rows)
+    axes.set_xticklabels(columns, rotation=45, ha="right")
+    figure.colorbar(shown, ax=axes, label=label)
+    files.write_figure(path, figure)
+    return True
+
+
+def write_nodes(path, nodes: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> bool:
+    """Draws how much each node of each layer matters: a map for every score, down, and run, across.
+
+    Nodes are in one order in all maps, by falling importance in the first: where another map has the same it fades from
+    left to right as the first one does.
+
+    Args:
+        path: of the PNG.
+        nodes: {run: {score: {layer: a number for each node, the largest 1}}}.
     Returns:
         Whether there is anything to draw with.
     """
@@ -279,16 +315,60 @@ def write_matrix(path, rows: Sequence[str], columns: Sequence[str], rates: np.nd
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(3 + 0.55 * len(columns), 2 + 0.28 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    shown = axes.imshow(rates, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    for i, row in enumerate(rates):
-        for j, value in enumerate(row):
-            if np.isfinite(value):
-                axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize="small",
-                          color="black" if value > 55 else "white")
-    axes.set(xticks=np.arange(len(columns)), yticks=np.arange(len(rows)), yticklabels=rows)
-    axes.set_xticklabels(columns, rotation=45, ha="right")
-    figure.colorbar(shown, ax=axes, label="accuracy (%)")
+    scores, width = list(next(iter(nodes.values()))), 240
+    first = nodes[next(iter(nodes))][scores[0]]
+    order = {layer: np.argsort(-np.array(of), kind="stable") for layer, of in first.items()}
+    figure = Figure(figsize=(1.6 + 2.6 * len(nodes), 0.9 + len(scores) * (0.5 + 0.13 * len(first))),
+                    layout="constrained")
+    panels = figure.subplots(len(scores), len(nodes), sharex=True, sharey=True, squeeze=False)
+    for line, score in zip(panels, scores):
+        for axes, (run, by_score) in zip(line, nodes.items()):
+            values = [np.array(of)[order[layer]] for layer, of in by_score[score].items()]
+            sampled = [of[np.arange(width) * len(of) // width] for of in values]
+            shown = axes.imshow(sampled, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest",
+                                extent=(0, 100, len(values) - 0.5, -0.5))
+            axes.set_title(f"{score}, {run}", fontsize="medium")
+        line[0].set_yticks(np.arange(len(first)), first, fontsize="x-small")
+    figure.supxlabel(f"nodes of a layer (%), by falling importance in {scores[0]}, {next(iter(nodes))}",
+                     fontsize="medium")
+    figure.colorbar(shown, ax=panels, label="importance, largest of the layer 1", aspect=60, pad=0.01)
+    files.write_figure(path, figure)
+    return True
+
+
+def write_ranks(path, alike: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> bool:
+    """Draws over the layers how alike two things rank weights.
+
+    Args:
+        path: of the PNG.
+        alike: {row: {panel: {pair: {layer: correlation of ranks}}}}; rows without pairs are left out.
+    Returns:
+        Whether there is anything to draw, and to draw with.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    rows = {row: panels for row, panels in alike.items() if any(panels.values())}
+    if not rows:
+        return False
+    layers = list(next(iter(next(iter(next(iter(rows.values())).values())).values())))
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(2.2 + columns * (1.6 + 0.1 * len(layers)), 0.8 + 2.6 * len(rows)), layout="constrained")
+    for below, (row, panels) in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows.items()):
+        found = below.subplots(1, columns, sharey=True, squeeze=False)[0]
+        for axes, (panel, pairs) in zip(found, panels.items()):
+            for (pair, of), colour in zip(pairs.items(), itertools.cycle(_COLOURS)):
+                axes.plot(range(len(layers)), list(of.values()), "o-", color=colour, markersize=3, label=pair)
+            axes.axhline(0, color=_GREY, linewidth=0.6)
+            axes.set(title=panel, ylim=(min(-0.25, *(v for of in pairs.values() for v in of.values())) - 0.03, 1.05))
+            axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize="x-small")
+            axes.grid(alpha=0.25, linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+        for axes in found[len(panels):]:
+            axes.set_visible(False)
+        found[0].set_ylabel(f"correlation of ranks, {row}")
+        handles, labels = found[0].get_legend_handles_labels()
+        below.legend(handles, labels, frameon=False, fontsize="small", loc="outside right upper")
     files.write_figure(path, figure)
     return True

@@ -7,7 +7,7 @@ from etils import epath
 
 from advmoe_jax.core import files, recipe, status, tables
 from advmoe_jax.core.tables import Table
-from advmoe_jax.report import comparison, criteria, matrix, plots, printed, runs
+from advmoe_jax.report import comparison, criteria, kept, matrix, plots, printed, runs
 
 
 def write(root: epath.Path) -> None:
@@ -43,6 +43,11 @@ def write(root: epath.Path) -> None:
         name = f"matrix{number or ''}.png"
         if plots.write_matrix(root / name, found_matrix.rows, found_matrix.columns, found_matrix.rates):
             parts.append(f"![{found_matrix.table.title}]({name})\n")
+    for number, pool in enumerate(kept.of(root, of_name)):
+        parts.append(tables.markdown(pool.table))
+        name = f"kept{number or ''}.png"
+        if plots.write_matrix(root / name, pool.layers, pool.runs, pool.shares, "kept weights (%)", is_log=True):
+            parts.append(f"![{pool.table.title}]({name})\n")
     parts += [f"{note}\n" for note in stored["notes"]] + [tables.markdown(_runs(folders), 2)]
     files.write_text(root / "report.md", "\n".join(parts))
     tables.show([table for table, _ in of_paper] + shown, as_text=False)

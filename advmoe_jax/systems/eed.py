@@ -21,7 +21,7 @@ from advmoe_jax.data import pipeline
 from advmoe_jax.models.model import Model
 from advmoe_jax.models.team import Team
 from advmoe_jax.ops import teams
-from advmoe_jax.systems import adversarial, dverge, team_choice, team_loss
+from advmoe_jax.systems import adversarial, dverge, soe, team_choice, team_loss
 from advmoe_jax.systems.adversarial import Update, build
 from advmoe_jax.systems.prune import is_rate
 from advmoe_jax.systems.sources import Source, needed
@@ -66,13 +66,17 @@ class Config(adversarial.Config):
                                            "probabilities, as printed, which has no gradient",
                                  choices=("smooth", "printed"), only=_COMPACT)
     host: str = setting("dverge", "ensemble defence that the members are trained by beside",
-                        choices=("none", "adp", "gal", "dverge"))
+                        choices=("none", *team_loss.HOSTS))
     adp_entropy: float = setting(2.0, "ADP's alpha", least=0, most=1e6, only=_host("adp"))
     adp_diversity: float = setting(0.5, "ADP's beta", least=0, most=1e6, only=_host("adp"))
     gal_weight: float = setting(0.5, "GAL's lambda", least=0, most=1e6, only=_host("gal"))
     dverge_weight: float = setting(1.0, "of DVERGE's loss", least=0, most=1e6, only=_host("dverge"))
     dverge_eps: str = setting("0.07", "linf distance of its images", only=_host("dverge"))
     dverge_steps: int = setting(10, "steps to them", least=1, most=1000, only=_host("dverge"))
+    soe_weight: float = setting(1.0, "of SoE's loss, on images of train.attack on each member", least=0, most=1e6,
+                                only=_host("soe"))
+    soe_sigma: float = setting(1.0, "temperature of its soft minimum over the members", above=0, most=1e6,
+                               only=_host("soe"))
 
 
 def check(config) -> None:
@@ -90,9 +94,12 @@ def check(config) -> None:
         why = ("system.choose=smallest_above_threshold gives" if system.choose == "smallest_above_threshold" else
                f"team_rate {system.team_rate} and member_rate {system.member_rate} allow")
         raise UserError(f"model.num_members is {model.num_members}: expected {wanted}, as {why}")
-    if config.train.remat and team_loss.reads_activity(system):
-        raise UserError("train.remat is true: expected false with system.lambda_activity above 0, which reads what "
-                        "layers have computed")
+    reads = "system.host=soe" if system.host == "soe" else "system.lambda_activity above 0"
+    if config.train.remat and (system.host == "soe" or team_loss.reads_activity(system)):
+        raise UserError(f"train.remat is true: expected false with {reads}, which reads what layers have computed")
+    if system.host == "soe" and system.loss == "natural":
+        raise UserError("system.loss is natural: expected another one with system.host=soe, which attacks each member "
+                        "by train.attack")
     if system.host == "dverge":
         units.eps(system.dverge_eps, "linf", "system.dverge_eps")
     specs = parse.attacks(system.rd_by, norm=config.attack.norm, eps=config.attack.eps)
@@ -118,16 +125,20 @@ def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, source
         names = [found["pool"][i]["name"] for i in found["team"]]
         chosen, files = {name: sources[name] for name in names}, {KEEPS: found}
     per_epoch = pipeline.steps_per_epoch(len(data.rows), cfg.data.batch_size)
-    trained = dataclasses.replace(model, taps=team_loss.reads_activity(system))
+    has_heads = system.host == "soe"
+    trained = dataclasses.replace(model, taps=team_loss.reads_activity(system), features=has_heads)
 
     def attacks(team, attack):
+        if has_heads:
+            return soe.beside(attack, team, cfg)
         return attack if system.host != "dverge" else dverge.beside(
             attack, team, eps=system.dverge_eps, num_steps=system.dverge_steps, per_epoch=per_epoch, seed=cfg.seed)
 
     host = "" if system.host == "none" else f" with {system.host}"
+    heads = dict(begin=lambda state: soe.begin(state, model), part=soe.part()) if has_heads else {}
     built = build(cfg, trained, data, mesh, chosen, (Update("train", model.groups, Inputs("data", "train", "train")),),
                   f"EED, {model.kind} by {system.choose}, {system.loss}{host}", objective=team_loss.objective,
-                  attacks=attacks)
+                  attacks=attacks, **heads)
     return dataclasses.replace(built, model=model, files=files)
 
 

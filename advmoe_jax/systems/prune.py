@@ -6,6 +6,7 @@ What is left of each layer is written to pruning.json before the first step.
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.core import find, shares, tree, units
+from advmoe_jax.core import find, layer_spec, masked, shares, tree, units
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import Only, setting
-from advmoe_jax.core.layer_spec import dotted
+from advmoe_jax.core.layer_spec import LayerSpec, dotted
 from advmoe_jax.data import pipeline
 from advmoe_jax.models.model import Model
 from advmoe_jax.ops import masks as masking
@@ -102,7 +103,7 @@ def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, source
         built = dataclasses.replace(built, init=_whole(built.init, variables, mesh))
     return dataclasses.replace(
         built, every={**more, **built.every}, first_best=per_epoch if about.when == "soft" else 0,
-        files={"pruning.json": report(first, system)},
+        files={"pruning.json": report(first, system) | {"weights": kept_weights(first, model.layers)}},
         describe=f"{title}: MACs {first.macs[0]:,} to {first.macs[1]:,}, parameters {first.params[0]:,} to "
                  f"{first.params[1]:,}")
 
@@ -121,6 +122,14 @@ def report(pruned: Pruned, system: Any) -> dict[str, Any]:
              "params": dict(zip(("before", "after"), pruned.params)),
              "leaves_out": pruned.about.leaves_out, "layers": layers}
     return found | ({"sha256": hashlib.sha256("".join(lines).encode()).hexdigest()} if lines else {})
+
+
+def kept_weights(pruned: Pruned, layers: tuple[LayerSpec, ...]) -> dict[str, list[int]]:
+    """{"layer1.0.conv1": [weights that are kept, all]} of every convolution and linear layer, in their order."""
+    shapes = {name: leaf.shape for name, leaf in tree.named_leaves(pruned.variables["params"]).items()}
+    kept = masked.shares(shapes, pruned.masks)
+    sizes = {spec.path: math.prod(shapes[f"{spec.path}/kernel"]) for spec in layer_spec.kernels(layers)}
+    return {dotted(path): [int(kept.get(f"{path}/kernel", 1) * size), size] for path, size in sizes.items()}
 
 
 def logits_of(model: Model):

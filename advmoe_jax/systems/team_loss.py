@@ -14,30 +14,29 @@ from advmoe_jax.core import tree
 from advmoe_jax.models.members import stacked
 from advmoe_jax.models.team import Team
 from advmoe_jax.ops import losses, teams
-from advmoe_jax.systems import adversarial
+from advmoe_jax.systems import adversarial, soe
 from advmoe_jax.train.state import State
 from advmoe_jax.train.step import Objective
+
+HOSTS = ("adp", "gal", "dverge", "soe")
+"""Ensemble defences whose loss may be added."""
 
 
 def objective(team: Team, cfg, **kind: Any) -> Objective:
     """The loss as `train.step` takes it, and beside its accuracies what its parts are.
 
     Args:
-        team: as it is trained, with `taps` if `system.lambda_activity` needs them.
+        team: as it is trained, with `taps` and `features` where its terms read them.
         cfg: the whole config.
     """
     system, name = cfg.system, cfg.system.loss
 
     def run(state, batch):
         y, target = batch["label"], batch.get("target", batch["label"])
-        attacked = [] if name == "natural" else list(jnp.moveaxis(batch["adversarial"], 1, 0))
-        distilled = []
-        if system.host == "dverge":
-            own = jnp.moveaxis(batch["adversarial"], 1, 0)
-            attacked, distilled = list(own[:len(own) - team.num_members]), list(own[len(own) - team.num_members:])
+        attacked, of_host = _attacked(system, batch, team.num_members)
         images = {"clean": batch["image"]} if name != "madry" else {}
         images |= {f"adv{i or ''}": x for i, x in enumerate(attacked)}
-        *outputs, stats = team.train_pass(state.variables, jnp.stack([*images.values(), *distilled], 1))
+        *outputs, stats = team.train_pass(state.variables, jnp.stack([*images.values(), *of_host], 1))
         passes = adversarial.passes_of(images, outputs)
         clean, *adv = [passes.get("clean"), *(v for which, v in passes.items() if which != "clean")]
         members = jax.vmap(functools.partial(adversarial.by_name, system), (
@@ -57,6 +56,11 @@ def objective(team: Team, cfg, **kind: Any) -> Objective:
                 outputs[1]["member_logits"][:, len(images):], y)  # (M that were shown, M, B)
             own = jnp.eye(team.num_members)[..., None]
             parts["host"] = system.dverge_weight * jnp.mean(jnp.sum(crossed * (1 - own), (0, 1)))
+        elif system.host == "soe":
+            said = soe.confidence(state, team, outputs[1]["features"][:, len(images):])
+            found = jax.vmap(functools.partial(teams.soe, sigma=system.soe_sigma), (1, 1, None))(
+                said, outputs[1]["member_logits"][:, len(images):], y)  # (M * A that were attacked, B)
+            parts["host"] = system.soe_weight * jnp.mean(jnp.sum(found, 0)) / len(attacked)
         total += parts.get("host", 0)
         if system.gamma > 0:
             parts["compact"] = (system.lambda_weights * _weights(state, system.weights_form)
@@ -65,6 +69,15 @@ def objective(team: Team, cfg, **kind: Any) -> Objective:
         return total, (stats, parts | adversarial.accuracies(passes, y) | team.metrics(passes))
 
     return run
+
+
+def _attacked(system, batch, num_members):
+    """Images (B, H, W, C) of each attack on the team, and those that a host defence has added to them."""
+    if system.loss == "natural" and system.host != "dverge":
+        return [], []
+    found = list(jnp.moveaxis(batch["adversarial"], 1, 0))
+    added = {"dverge": num_members, "soe": len(found) - len(found) // (num_members + 1)}.get(system.host, 0)
+    return found[:len(found) - added], found[len(found) - added:]
 
 
 def _logits(outputs):

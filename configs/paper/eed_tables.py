@@ -9,7 +9,8 @@ and multiply-accumulates are shown.
 Command:  python -m advmoe_jax.data.prepare cifar10 --out data
           python -m advmoe_jax.main --config configs/paper/eed_tables.py:1
           tables: 1, 1-svhn, 1-vgg16, 1-vgg16-svhn, 2 and 3 (ablations), 5 (sparsity), 6 (trainings), 7 (combiners),
-          8 (parts of the images), 9 (hosts)
+          8 (parts of the images), 9 (hosts), fig6 (weights of the loss); fig2 (what networks hold important), then
+          python -m advmoe_jax.report.importance --out runs/fig2 --workdir runs/eed_tables_fig2/{clean,attacked,both}
 Hardware: one accelerator; not run yet.
 Time:     not measured.
 Expected: the columns "paper"; not run yet.
@@ -51,7 +52,16 @@ TEAMS = {  # table: {row: (clean, AutoAttack, fields that differ)}
     "8": {f"d = {d}": (None, ra, {"parts": d}) for d, ra in ((1, 45.74), (3, 46.59), (4, 48.13), (5, 47.92),
                                                              (6, 46.72))},
     "9": {"ADP": (84.90, 46.87, {"system.host": "adp"}), "GAL": (85.30, 47.50, {"system.host": "gal"}),
-          "DVERGE": (86.13, 48.13, {})}}
+          "DVERGE": (86.13, 48.13, {}), "SoE": (85.85, 47.90, {"system.host": "soe"})}}
+SWEPT = {"lambda1": ("system.lambda_weights", (0.5, 0.6, 0.7, 0.8)),
+         "lambda2": ("system.lambda_activity", (0.2, 0.25, 0.3, 0.35)),
+         "omega": ("system.omega", (5.0, 10.0, 15.0)), "gamma": ("system.gamma", (2.0, 4.0, 6.0))}
+TEAMS["fig6"] = {"as in table 1": (86.13, 48.13, {})} | {  # a number that differs from that row's, the others as there
+    f"{name} {value:g}": (None, None, {field: value}) for name, (field, values) in SWEPT.items() for value in values
+    if (name, value) not in (("lambda1", 0.7), ("lambda2", 0.25), ("omega", 10.0), ("gamma", 4.0))}
+PEAKS = ("The paper's figure 6 draws AutoAttack over each of these numbers. Only its peaks are told, lambda1 0.6, "
+         "lambda2 0.3, omega 10 and gamma 4, while section 5.1 trains by lambda1 0.7 and lambda2 0.25.")
+LEARNT_FROM = {"clean": "natural", "attacked": "madry", "both": "trades"}  # figure 2's networks, by system.loss
 SIZES = {"1/2": 10, "7/10": 6, "4/5": 4, "9/10": 2}
 
 
@@ -116,8 +126,23 @@ def teams(rows):
     return runs, shown
 
 
+def figure_two():
+    """A plain network that learns from clean images, from attacked ones, or from both, each from the same start."""
+    runs = {}
+    for name, loss in LEARNT_FROM.items():
+        runs[name] = config = get_config(model="vgg")
+        config.model.update(depth=11, width=16)
+        config.system.loss, config.train.length = loss, "30 epochs"
+        if loss == "natural":
+            config.train.attack = configs.default().train.attack  # it has no effect there
+        config.eval.attacks, config.eval.n, config.eval.black_box = eed.PGD, 1000, False
+    return runs
+
+
 def get_recipe(table="1"):
-    one_of("table in the recipe's argument", table, (*ONE, *TEAMS))
+    one_of("table in the recipe's argument", table, (*ONE, *TEAMS, "fig2"))
+    if table == "fig2":
+        return Recipe(figure_two(), "EED, figure 2: what networks hold important")
     if table in ONE:
         runs, rows = table_one("svhn" if "svhn" in table else "cifar10", "vgg" if "vgg16" in table else "resnet")
         paper = {row: dict(SA=sa, RA=ra) for row, (sa, ra) in ONE[table].items()}
@@ -128,4 +153,6 @@ def get_recipe(table="1"):
     for name in rows.get("EED", ()):
         runs[name].system.loss = "madry"
     runs = finished(runs, {name for names in rows.values() for name in names})
+    if table == "fig6":
+        return Recipe(runs, "EED, figure 6: weights of the loss", rows, paper, (PEAKS,))
     return Recipe(runs, f"EED, table {table}", rows, paper)

@@ -43,3 +43,22 @@ def test_gal():
     gradients = jnp.array([[[1., 0], [0, 2.], [-3., 0]]])
     np.testing.assert_allclose(teams.gal(gradients), np.log(1 + np.exp(-1) + 1), rtol=1e-5)
     assert np.all(np.isfinite(jax.grad(lambda g: jnp.sum(teams.gal(g)))(jnp.zeros((1, 2, 3)))))
+
+
+def test_soe():
+    numbers = np.random.default_rng(0)
+    said, logits = numbers.normal(size=(5, 3)), 2 * numbers.normal(size=(5, 3, 4))
+    y, sigma = np.array([0, 1, 2, 3, 0]), .7
+    right = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    right = right[np.arange(5), :, y]
+    p = 1 / (1 + np.exp(-said))
+    cross = -(right * np.log(p) + (1 - right) * np.log(1 - p)).sum(1)
+    soft = -sigma * np.log(np.sum(right ** (1 / sigma), 1))
+    arrays = [jnp.asarray(of, jnp.float32) for of in (said, logits)]
+    np.testing.assert_allclose(teams.soe(*arrays, jnp.asarray(y), sigma), cross + soft, rtol=1e-4)
+    of_said, of_logits = jax.grad(lambda *of: jnp.sum(teams.soe(*of, jnp.asarray(y), sigma)), (0, 1))(*arrays)
+    np.testing.assert_allclose(of_said, p - right, rtol=1e-3, atol=1e-5)
+    share = right ** (1 / sigma) / np.sum(right ** (1 / sigma), 1, keepdims=True)
+    np.testing.assert_allclose(of_logits[np.arange(5), :, y], share * (right - 1), rtol=1e-3, atol=1e-5)
+    at_least = teams.soe(*arrays, jnp.asarray(y), 1e-3) - cross
+    np.testing.assert_allclose(at_least, -np.log(right.max(1)), rtol=1e-2, atol=1e-3)

@@ -15,6 +15,7 @@ from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, tree
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.core.layer_spec import dotted
 from advmoe_jax.data import pipeline
 from advmoe_jax.models import network
 from advmoe_jax.pruning import pruned
@@ -150,6 +151,12 @@ def test_pruning_json_says_what_is_left():
     kernel = states[0].params["backbone"]["layer1_0"]["conv1"]["kernel"]
     for filter_, kept in zip(found["layers"]["layer1.0.conv1"]["order"], found["layers"]["layer1.0.conv1"]["kept"]):
         assert np.flatnonzero(kernel[..., filter_].any((0, 1))).tolist() == kept  # as many groups as filters
+    masks = tree.named_leaves(states[0].masks["backbone"])
+    assert list(found["weights"]) == [dotted(spec.path) for spec in _base()[0].layers if len(spec.kernel) in (2, 4)]
+    for name, leaf in tree.named_leaves(states[0].params["backbone"]).items():
+        if name.endswith("/kernel"):
+            left = np.count_nonzero(np.broadcast_to(masks[name], leaf.shape)) if name in masks else leaf.size
+            assert found["weights"][dotted(name.removesuffix("/kernel"))] == [left, leaf.size]
     costs = _base()[0].costs(states[0].masks)
     assert found["macs"] == {"before": _base()[0].costs()["total"], "after": costs["total"]}
     assert found["params"] == {"before": tree.size(_base()[1]["params"]), "after": costs["params"]}
