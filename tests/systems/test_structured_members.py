@@ -88,7 +88,7 @@ def test_a_team_of_structured_members_keeps_their_masks(pair):
             np.testing.assert_array_equal(mask, given[path.split("backbone/")[-1]])
             full = np.broadcast_to(mask, after[path].shape)
             assert not np.any(after[path][~full]) and np.any(after[path] != before[path]), path
-            assert not full.all() or name == "grouped" and not path.endswith("kernel"), "a filter goes with its norm"
+            assert not full.all() or name != "filters" and not path.endswith("kernel"), "a filter goes with its norm"
     shapes = {path: leaf.shape for path, leaf in tree.named_leaves(first.params).items()}
     assert system.model.costs(last.masks)["params"] == masked.kept(shapes, last.masks)
 
