@@ -209,3 +209,19 @@ def test_rap_admm_beside_filters_that_go_at_once():
             "madry", "filter", "7/16", "8/255")
     assert loaded.runs["magnitude"].train.length == "300 epochs" == loaded.runs["r32"].train.length
     assert loaded.runs["r32-rap-7"].train.length == "150 epochs"
+
+
+@pytest.mark.parametrize("table, mad, twins", [
+    ("1", (74.18, 41.27), (77.26, 43.52)), ("1-svhn", (92.84, 39.87), (92.96, 44.73)),
+    ("1-vgg16", (73.65, 40.88), (76.04, 43.26)), ("1-vgg16-svhn", (89.94, 40.31), (92.60, 49.06))])
+def test_every_row_of_eeds_first_table_is_trained(table, mad, twins):
+    loaded = recipe.load(f"{REPO}/configs/paper/eed_tables.py:{table}")
+    assert list(loaded.rows) == list(loaded.paper) == [
+        "AT", "R-ADMM", "HYDRA", "RST", "MAD", "Flying Bird", "HARP", "TwinRep", "EED"]
+    assert loaded.paper["MAD"] == dict(zip(("SA", "RA"), mad))
+    assert loaded.paper["TwinRep"] == dict(zip(("SA", "RA"), twins))
+    runs = {row: loaded.runs[name] for row, [name] in loaded.rows.items()}
+    assert (runs["MAD"].system.method, runs["MAD"].init_from, runs["MAD"].train.length) == ("mad", "base", "60 epochs")
+    assert (runs["TwinRep"].system.name, runs["TwinRep"].init_from) == ("twin_rep", "")
+    assert all(run.system.loss == "madry" and run.eval.suite == "standard" for run in runs.values())
+    assert {runs[row].system.rate for row in ("R-ADMM", "RST", "MAD", "Flying Bird", "TwinRep")} == {"4/5"}

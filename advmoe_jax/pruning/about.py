@@ -18,6 +18,7 @@ class About:
             then ("hard") or going on to be trained ("soft"); or once, and what is removed fades away ("decay").
         leaves_out: of the original, "" if nothing.
         setup: what it needs beside images, pruning and training on, "" if nothing.
+        attacked: whether its images are attacked ones, by definition.
     """
 
     title: str
@@ -27,6 +28,7 @@ class About:
     when: str = "once"
     leaves_out: str = ""
     setup: str = ""
+    attacked: bool = False
 
     @property
     def needs_images(self) -> bool:

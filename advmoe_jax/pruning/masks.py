@@ -136,7 +136,7 @@ def _chosen(units, share, scope, how):
     ends = np.cumsum([of.size for of in units.values()])[:-1]
     parts = jnp.split(_largest(flat, share), ends)
     chosen = {path: part.reshape(of.shape) for (path, of), part in zip(units.items(), parts)}
-    _warn_of_empty(chosen)
+    warn_of_empty(chosen)
     return chosen
 
 
@@ -204,7 +204,8 @@ def _spread(chosen, shape, how):
     return mask[0, 0] if len(shape) == 2 else mask
 
 
-def _warn_of_empty(chosen):
+def warn_of_empty(chosen: Mapping[str, jax.Array]) -> None:
+    """Warns of the layers, {path: bool}, of which nothing is chosen."""
     empty = [path for path, of in chosen.items() if not isinstance(of, jax.core.Tracer) and not bool(of.any())]
     if empty:
         warnings.warn(f"nothing of {', '.join(empty)} is kept: no signal goes through", stacklevel=4)

@@ -57,7 +57,8 @@ def prune(apply: Callable[[Any, jax.Array], jax.Array], variables: Any, example:
     Args:
         apply: (variables, x) -> logits (B, K), in evaluation mode.
         variables: with "params"; weights are not changed in place.
-        example: (B, H, W, C) images as `apply` takes them; (images, labels) for methods that read gradients.
+        example: (B, H, W, C) images as `apply` takes them; (images, labels) for methods that read gradients, attacked
+            images for those that say so in their ABOUT.
         method: a module of advmoe_jax.pruning with `scores` or `masks`.
         rate: above 0 and below 1, a number or text such as "7/16".
         kernels: the layers that the rate is of: "3x3" or "all" convolutions inside blocks; or, for methods that remove

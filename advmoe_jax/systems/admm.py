@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.core import tree, units
+from advmoe_jax.core import units
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import setting
 from advmoe_jax.data import pipeline
@@ -26,7 +26,7 @@ from advmoe_jax.systems import adversarial
 from advmoe_jax.systems.adversarial import Update, build
 from advmoe_jax.systems.prune import is_rate
 from advmoe_jax.systems.sources import Source, needed
-from advmoe_jax.train.state import State
+from advmoe_jax.train import state as states
 from advmoe_jax.train.step import Objective
 from advmoe_jax.train.system import Inputs, System
 
@@ -63,24 +63,16 @@ def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, source
 
     def begin(state):
         return state.replace(extra={**state.extra, NAME: admm.begin(
-            _kernels(state, paths), system.rate, system.unit, system.rho)})
+            states.parameters(state, paths), system.rate, system.unit, system.rho)})
 
     def update(state):
         return state.replace(extra={**state.extra, NAME: admm.update(
-            _kernels(state, paths), state.extra[NAME], system.rate, system.unit, system.growth)})
+            states.parameters(state, paths), state.extra[NAME], system.rate, system.unit, system.growth)})
 
     built = build(cfg, model, data, mesh, sources, (Update("train", model.groups, Inputs("data", "train", "train")),),
                   f"{model.kind} by {system.loss}, drawn by ADMM to {system.rate} of its {system.unit}s gone",
                   objective=functools.partial(_objective, paths), begin=jax.jit(begin))
-    mine, others = jax.jit(update, donate_argnums=0), dict(built.every)
-    other = others.pop(system.admm_every, None)
-    both = mine if other is None else lambda state: other(mine(state))
-    return dataclasses.replace(built, every={system.admm_every: both, **others})
-
-
-def _kernels(state: State, paths: tuple[str, ...]) -> dict[str, jax.Array]:
-    leaves = tree.named_leaves(state.params)
-    return {path: leaves[path] for path in paths}
+    return built.also(system.admm_every, jax.jit(update, donate_argnums=0))
 
 
 def _objective(paths: tuple[str, ...], model: Model, cfg, **kind: Any) -> Objective:
@@ -89,7 +81,7 @@ def _objective(paths: tuple[str, ...], model: Model, cfg, **kind: Any) -> Object
 
     def run(state, batch):
         loss, (stats, metrics) = ordinary(state, batch)
-        kernels, found = _kernels(state, paths), state.extra[NAME]
+        kernels, found = states.parameters(state, paths), state.extra[NAME]
         apart = sum(jnp.sum(jnp.square(kernels[path] - found.z[path])) for path in paths)
         size = sum(jnp.sum(jnp.square(kernel)) for kernel in kernels.values())
         return loss + admm.penalty(kernels, found), (stats, metrics | {"distance": jnp.sqrt(apart / size)})

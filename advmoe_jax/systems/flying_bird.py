@@ -9,7 +9,6 @@ no sparsity (their Flying Bird+).
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,6 @@ from advmoe_jax.core.fields import setting
 from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.data import pipeline
 from advmoe_jax.models.model import Model
-from advmoe_jax.ops import masks as masking
 from advmoe_jax.pruning import masks as selecting
 from advmoe_jax.pruning import pruned
 from advmoe_jax.systems import adversarial
@@ -77,9 +75,10 @@ def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, source
     key = rng.key(cfg.seed, "flying_bird")
 
     def begin(state: State) -> State:
-        scores = _random(rng.stream(key, "first"), {path: leaf.shape for path, leaf in _kernels(state, keep).items()})
+        kernels = states.parameters(state, keep)
+        scores = _random(rng.stream(key, "first"), {path: leaf.shape for path, leaf in kernels.items()})
         masks = {path: selecting.select({path: of}, keep[path])[path] for path, of in scores.items()}
-        return states.masked(state.replace(masks=_trees(state, masks)))
+        return states.masked(states.with_masks(state, masks))
 
     built = build(cfg, model, data, mesh, sources, (Update("train", model.groups, Inputs("data", "train", "train")),),
                   f"Flying Bird, {model.kind} by {system.loss} without {system.rate} of its weights",
@@ -88,15 +87,12 @@ def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, source
     def change(state: State) -> State:
         part = jnp.minimum(state.step / max(built.length, 1), 1)
         share = system.last_drop + (system.drop - system.last_drop) * (1 + jnp.cos(jnp.pi * part)) / 2
-        kernels, masks = _kernels(state, keep), tree.named_leaves(state.masks)
+        kernels, masks = states.parameters(state, keep), tree.named_leaves(state.masks)
         noise = _random(jax.random.fold_in(key, state.step), {path: leaf.shape for path, leaf in kernels.items()})
         found = {path: changed(leaf, masks[path], share, noise[path]) for path, leaf in kernels.items()}
-        return states.masked(_rested(state).replace(masks=_trees(state, found)))
+        return states.masked(states.with_masks(_rested(state), found))
 
-    mine, others = jax.jit(change, donate_argnums=0), dict(built.every)
-    other = others.pop(system.change_every, None)
-    both = mine if other is None else lambda state: other(mine(state))
-    return dataclasses.replace(built, every={system.change_every: both, **others})
+    return built.also(system.change_every, jax.jit(change, donate_argnums=0))
 
 
 def changed(kernel: jax.Array, mask: jax.Array, share: jax.Array, noise: jax.Array) -> jax.Array:
@@ -117,16 +113,6 @@ def changed(kernel: jax.Array, mask: jax.Array, share: jax.Array, noise: jax.Arr
 
 def _random(key: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
     return {path: jax.random.uniform(rng.stream(key, path), shape, minval=1e-6) for path, shape in shapes.items()}
-
-
-def _kernels(state: State, keep: Mapping[str, Any]) -> dict[str, jax.Array]:
-    leaves = tree.named_leaves(state.params)
-    return {path: leaves[path] for path in keep}
-
-
-def _trees(state: State, masks: Mapping[str, jax.Array]) -> dict[str, Any]:
-    found = masking.of_leaves(state.params, masks)
-    return {group: part for group, part in found.items() if jax.tree.leaves(part)}
 
 
 def _rested(state: State) -> State:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.core import find, layer_spec, masked, shares, tree, units
+from advmoe_jax.core import find, layer_spec, masked, rng, shares, tree, units
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import Only, setting
@@ -33,6 +33,9 @@ from advmoe_jax.train.state import State
 from advmoe_jax.train.system import Inputs, System
 
 _NEEDS_IMAGES = Only("a system.method that reads gradients or features", lambda config: _about(config).needs_images)
+_ANY_IMAGES = Only("a system.method that reads those of any images", lambda config: (
+    _about(config).needs_images and not _about(config).attacked))
+_AT_ONCE = 128  # images that are attacked together
 
 
 def _about(config):
@@ -64,7 +67,7 @@ class Config(adversarial.Config):
     skip: str = setting("(^|/)router/", "regular expression; layers whose path has a match stay whole")
     images: int = setting(256, "training images that scores are made of", least=1, most=10**6, only=_NEEDS_IMAGES)
     scored_on: str = setting("clean", "those images, or what the first of train.attack makes of them",
-                             choices=("clean", "attacked"), only=_NEEDS_IMAGES)
+                             choices=("clean", "attacked"), only=_ANY_IMAGES)
 
 
 def check(config) -> None:
@@ -80,7 +83,8 @@ def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, source
     if not sources:  # it is evaluated alone
         return build(cfg, model, data, mesh, sources, updates, title)
     variables, inherited = initial(model, sources, cfg.seed)
-    x, y = score_images(cfg, model, data, variables, system.scored_on) if about.needs_images else (None, None)
+    scored_on = "attacked" if about.attacked else system.scored_on
+    x, y = score_images(cfg, model, data, variables, scored_on) if about.needs_images else (None, None)
 
     def chosen(variables):
         subject = pruning.of(logits_of(model), variables, model.layers, system.rate, system.kernels, system.skip, x, y,
@@ -142,8 +146,10 @@ def score_images(cfg, model: Model, data: pipeline.Data, variables: Any, scored_
     """The first `system.images` training images in [0, 1] and their labels, "clean" or "attacked" by `train.attack`."""
     x, y = pipeline.images_of(data.train, data.rows[:cfg.system.images])
     if scored_on == "attacked":
-        attack = adversary.named(cfg, "ce")[0]
-        x = np.asarray(attack.run(jax.tree_util.Partial(logits_of(model), variables), jax.random.key(cfg.seed), x, y))
+        attack, logits_fn = adversary.named(cfg, "ce")[0], jax.tree_util.Partial(logits_of(model), variables)
+        keys = rng.per_example(jax.random.key(cfg.seed), np.arange(len(x)))
+        parts = [slice(start, start + _AT_ONCE) for start in range(0, len(x), _AT_ONCE)]
+        x = np.concatenate([np.asarray(attack.run(logits_fn, keys[part], x[part], y[part])) for part in parts])
     return x, y
 
 

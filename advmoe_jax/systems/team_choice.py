@@ -56,7 +56,9 @@ def check_pool(pool: Mapping[str, Source], member: Network, num_members: int, me
         kept = masked.shares(shapes, source.masks)
         sizes = {path: math.prod(shape) for path, shape in shapes.items() if path.endswith("/kernel")}
         left, total = sum(kept.get(path, 1) * size for path, size in sizes.items()), sum(sizes.values())
-        if left > (1 - member_rate) * total + len(sizes):  # a layer keeps a whole number of weights
+        units = sum(Fraction(sizes[path], np.size(mask)) for path, mask in tree.named_leaves(source.masks).items()
+                    if path in sizes)
+        if left > (1 - member_rate) * total + units:  # a layer keeps a whole number of what its mask tells apart
             raise UserError(f"init_from names {name}, which keeps {float(left / total):.4f} of its weights: expected "
                             f"{float(1 - member_rate):g}, by system.member_rate={member_rate}")
     if len(pool) < num_members:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from advmoe_jax.core import tree as trees
 from advmoe_jax.ops import masks as masking
 
 
@@ -80,6 +81,18 @@ def fresh(variables: dict[str, Any], optimizers: dict[str, Any], masks: dict[str
     state = begin(State(jnp.zeros((), jnp.int32), params, {group: stats.get(group, {}) for group in params}, {}, masks,
                         extra or {}))
     return state.replace(opt={group: tx.init(part.get(state)[group]) for group, tx in optimizers.items()})
+
+
+def parameters(state: State, paths: Iterable[str]) -> dict[str, jax.Array]:
+    """{path: parameter} of some paths, "backbone/conv1/kernel"."""
+    leaves = trees.named_leaves(state.params)
+    return {path: leaves[path] for path in paths}
+
+
+def with_masks(state: State, masks: Mapping[str, jax.Array]) -> State:
+    """The state with these masks alone, {path of a parameter: mask}, which are not applied yet."""
+    found = masking.of_leaves(state.params, masks)
+    return state.replace(masks={group: part for group, part in found.items() if jax.tree.leaves(part)})
 
 
 def masked(state: State) -> State:

@@ -80,6 +80,13 @@ class System:
     first_best: int = 0
     files: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def also(self, length: str, change: Callable[[State], State]) -> "System":
+        """The same that changes its state after each such length too, before whatever it does then already."""
+        others = dict(self.every)
+        other = others.pop(length, None)
+        both = change if other is None else lambda state: other(change(state))
+        return dataclasses.replace(self, every={length: both, **others})
+
     def visits(self, first: int) -> list[tuple[int, str]]:
         """(iteration, random stream) of every batch that it is fed from iteration `first` on, in order."""
         return [(step, stream) for step in range(first, self.length) for stream in dict.fromkeys(

@@ -52,6 +52,8 @@ def _pruned(method, rate=RATE, **settings):
     own = getattr(importlib.import_module(f"advmoe_jax.pruning.{method}"), "Config", None)
     if own and "groups" in own.__dataclass_fields__:
         settings["groups"] = 4
+    if own and "scope" in own.__dataclass_fields__:  # of all layers together another share of the cost would go
+        settings.setdefault("scope", "layer")
     return pruning.prune(apply, variables, example, method=method, rate=rate, **settings)
 
 

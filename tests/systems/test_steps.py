@@ -49,9 +49,10 @@ CASES = {
     "ramp": [("ramp", "model.num_experts=1", "train.attack=rotation pgd(num_steps=1)", "train.several=mean")],
     "standard": [DENSE, ("standard", "system.loss=madry")],
     "prune": [("prune", *_PRUNES, "system.groups=4")],
+    "twin_rep": [("twin_rep", "model.num_experts=1", "system.loss=madry", "system.rate=1/2")],
     "eed": [("eed", "model.name=team", "model.num_experts=1", "model.num_members=2", "system.host=none",
              "system.loss=madry", "system.team_rate=1/10", "system.member_rate=11/20", "init_from=base")]}
-_SLOW = {"rst", "flying_bird", "eed", "ramp", "eat"}
+_SLOW = {"rst", "flying_bird", "twin_rep", "eed", "ramp", "eat"}
 _SEARCHES = ("mask_search", "rst")
 OWN_METRICS = {"admm": {"distance"}, "mol": {"gate", "gate_entropy"},
                "eed": {"wrong", "compact", "disagreement", "active"}}
