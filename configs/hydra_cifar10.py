@@ -42,7 +42,8 @@ def run(data, epochs, system="standard", init_from="", **fields):
 
 def left(data, epochs, init_from, method):
     """A run that prunes another and trains what is left."""
-    config = run(data, epochs, "prune", init_from, method=method, rate=RATE, kernels="every")
+    rate = {} if method == "given" else {"rate": RATE}  # a search has said how much goes
+    config = run(data, epochs, "prune", init_from, method=method, kernels="every", **rate)
     config.optim.backbone.learning_rate = 0.05
     return config
 

@@ -159,7 +159,7 @@ def test_phases_of_the_benchmark_follow_each_other(pralab):
     assert runs["rates-us99"].system.learn_rates and not runs["search-us99"].system.learn_rates
     for name in ("hydra-us99", "harp-us99"):
         assert runs[name].system.method == "given" and runs[name].init_from.endswith("us99@last")
-        assert runs[name].system.rate == "99/100"
+        assert runs[runs[name].init_from.removesuffix("@last")].system.rate == "99/100"
     assert runs["random-us95"].system.method == "random_weights" and runs["random-us95"].train.length == "120 epochs"
     with pytest.raises(UserError, match="unknown network in the recipe's argument 'resnet34'"):
         recipe.load(f"{PRALAB}:resnet34")

@@ -19,6 +19,7 @@ class About:
         leaves_out: of the original, "" if nothing.
         setup: what it needs beside images, pruning and training on, "" if nothing.
         attacked: whether its images are attacked ones, by definition.
+        is_told: whether it is told how much goes.
     """
 
     title: str
@@ -29,6 +30,7 @@ class About:
     leaves_out: str = ""
     setup: str = ""
     attacked: bool = False
+    is_told: bool = True
 
     @property
     def needs_images(self) -> bool:

@@ -6,7 +6,7 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.pruning.about import About
 from advmoe_jax.pruning.subject import Subject
 
-ABOUT = About("masks of the run", "", "weight")
+ABOUT = About("masks of the run", "", "weight", is_told=False)
 
 
 def masks(subject: Subject, cfg: object) -> tuple[dict[str, np.ndarray], dict]:

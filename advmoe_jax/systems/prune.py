@@ -35,6 +35,7 @@ from advmoe_jax.train.system import Inputs, System
 _NEEDS_IMAGES = Only("a system.method that reads gradients or features", lambda config: _about(config).needs_images)
 _ANY_IMAGES = Only("a system.method that reads those of any images", lambda config: (
     _about(config).needs_images and not _about(config).attacked))
+_TOLD = Only("a system.method that is told how much goes", lambda config: _about(config).is_told)
 _AT_ONCE = 128  # images that are attacked together
 
 
@@ -61,7 +62,7 @@ class Config(adversarial.Config):
     loss: str = setting("natural", "of training what is left", choices=adversarial.LOSSES)
     method: str = setting("srgkp", "a module of advmoe_jax.pruning", room=pruning.ROOM)
     rate: str = setting("7/16", "share of the multiply-accumulates of the layers in system.kernels that goes",
-                        read=is_rate)
+                        read=is_rate, only=_TOLD)
     kernels: str = setting("3x3", "convolutions in blocks that the rate is of; or, for methods that remove weights, "
                                   "every convolution and linear layer", choices=KERNELS)
     skip: str = setting("(^|/)router/", "regular expression; layers whose path has a match stay whole")
@@ -78,7 +79,8 @@ def check(config) -> None:
 def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sources: Mapping[str, Source]) -> System:
     """Builds the system. Arguments as `systems.adversarial.build`."""
     system, about = cfg.system, _about(cfg)
-    title = f"{model.kind} pruned by {about.title} at {system.rate}, then {system.loss}"
+    amount = f" at {system.rate}" if about.is_told else ""
+    title = f"{model.kind} pruned by {about.title}{amount}, then {system.loss}"
     updates = (Update("train", model.groups, Inputs("data", "train", "train")),)
     if not sources:  # it is evaluated alone
         return build(cfg, model, data, mesh, sources, updates, title)
@@ -121,7 +123,8 @@ def report(pruned: Pruned, system: Any) -> dict[str, Any]:
     layers = {dotted(path): {name: of for name, of in plan.items()} for path, plan in pruned.plan.items()}
     lines = [json.dumps([f"{name}.weight", plan["order"], plan["kept"]], separators=(",", ":"))
              for name, plan in layers.items() if "order" in plan]
-    found = {"method": system.method, "title": pruned.about.title, "rate": system.rate,
+    found = {"method": system.method, "title": pruned.about.title,
+             "rate": system.rate if pruned.about.is_told else None,
              "macs": dict(zip(("before", "after"), pruned.macs)),
              "params": dict(zip(("before", "after"), pruned.params)),
              "leaves_out": pruned.about.leaves_out, "layers": layers}

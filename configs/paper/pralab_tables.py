@@ -64,7 +64,8 @@ def pruned(net, kind, percent):
     unit, name = dict(unit=UNITS[kind]), f"{kind}{percent}"
 
     def left(init_from, method, epochs=100, **more):
-        return run(net, "prune", epochs, init_from, 0.01, method=method, **of, **more)
+        told = dict(kernels="every") if method == "given" else of
+        return run(net, "prune", epochs, init_from, 0.01, method=method, **told, **more)
 
     found = {
         f"admm-{name}": run(net, "admm", 20, "base", 0.01, admm_every="10%", **of, **unit),

@@ -136,8 +136,9 @@ def test_what_was_pruned_before_stays_gone_too():
 
 def test_the_masks_of_a_search_are_taken():
     first = _trained("srgkp")[1][0].masks
-    found = jax.device_get(_system("system.method=given", masks=first).init(rng.key(0, "init"))).masks
-    jax.tree.map(np.testing.assert_array_equal, found, first)
+    system = _system("system.method=given", masks=first)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(system.init(rng.key(0, "init"))).masks, first)
+    assert system.files["pruning.json"]["rate"] is None and "7/16" not in system.describe
 
 
 def test_pruning_json_says_what_is_left():
@@ -200,6 +201,7 @@ def test_experts_are_pruned_in_their_own_windows():
     (["init_from="], "system.name=prune needs init_from"),
     (["system.rate=2"], "system.rate is '2'"), (["system.rate=0"], "system.rate is '0': expected more than 0"),
     (["system.images=5"], "system.images is 5, which has no effect here"),
+    (["system.method=given", "system.rate=1/2"], "system.rate is '1/2', which has no effect here"),
     (["system.method=nothing"], "unknown system.method 'nothing'"),
     (["system.groups=5"], "layer1_0/conv1: groups is 5: expected a divisor of the layer's 8 filters")])
 def test_bad_input_is_said_before_the_first_step(overrides, said):
