@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import tree
@@ -104,6 +105,20 @@ def test_a_layer_of_a_densenet_reads_all_before_it():
                                              "transition1/conv", "block2_0/conv1")] == [
         (3, 3, 3, 4), (1, 1, 4, 9), (3, 3, 9, 2), (1, 1, 6, 9), (1, 1, 8, 4), (1, 1, 4, 9)]
     assert [layers[f"block{i}_0/conv1"].out_size for i in (1, 2, 3)] == [(32, 32), (16, 16), (8, 8)]
+
+
+@pytest.mark.parametrize("model, routed", [("wide_resnet", 9), ("densenet", 6)])
+@pytest.mark.parametrize("routing, experts, num_experts, model_scale", slow_but(lambda case: case[0] == "embedding", [
+    ("layer", "shared", 3, .8), ("embedding", "disjoint", 3, .3), ("global", "shared", 8, .1)]))
+def test_mixtures_of_any_routing(model, routed, routing, experts, num_experts, model_scale):
+    """In training, two passes over three images: what is routed makes its choices."""
+    net = _net(model, size=8, depth=10, routing=routing, experts=experts, num_experts=num_experts,
+               model_scale=model_scale)
+    assert sum(spec.routed for spec in net.layers) == routed
+    logits, aux, stats = jax.eval_shape(net.apply_train, net.shapes, jax.ShapeDtypeStruct((3, 2, 8, 8, 3), jnp.float32))
+    choices = 1 if routing == "global" else routed
+    assert logits.shape == (3, 2, 10) and aux["router_logits"].shape == (3, 2, choices, num_experts)
+    assert jax.tree.structure(stats) == jax.tree.structure(net.shapes["batch_stats"])
 
 
 @pytest.mark.parametrize("model, stem", [("densenet", None), ("wide_resnet", "cifar"), ("wide_resnet", "imagenet")])
