@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import one_of
 from advmoe_jax.core.fields import setting
 from advmoe_jax.models import network
 from advmoe_jax.models.layers import (
@@ -24,6 +24,7 @@ from advmoe_jax.models.layers import (
     Choose,
     Conv,
     Experts,
+    blocks_of_stage,
     expert_conv,
     experts_of,
     global_average_pool,
@@ -32,17 +33,10 @@ from advmoe_jax.models.layers import (
 
 PADS = ("end", "both")
 _STAGES = 3
-_DEEPEST = 1202  # He's deepest
 
 
 def _blocks(depth: int, name: str) -> int:
-    """n of a depth of 6 n + 2."""
-    count, rest = divmod(depth - 2, 6)
-    if rest or not 8 <= depth <= _DEEPEST:
-        near = min(max(6 * round((depth - 2) / 6) + 2, 8), _DEEPEST)
-        raise UserError(f"{name} of a cifar_resnet is {depth}: expected 6 n + 2, such as 20, 32, 44, 56 or 110; the "
-                        f"nearest is {near}")
-    return count
+    return blocks_of_stage(depth, name, "cifar_resnet", 2, "20, 32, 44, 56 or 110")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.ops import batch_norm, conv, dispatch, gathered, routing
 from advmoe_jax.ops.dispatch import Choice
 
@@ -20,6 +21,7 @@ kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal", dtype=jnp.f
 BLOCK = "block"  # name of what a block gives, `checkpoint_name(y, BLOCK)`: all that `train.remat` keeps
 
 _MOMENTUM = 0.9  # what an update keeps of running statistics; PyTorch's 0.1
+_MOST_BLOCKS = 200  # of a stage: He's deepest network for CIFAR has so many
 
 def _kernel(layer: nn.Module, x: jax.Array, init: Callable, shape: tuple[int, ...]) -> jax.Array:
     """The layer's kernel, in x's type where that has half the bits: it is stored and updated in float32."""
@@ -224,6 +226,26 @@ def expert_conv(x: jax.Array, choose: Choose, experts: Experts, channels: int, s
 def scaled_width(channels: int, model_scale: float) -> int:
     """floor(r * C), at least 1: the width of one expert and of a small dense layer."""
     return max(1, int(model_scale * channels))
+
+
+def blocks_of_stage(depth: int, name: str, backbone: str, others: int, such_as: str) -> int:
+    """n of a network of 6 n + others layers, which has three stages of n blocks of two layers.
+
+    Args:
+        depth: layers of the network.
+        name: of the field that has it.
+        backbone: its name in messages.
+        others: layers that are in no block.
+        such_as: depths that papers have, in words.
+    Raises:
+        UserError: there is no such depth, or n is not 1 to 200.
+    """
+    count, rest = divmod(depth - others, 6)
+    if rest or not 1 <= count <= _MOST_BLOCKS:
+        near = 6 * min(max(round((depth - others) / 6), 1), _MOST_BLOCKS) + others
+        raise UserError(f"{name} of a {backbone} is {depth}: expected 6 n + {others}, such as {such_as}; the nearest "
+                        f"is {near}")
+    return count
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:

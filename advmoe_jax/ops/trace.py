@@ -76,8 +76,7 @@ def layers_of(function: Callable[[jax.Array], Any], x: Any) -> tuple[LayerSpec, 
             is_routed = any(isinstance(arg, Choice) for arg in (*args, *kwargs.values()))
             specs.setdefault(path, _describe(module, path, y, is_routed))
             return _tag(y, _LAYER + path)
-        is_norm = module.has_variable("params", "scale") or module.has_variable("batch_stats", "mean")
-        return _tag(y, _NORM + path) if is_norm else y
+        return _tag(y, _NORM + path) if is_norm(module) else y
 
     def outputs(x):
         with nn.intercept_methods(tagged), jax.disable_jit():  # what jit has traced before would not be intercepted
@@ -90,6 +89,12 @@ def layers_of(function: Callable[[jax.Array], Any], x: Any) -> tuple[LayerSpec, 
     return tuple(dataclasses.replace(
         spec, norm=norms.get(path), inputs=tuple(source for source in inputs[path].paths if source != _IMAGE),
         join=inputs[path].join) for path, spec in specs.items())
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a bound module is a norm."""
+    return not module.has_variable("params", "kernel") and (
+        module.has_variable("params", "scale") or module.has_variable("batch_stats", "mean"))
 
 
 def _tag(value: Any, name: str) -> Any:

@@ -3,9 +3,8 @@
 Yu et al., "NISP: Pruning Networks using Neuron Importance Score Propagation", CVPR 2018, eq. 8: the neurons of a layer
 matter as |w|^T times what those above matter, pools and ReLUs left out. In EED (CVPR 2025) weights are pruned: each
 gets its size times the importance of its output, so that the scores that leave an input sum to its importance.
-Convolutions count with the sum over their positions. The norm behind a layer is a factor of its outputs. Where paths
-join, what they matter adds up, on one scale. The original ranks the last outputs by features; here every logit matters
-alike.
+Convolutions count with the sum over their positions. A norm is a factor of what it reads. Where paths join, what they
+matter adds up, on one scale. The original ranks the last outputs by features; here every logit matters alike.
 
 I input, O stored output channels, w channels that an image computes.
 """
@@ -17,7 +16,7 @@ from flax import linen as nn
 
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.layer_spec import LayerSpec
-from advmoe_jax.ops import routing
+from advmoe_jax.ops import routing, trace
 from advmoe_jax.pruning import magnitude, scored
 from advmoe_jax.pruning.about import About
 from advmoe_jax.pruning.subject import Subject
@@ -49,17 +48,17 @@ def output_scores(subject: Subject) -> dict[str, np.ndarray]:
     since the products of many layers leave float32.
     """
     layers = {spec.path: spec for spec in subject.layers if len(spec.kernel) in (2, 4) and not spec.is_gathered}
-    factors = {spec.norm: subject.norm_factor(spec) for spec in subject.layers if spec.norm}
     starts: dict[str, tuple[int, ...]] = {}
 
     def run(x, replace):
         """The sum of the logits, with replace(path, module, input) for each layer."""
         def replaced(call, args, kwargs, context):
-            path = "/".join(context.module.path)
-            if context.method_name != "__call__" or not (path in layers or path in factors):
-                return call(*args, **kwargs)
-            x = args[0]
-            return x * _channels(factors[path], x) if path in factors else replace(path, context.module, x)
+            module, path = context.module, "/".join(context.module.path)
+            if context.method_name == "__call__" and path in layers:
+                return replace(path, module, args[0])
+            if context.method_name == "__call__" and trace.is_norm(module):
+                return args[0] * _channels(subject.factor(path), args[0])
+            return call(*args, **kwargs)
 
         with nn.intercept_methods(replaced), jax.disable_jit():  # what jit has traced would not be intercepted
             return jnp.sum(subject.apply(subject.variables, x))

@@ -3,7 +3,8 @@
 As DPF has it, and SR-GKP (NeurIPS 2023) and the methods it is compared to: weights that are not zero times the
 positions of the output; biases; two operations for each input of a BatchNorm; one for each output of a ReLU; the
 window of a pool for each of its outputs. What is a function in PyTorch and no module is not seen, so that the same
-network counts differently by how it was written: the caller says which ReLUs and pools are seen. Our own counter is
+network counts differently by how it was written: the caller says which ReLUs and pools are seen. A BatchNorm is seen
+where it reads one layer's output as it is, and not where it reads what several layers give. Our own counter is
 `models.macs`.
 
 B batch, H W height and width, C channels, O output channels, k size of a window.

@@ -97,13 +97,15 @@ class Subject:
         return tuple(slice(start, start + width) for start in range(0, stored, width))
 
     def norm_factor(self, spec: LayerSpec) -> np.ndarray:
-        """(w,) size of the factor that the norm behind a layer has for each channel: |scale| / sqrt(running variance),
-        |scale| for a norm without running statistics, 1 without a norm."""
-        leaves = tree.named_leaves(self.variables.get("batch_stats", {}))
-        scale = self.leaf(f"{spec.norm}/scale") if spec.norm and self.has(f"{spec.norm}/scale") else np.ones(spec.width)
-        var = np.asarray(leaves.get(f"{spec.norm}/var", np.ones(len(scale))), np.float64)
-        eps = _NORM_EPSILON if f"{spec.norm}/var" in leaves else 0
-        return np.abs(scale) / np.sqrt(var + eps)
+        """(w,) `factor` of the norm behind a layer; 1 without a norm."""
+        return self.factor(spec.norm) if spec.norm else np.ones(spec.width)
+
+    def factor(self, norm: str) -> np.ndarray:
+        """(C,) size of the factor that a norm has for each channel, by its path: |scale| / sqrt(running variance),
+        |scale| for a norm without running statistics."""
+        var = tree.named_leaves(self.variables.get("batch_stats", {})).get(f"{norm}/var")
+        scale = np.abs(self.leaf(f"{norm}/scale")) if self.has(f"{norm}/scale") else 1.0
+        return scale if var is None else scale / np.sqrt(np.asarray(var, np.float64) + _NORM_EPSILON)
 
     def stored(self, spec: LayerSpec, values: np.ndarray) -> np.ndarray:
         """(O,) of numbers (w,) for each channel that an image computes: those of every expert, one after the other; the

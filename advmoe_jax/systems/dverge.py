@@ -31,17 +31,17 @@ def beside(attack: Attack | None, team: Team, *, eps: str, num_steps: int, per_e
         seed: of the run.
     """
     size = units.eps(eps, "linf", "system.dverge_eps")
-    count = len({spec.norm for spec in team.member.layers if spec.norm})
 
     def run(variables, key, x, y, index, step):
         others = jnp.take(x, jax.random.permutation(rng.stream(key, "dverge"), len(x)), 0)
-        chosen = jax.nn.one_hot(jax.random.randint(rng.key(seed, "dverge", step // per_epoch), (), 0, count), count)
 
         def of_member(variables):
             def given(images):
                 return taps.features(lambda: team.member.outputs_fn(variables)(images))
 
             goal = jax.tree.map(jax.lax.stop_gradient, given(others))
+            place = jax.random.randint(rng.key(seed, "dverge", step // per_epoch), (), 0, len(goal))
+            chosen = jax.nn.one_hot(place, len(goal))
 
             def distance(images):
                 return sum(weight * jnp.sum(jnp.square(a - b)) for weight, a, b in zip(chosen, given(images), goal))

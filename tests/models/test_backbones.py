@@ -16,27 +16,31 @@ from flax import linen as nn
 from advmoe_jax.core import config, find
 from advmoe_jax.core import tree as trees
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.models import cifar_resnet, network, resnet, vgg
+from advmoe_jax.models import cifar_resnet, densenet, network, resnet, vgg, wide_resnet
 
 SHAPE, CLASSES, PASSES, BATCH = (8, 8, 3), 4, 2, 6
 # The others are as the config has them. Behind a space stands another form of the same backbone.
 SMALL = {"resnet": dict(depth=10), "resnet bottleneck": dict(depth=8, stem="imagenet"),
-         "cifar_resnet": dict(depth=8, shortcut_pad="both"), "vgg": dict(depth=4)}
+         "cifar_resnet": dict(depth=8, shortcut_pad="both"), "vgg": dict(depth=4),
+         "wide_resnet": dict(depth=10), "wide_resnet imagenet": dict(depth=10, stem="imagenet"),
+         "densenet": dict(depth=10, growth_rate=4)}
 PADS_CHANNELS = ("cifar_resnet",)  # its shortcuts add empty ones
 ROUTED = dict(num_experts=2, model_scale=0.5, routing="layer", router_width=4, dispatch="blocks")
 NAMES = find.names("models", "backbone")
 each = pytest.mark.parametrize("name", NAMES)
 each_but_resnet = pytest.mark.parametrize("name", slow_but(lambda name: name != "resnet", NAMES))  # takes longest
+each_but_resnets = pytest.mark.parametrize("name", slow_but(lambda name: name not in ("resnet", "wide_resnet"), NAMES))
 each_form = pytest.mark.parametrize("name", sorted({*NAMES, *SMALL}))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_layers():
-    """ResNets of two bottlenecks, or of two stages for CIFAR, and a VGG of three convolutions. Most of what a test
-    costs here is compiling their layers."""
+    """ResNets of two bottlenecks, a VGG of three convolutions, and two stages of the others. Most of what a test costs
+    here is compiling their layers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(resnet.BOTTLENECKS, "8", (1, 1))
-        patch.setattr(cifar_resnet, "_STAGES", 2)
+        for module in (cifar_resnet, wide_resnet, densenet):
+            patch.setattr(module, "_STAGES", 2)
         patch.setitem(vgg.DEPTHS, "4", (1, 1, 1))
         yield
 
@@ -109,7 +113,7 @@ class _NoNorm(nn.Module):
         return x
 
 
-@each_but_resnet
+@each_but_resnets
 def test_a_backbone_may_have_no_batch_norm(name, monkeypatch):
     usual = _net(name)[0].layers
     monkeypatch.setattr(importlib.import_module(f"advmoe_jax.models.{name}"), "BatchNorm", _NoNorm, raising=False)

@@ -1,4 +1,5 @@
-"""Facts measured on the released AdvMoE code's ResNet-18 and router: sizes, MACs, and outputs by imported weights.
+"""Facts measured on the released AdvMoE code: sizes and MACs of its backbones, and outputs of its ResNet-18 and router
+by imported weights.
 
 The weights are a hash of each tensor's PyTorch name, so that they come in through `interop.torch_import`. The MoE
 tensors are those of width 64, two experts, r = 0.5; logits are in float32 and hold to 1e-3.
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import EXACT
+from cases import EXACT, slow_but
 
 from advmoe_jax.core import config, tree
 from advmoe_jax.interop import torch_import
@@ -29,8 +30,8 @@ CLOSE = dict(rtol=1e-3, atol=1e-3)
 
 
 @functools.cache
-def net(num_experts=2, model_scale=.5, *, size=32, classes=10, **changes):
-    cfg = config.default().model
+def net(num_experts=2, model_scale=.5, *, name="resnet", size=32, classes=10, **changes):
+    cfg = config.default(model=name).model
     cfg.update(dict(num_experts=num_experts, model_scale=model_scale, experts="disjoint", routing="global",
                     dispatch="all") | changes)
     return network.make(cfg, (size, size, 3), classes)
@@ -112,6 +113,49 @@ def test_macs(ours, pathway, router):
     assert counted["pathway"] == pathway
     assert router is None or counted["router"] == router
     assert counted["total"] == counted["pathway"] + counted["router"]
+
+
+IMAGENET_WRN = dict(name="wide_resnet", size=224, classes=1000, stem="imagenet")
+ROUTER = 269_202  # parameters, for two experts
+
+
+@pytest.mark.parametrize("ours, params, pathway", slow_but(lambda case: case[0] == dict(num_experts=1), [
+    (dict(num_experts=1, model_scale=1.), 36_479_194, 5_243_328_768),
+    (dict(num_experts=1, model_scale=.8), 23_349_606, None),
+    (dict(num_experts=1), 9_126_002, 1_310_944_384), (dict(num_experts=1, model_scale=.2), 1_463_073, None),
+    (dict(model_scale=.8), 46_679_398 + ROUTER, None), (dict(model_scale=.2), 2_921_185 + ROUTER, None),
+    (dict(num_experts=1, model_scale=1., size=64, classes=200), None, 20_973_417_472),
+    (dict(num_experts=1, model_scale=1.) | IMAGENET_WRN, 37_115_736, 16_086_463_488),
+    # The released code has 16 more: its stem of 8 channels has a norm of 16, and cannot run.
+    (dict(num_experts=1) | IMAGENET_WRN, 9_444_784 - 16, 4_029_151_744),
+    (IMAGENET_WRN, 18_558_368 + ROUTER, 4_029_151_744)]))
+def test_wide_resnet_28_10(ours, params, pathway):
+    counted = macs.count(net(**dict(name="wide_resnet") | ours))
+    assert params in (counted["params"], None) and pathway in (counted["pathway"], None)
+
+
+@pytest.mark.parametrize("ours, params, pathway", [
+    (dict(num_experts=1, model_scale=1.), 176_122, 72_365_352), (dict(num_experts=1), 45_802, 18_257_556)])
+def test_densenet_bc_40(ours, params, pathway):
+    counted = macs.count(net(name="densenet", **ours))
+    assert (counted["params"], counted["pathway"]) == (params, pathway)
+
+
+@pytest.mark.parametrize("name, routed, params, table", [
+    ("wide_resnet", 27, 18_239_602, (1.311, 1.351, 2.662)),
+    # The released DenseNet cannot be built: of each block, 6 layers that read 12, 24 or 30 channels and 6 more each.
+    ("densenet", 36, 45_802 + sum((6 * c + 15 * 6) * 24 + 6 * 9 * 24 * 6 for c in (12, 24, 30)), (
+        .0183, .0588, .0751))])
+def test_mixtures_of_the_other_backbones(name, routed, params, table):
+    """What is routed, parameters of the backbone, and MACs of the pathway, with the router, and executed. A pathway is
+    the small dense network."""
+    ours, counted = net(name=name), macs.count(net(name=name))
+    assert sum(spec.routed for spec in ours.layers) == routed and counted["params"] == params + ROUTER
+    for kind, giga in zip(("pathway", "total", "executed"), table):
+        assert counted[kind] / 1e9 == pytest.approx(giga, abs=.51 * 10.**-(4 if giga < .5 else 3))
+    backbone = [spec for spec in ours.layers if spec.path.startswith("backbone/")]
+    assert [(spec.path, spec.width, spec.macs) for spec in backbone] == [
+        (spec.path, spec.width, spec.macs) for spec in net(1, name=name).layers]
 
 
 @pytest.mark.parametrize("ours, table", [

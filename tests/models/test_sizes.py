@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import tree
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.interop.torch_import import layer_names
-from advmoe_jax.models import cifar_resnet, network, resnet
+from advmoe_jax.models import cifar_resnet, network, resnet, wide_resnet
+from advmoe_jax.models.layers import Experts
+from advmoe_jax.ops.conv import conv2d
 
 
 def _net(model, size=32, classes=10, **fields):
@@ -63,6 +66,70 @@ def test_a_vgg_takes_images_of_any_size(size):
     assert logits.shape == (2, 10) and net.shapes == _net("vgg", width=4).shapes
 
 
+def test_a_wide_resnet_reads_what_its_norms_give():
+    """Where channels change, the shortcut reads the same as the first convolution, and else it is the input."""
+    block = wide_resnet.Block(4, 2, Experts(1, 1.0, "shared", "equal"))
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 4))
+    variables = block.init(jax.random.key(1), x, None, 1)
+    params = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape),
+                          variables["params"])
+
+    def conv(x, name, stride=1):
+        return conv2d(x, params[name]["kernel"], stride)
+
+    def active(x, name):
+        return jax.nn.relu(x * params[name]["scale"] / np.sqrt(1 + 1e-5) + params[name]["bias"])
+
+    with jax.numpy_rank_promotion("allow"):
+        read = active(x, "bn1")
+        expected = conv(active(conv(read, "conv1", 2), "bn2"), "conv2") + conv(read, "shortcut", 2)
+        found = block.apply({"params": params, "batch_stats": variables["batch_stats"]}, x, None, 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    same = block.clone(stride=1).init(jax.random.key(1), x, None, 1)["params"]
+    assert "shortcut" not in same and "shortcut" in params
+
+
+def test_where_a_wide_resnet_has_shortcuts():
+    for width, stages in ((32, [1, 2, 3]), (16, [2, 3])):  # WRN-10-1 starts with the channels of its stem
+        paths = [spec.path for spec in _net("wide_resnet", depth=10, width=width).layers]
+        assert [path for path in paths if "shortcut" in path] == [f"backbone/layer{i}_0/shortcut" for i in stages]
+
+
+def test_a_layer_of_a_densenet_reads_all_before_it():
+    layers = {spec.path.removeprefix("backbone/"): spec for spec in _net("densenet", depth=16, model_scale=.2).layers}
+    grown = [f"backbone/block1_{i}/conv2" for i in range(2)]
+    assert layers["block1_1/conv1"].inputs == ("backbone/conv1", grown[0])
+    assert layers["transition1/conv"].inputs == ("backbone/conv1", *grown)
+    # r = 0.2 of 24, 48 and 12 channels: 4, 9 and 2; a transition halves what it reads.
+    assert [layers[name].kernel for name in ("conv1", "block1_0/conv1", "block1_0/conv2", "block1_1/conv1",
+                                             "transition1/conv", "block2_0/conv1")] == [
+        (3, 3, 3, 4), (1, 1, 4, 9), (3, 3, 9, 2), (1, 1, 6, 9), (1, 1, 8, 4), (1, 1, 4, 9)]
+    assert [layers[f"block{i}_0/conv1"].out_size for i in (1, 2, 3)] == [(32, 32), (16, 16), (8, 8)]
+
+
+@pytest.mark.parametrize("model, routed", [("wide_resnet", 9), ("densenet", 6)])
+@pytest.mark.parametrize("routing, experts, num_experts, model_scale", slow_but(lambda case: case[0] == "embedding", [
+    ("layer", "shared", 3, .8), ("embedding", "disjoint", 3, .3), ("global", "shared", 8, .1)]))
+def test_mixtures_of_any_routing(model, routed, routing, experts, num_experts, model_scale):
+    """In training, two passes over three images: what is routed makes its choices."""
+    net = _net(model, size=8, depth=10, routing=routing, experts=experts, num_experts=num_experts,
+               model_scale=model_scale)
+    assert sum(spec.routed for spec in net.layers) == routed
+    logits, aux, stats = jax.eval_shape(net.apply_train, net.shapes, jax.ShapeDtypeStruct((3, 2, 8, 8, 3), jnp.float32))
+    choices = 1 if routing == "global" else routed
+    assert logits.shape == (3, 2, 10) and aux["router_logits"].shape == (3, 2, choices, num_experts)
+    assert jax.tree.structure(stats) == jax.tree.structure(net.shapes["batch_stats"])
+
+
+@pytest.mark.parametrize("model, stem", [("densenet", None), ("wide_resnet", "cifar"), ("wide_resnet", "imagenet")])
+def test_an_image_may_be_of_any_size(model, stem):
+    """A DenseNet has no pool where there is nothing to pool."""
+    for size in (1, 7):
+        net = _net(model, size=size, width=4, depth=10, **({"stem": stem} if stem else {}))
+        logits, _ = jax.eval_shape(net.apply, net.shapes, jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32))
+        assert logits.shape == (2, 10)
+
+
 def test_a_bias_of_a_convolution_is_for_dense_vggs():
     biases = [name for name in tree.named_leaves(_net("vgg").shapes["params"]) if name.endswith("bias")]
     assert len(biases) == 13 + 13 + 1
@@ -83,7 +150,10 @@ def test_a_routed_bottleneck(monkeypatch):
 @pytest.mark.parametrize("model, depth, message", [
     ("cifar_resnet", 21, "model.depth of a cifar_resnet is 21: expected 6 n \\+ 2, .*; the nearest is 20"),
     ("cifar_resnet", 2, "the nearest is 8"), ("cifar_resnet", -7, "the nearest is 8"),
-    ("cifar_resnet", 10**9, "the nearest is 1202"), ("vgg", 17, "unknown model.depth of a vgg '17': expected one of"),
+    ("cifar_resnet", 10**9, "the nearest is 1202"),
+    ("wide_resnet", 26, "model.depth of a wide_resnet is 26: expected 6 n \\+ 4, .*; the nearest is 28"),
+    ("densenet", 0, "model.depth of a densenet is 0: expected 6 n \\+ 4, .*; the nearest is 10"),
+    ("densenet", 1210, "the nearest is 1204"), ("vgg", 17, "unknown model.depth of a vgg '17': expected one of"),
     ("resnet", 51, "unknown model.depth of a resnet '51': expected one of .*; did you mean '50'")])
 def test_depths_that_there_are_not(model, depth, message):
     config = configs.default(model=model)

@@ -10,9 +10,11 @@ import pytest
 from flax import linen as nn
 
 from advmoe_jax import pruning
+from advmoe_jax.core import config as configs
 from advmoe_jax.core import find, tree
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.layer_spec import block_convs
+from advmoe_jax.models import network
 from advmoe_jax.ops import masks as masking
 from advmoe_jax.ops import trace
 from advmoe_jax.pruning import about, channels, lrf_scores, pruned, tmi_greedy
@@ -82,6 +84,21 @@ def test_every_method_meets_the_budget(method):
     for path, mask in tree.named_leaves(found.masks).items():
         leaf = tree.named_leaves(found.variables["params"])[path]
         assert mask.dtype == bool and not np.any(np.asarray(leaf)[~np.broadcast_to(mask, leaf.shape)]), path
+
+
+@pytest.mark.parametrize("model, coupled, found", [
+    ("wide_resnet", False, ["conv1", "layer1_0/conv1", "layer2_0/conv1"]),
+    ("wide_resnet", True, ["conv1", "layer1_0/conv1", "layer1_0/conv2 layer1_0/shortcut", "layer2_0/conv1",
+                           "layer2_0/conv2 layer2_0/shortcut"]),
+    ("densenet", True, ["block1_0/conv1", "block2_0/conv1"])])
+def test_channels_of_networks_whose_norms_come_first(model, coupled, found, monkeypatch):
+    """Those inside of blocks, of the stem where it is not added, and those that shortcuts add; none that dense blocks
+    concatenate."""
+    monkeypatch.setattr(importlib.import_module(f"advmoe_jax.models.{model}"), "_STAGES", 2)
+    cfg = configs.default(model=model).model
+    cfg.update(dict(num_experts=1, model_scale=1.0, depth=10))
+    groups = channels.removable(network.make(cfg, (8, 8, 3), 4).layers, coupled)
+    assert [" ".join(spec.path.removeprefix("backbone/") for spec in group.writers) for group in groups] == found
 
 
 @pytest.mark.parametrize("method", FILTERS)

@@ -76,6 +76,30 @@ def test_neuron_importance_of_two_layers():
     np.testing.assert_allclose(scores["one"], np.sqrt(6 / 3) * np.array([[3., -5], [1, 10], [0, 5]]) / 10, rtol=1e-6)
 
 
+class _PreActivation(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(2, name="one")(x)
+        norm = functools.partial(nn.BatchNorm, use_running_average=True)
+        x = x + nn.Dense(2, name="two")(nn.relu(norm(name="between")(x)))
+        return nn.Dense(2, name="last")(nn.relu(norm(name="end")(x)))
+
+
+def test_neuron_importance_through_a_norm_that_reads_a_sum():
+    """Its factor counts as that of any other, and its mean and bias as little."""
+    params = {"one": {"kernel": np.ones((3, 2)), "bias": np.ones(2)},
+              "two": {"kernel": np.array([[1., -2], [0, 3]]), "bias": np.ones(2)},
+              "last": {"kernel": np.array([[1., -1], [2, 0]]), "bias": np.ones(2)},
+              "between": {"scale": np.array([-1., 5]), "bias": np.ones(2)},
+              "end": {"scale": np.array([3., -4]), "bias": np.full(2, -9.)}}
+    stats = {name: {"mean": np.full(2, 7.), "var": np.full(2, var)} for name, var in (("between", 1), ("end", 4))}
+    found = nis.output_scores(_subject_of(_PreActivation(), {"params": params, "batch_stats": stats}, np.zeros(
+        (4, 3), np.float32)))
+    at_end = np.array([2 * 3 / 2, 2 * 4 / 2])
+    np.testing.assert_allclose(found["two"], at_end, rtol=1e-4)
+    np.testing.assert_allclose(found["one"], at_end + [1 * (1 * 3 + 2 * 4), 5 * 3 * 4], rtol=1e-4)
+
+
 def _consumed(subject, matters, path, width):
     """What an input of a layer matters: the sum of the weight scores that leave it, in the layers that read it."""
     found = np.zeros(width)
