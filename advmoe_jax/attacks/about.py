@@ -18,8 +18,8 @@ class About:
             "outputs": x -> (logits, aux). "routed": (x, route) -> (logits, aux) of a routed model. "gated": as
             "outputs", of experts behind a gate.
         needs: the entries of aux that it reads, such as "member_logits"; a model without them cannot be attacked.
-        all_images: whether it also attacks images that are misclassified when clean, since the papers that use it count
-            those that it makes right.
+        all_images: whether it also gets images that are misclassified when clean, since the papers that use it count
+            those that are right after it: what does not depend on the model, and SR-GKP's attacks.
         fixed_by: the setting that makes its strength a fixed one, so that it keeps to no budget; "" if there is none.
     """
 

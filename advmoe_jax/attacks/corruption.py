@@ -16,7 +16,7 @@ from advmoe_jax.core.errors import one_of
 from advmoe_jax.core.fields import setting
 from advmoe_jax.ops import colour, filters
 
-ABOUT = About(takes="values")
+ABOUT = About(takes="values", all_images=True)
 
 
 @dataclasses.dataclass(frozen=True)

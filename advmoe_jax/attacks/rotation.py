@@ -13,7 +13,7 @@ from advmoe_jax.attacks.about import About
 from advmoe_jax.core.fields import setting
 from advmoe_jax.ops import warp
 
-ABOUT = About(takes="values")
+ABOUT = About(takes="values", all_images=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,7 +141,8 @@ def summarize(found: Found, suite: Suite, model: Model, noticed: tuple[Flag, ...
             for view in dict.fromkeys(attempt.view for attempt in found.own)},
         "by_attack": [] if suite.survivors_only else [
             {"attack": spec.label, "norm": spec.settings.get("norm", ""), "eps": spec.settings.get("eps", ""),
-             "ra": _rate(found, (spec,))} for spec in suite.specs],
+             "ra": _rate(found, (spec,))} | ({"accuracy": _accuracy(found, spec)} if spec.about.all_images else {})
+            for spec in suite.specs],
         "unions": {} if suite.survivors_only else {name: _rate(found, specs) for name, specs in suite.unions.items()},
         "unreliable": any(flag.unreliable for flag in noticed),
         "flags": [dataclasses.asdict(flag) for flag in noticed], "attempts": attempts,
@@ -155,6 +156,12 @@ def _rate(found: Found, specs: Sequence[Spec]) -> float:
     return float(found.survivors([attempt for attempt in found.own if any(attempt.spec is of for of in specs)]).mean())
 
 
+def _accuracy(found: Found, spec: Spec) -> float:
+    """The share that is right after an attack through every gradient, whatever it was when clean."""
+    return float(np.all([attempt.after["label"] == found.label for attempt in found.own if attempt.spec is spec], 0
+                        ).mean())
+
+
 def _largest_norm(attempts: Sequence[verdicts.Attempt]) -> float:
     return max((float(np.max(attempt.after[attempt.spec.config.norm], initial=0)) for attempt in attempts
                 if getattr(attempt.spec.config, "norm", "") in attempt.after), default=0.0)
@@ -162,6 +169,9 @@ def _largest_norm(attempts: Sequence[verdicts.Attempt]) -> float:
 
 def _facts(found: Found, model: Model) -> dict[str, Any]:
     """What the model says of the clean images and of the attempt that breaks most of its images."""
-    worst = min(found.own, key=lambda attempt: found.survivors([attempt])[attempt.attacked].mean(
-        ) if attempt.attacked.any() else 1.0)
+    def left(attempt):
+        counted = attempt.attacked & found.correct
+        return found.survivors([attempt])[counted].mean() if counted.any() else 1.0
+
+    worst = min(found.own, key=left)
     return model.facts(found.label, found.clean, worst.after, worst.attacked)

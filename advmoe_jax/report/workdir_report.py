@@ -20,7 +20,7 @@ _OF_VIEWS = "The columns after RA are the accuracies under one gradient each, al
 _ATTEMPTS = ("Robust accuracy = worst case per example. The attacks of a suite, in order: images that they were given, "
              "that they broke, and the robust accuracy after them.")
 _MORE = {"ra": "RA alone %", "accuracy": "accuracy %"}
-_OF_ALL = "Accuracy: as SR-GKP's tables have it, with images that were wrong when clean and are right after the attack."
+_OF_ALL = "Accuracy: on what the attack makes of all images, also of those that are wrong when clean."
 _PICTURES = "The first test images as these attacks show them; those in a red frame are misclassified."
 _VIEWS, _PLAIN = {"none": "router constant"}, {"none": "plain"}
 

@@ -1,5 +1,7 @@
 """The protocol of SR-GKP's tables against closed forms on a linear model."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from advmoe_jax.attacks import parse
 from advmoe_jax.core import config as configs
+from advmoe_jax.core import find
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.evaluation import measure, suites, verdicts
 from advmoe_jax.models import network
@@ -75,6 +78,15 @@ def test_images_that_become_right_count_in_the_accuracy_of_the_tables_alone():
     record = measure.summarize(found, suite, network.make(dense, SHAPE, 2))
     assert record["attempts"][0]["accuracy"] == pytest.approx(record["ra"] + 2 / 40)
     assert record["attempts"][0]["broken"] == round(40 * (record["sa"] - record["ra"]))
+    alone = measure.summarize(found, dataclasses.replace(suite, survivors_only=False), network.make(dense, SHAPE, 2))
+    assert alone["by_attack"][0]["accuracy"] == record["attempts"][0]["accuracy"] > alone["by_attack"][0]["ra"]
+
+
+@pytest.mark.parametrize("name", ["fog", "snow", "rotation", "corruption"])
+def test_what_does_not_depend_on_the_model_gets_all_images(name):
+    """A network that was trained on foggy images alone may know no others."""
+    about = find.module("attacks", name, defines="ABOUT").ABOUT
+    assert about.all_images and about.takes == "values"
 
 
 @pytest.mark.parametrize("settings, says", [

@@ -30,7 +30,7 @@ def test_a_strip_of_images_and_the_accuracy_on_all_of_them(tmp_path, channels):
     assert "![pictures.png](pictures.png)" in text
     assert (folder / "pictures.png").read_bytes().startswith(b"\x89PNG")
     assert "### hfc-0.3, 200 test images of digits" in text and text.count("accuracy %") == 2
-    assert " 62.00" in text and " 31.00" in text and "and are right after the attack" in text
+    assert " 62.00" in text and " 31.00" in text and "also of those that are wrong when clean" in text
 
 
 def test_damaged_pictures_are_one_line(tmp_path):
