@@ -19,8 +19,8 @@ _CLEAN, _ALL = "clean", "all"
 _NOTE = ("Percent, best checkpoint. Each attack got all images that are correct when clean, and what does not depend "
          "on the model (fog, snow, rotation) all images: there it is the accuracy on what it makes. Of a model with "
          "several gradients an accuracy is the worst case over them. The last row is the worst case of an image over "
-         "every attack of its column, and clean: attacks that know of a part of a model are in the columns of such models "
-         "alone.")
+         "every attack of its column, and clean: attacks that know of a part of a model are in the columns of such "
+         "models alone.")
 _ORACLE = ("{labels}: for each attack whichever of its runs stands it best on these images, a ceiling that no model "
            "reaches without knowing the attack.")
 
