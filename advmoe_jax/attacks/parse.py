@@ -8,9 +8,10 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 
 from advmoe_jax.attacks.about import About
-from advmoe_jax.core import fields, find, units
+from advmoe_jax.core import fields, find, rng, units
 from advmoe_jax.core.errors import UserError, one_of, unknown_name
 from advmoe_jax.ops import balls
 
@@ -56,6 +57,12 @@ class Spec:
     def text(self) -> str:
         """What `attacks` reads as the same: "pgd(driver=auto,...)"."""
         return f"{self.name}({','.join(f'{key}={value}' for key, value in self.settings.items())})"
+
+    def in_parts(self, function: Callable, key: jax.Array, x: np.ndarray, y: np.ndarray, size: int = 128) -> np.ndarray:
+        """The attacked images of as many as a host holds, so many at a time; the key of an image is of its place."""
+        keys = rng.per_example(key, np.arange(len(x)))
+        parts = [slice(start, start + size) for start in range(0, len(x), size)]
+        return np.concatenate([np.asarray(self.run(function, keys[part], x[part], y[part])) for part in parts])
 
 
 def attack(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), **settings: Any) -> Spec:

@@ -45,14 +45,17 @@ class Config:
 
 def masks(subject: Subject, cfg: Config) -> tuple[dict, dict]:
     """{path of a layer: mask of its kernel}, and {} as there is nothing to say of it."""
-    found, keep = saliency(subject, cfg), 1 - subject.rate
-    chosen = {path: _highest(of.T, keep).T for path, of in found.items() if of.ndim == 2}
+    keep, given = 1 - subject.rate, subject.given
+    found = {path: np.where(given.get(f"{path}/kernel", 1), of, -np.inf) for path, of in saliency(subject, cfg).items()}
+    sizes = {path: np.abs(kernel) for path, kernel in kfac.kernels(subject).items()}
+    chosen = {path: _highest(of.T, sizes[path].T, keep).T for path, of in found.items() if of.ndim == 2}
     convs = {path: of for path, of in found.items() if path not in chosen}
     if cfg.scope == "layer":
-        chosen |= {path: _highest(of.reshape(1, -1), keep).reshape(of.shape) for path, of in convs.items()}
+        chosen |= {path: _highest(of.reshape(1, -1), sizes[path].reshape(1, -1), keep).reshape(of.shape)
+                   for path, of in convs.items()}
     elif convs:
-        flat = np.concatenate([of.ravel() for of in convs.values()])
-        parts = np.split(_highest(flat[None], keep)[0], np.cumsum([of.size for of in convs.values()])[:-1])
+        rows, weights = (np.concatenate([of[path].ravel() for path in convs])[None] for of in (convs, sizes))
+        parts = np.split(_highest(rows, weights, keep)[0], np.cumsum([of.size for of in convs.values()])[:-1])
         chosen |= {path: part.reshape(of.shape) for (path, of), part in zip(convs.items(), parts)}
     selecting.warn_of_empty(chosen)
     return chosen, {}
@@ -110,9 +113,10 @@ def soft_masks(subject: Subject, cfg: Config) -> Callable[..., dict[str, jax.Arr
     return run
 
 
-def _highest(rows: np.ndarray, keep: Fraction) -> np.ndarray:
-    """Bool of the shape of rows (R, n), in each so many of the highest as a share says; of equal ones the first."""
-    order = np.argsort(-rows, 1, kind="stable")
+def _highest(rows: np.ndarray, sizes: np.ndarray, keep: Fraction) -> np.ndarray:
+    """Bool of the shape of rows (R, n), in each so many of the highest as a share says. Saliencies are often 0, where a
+    soft mask has stayed at 1: of equal ones the largest weights are kept, and of these the first."""
+    order = np.lexsort((-sizes, -rows), 1)
     chosen = np.zeros(rows.shape, bool)
     np.put_along_axis(chosen, order[:, :shares.kept(rows.shape[1], keep)], True, 1)
     return chosen

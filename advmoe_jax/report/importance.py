@@ -87,7 +87,8 @@ def measure(workdirs: Sequence[str], scores: Sequence[str], *, which: str = "bes
 
     return {
         "runs": {name: {"workdir": run.workdir, "checkpoint": which, "step": run.step} for name, run in found.items()},
-        "scores": list(modules), "attack": spec.text, "images": count, "layers": layers,
+        "scores": list(modules), "attack": spec.text if data else "",
+        "images": len(data.rows[:count]) if data else 0, "layers": layers,
         "nodes": {name: {score: {layer: _nodes(size) for layer, size in of.items()} for score, of in by_score.items()}
                   for name, by_score in sizes.items()},
         "runs_alike": {score: alike(lambda name, score=score: (name, score), found) for score in modules},
@@ -131,7 +132,7 @@ def _scored(run: _Run, modules: Mapping[str, Any], data: pipeline.Data | None, c
         x, y = pipeline.images_of(data.train, data.rows[:count])
         outputs_fn = run.model.outputs_fn(run.variables)
         takes = outputs_fn if spec.about.takes == "outputs" else objectives.logits_fn(outputs_fn)
-        x = np.asarray(spec.run(takes, jax.random.key(run.config.seed), x, y))
+        x = spec.in_parts(takes, jax.random.key(run.config.seed), x, y)
     subject = pruned.of(lambda variables, x: run.model.outputs_fn(variables)(x)[0], run.variables, run.model.layers,
                         _RATE, "every", r"(^|/)router/", x, y)
     return {name: {dotted(path): np.abs(np.asarray(of, np.float32)) for path, of in module.score(
@@ -168,11 +169,13 @@ def write(out: epath.Path, found: Mapping[str, Any]) -> None:
         found: what `measure` gave.
     """
     files.write_json(out / "importance.json", found)
-    drawn = plots.write_nodes(out / "importance.png", found["nodes"])
-    if drawn:
-        plots.write_ranks(out / "ranks.png", {"two runs": found["runs_alike"], "two scores": found["scores_alike"]})
+    alike = {"two runs": found["runs_alike"], "two scores": found["scores_alike"]}
+    drawn = {"importance.png": plots.write_nodes(out / "importance.png", found["nodes"]),
+             "ranks.png": plots.write_ranks(out / "ranks.png", alike)}
+    for name in (name for name, is_drawn in drawn.items() if not is_drawn):
+        (out / name).unlink(missing_ok=True)  # of an earlier call
     tables.show(summary(found))
-    print(f"report: {out / 'importance.json'}" + (", importance.png and ranks.png" if drawn else ""))
+    print(f"report: {', '.join([str(out / 'importance.json'), *(name for name in drawn if drawn[name])])}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.core import find, layer_spec, masked, rng, shares, tree, units
+from advmoe_jax.core import find, layer_spec, masked, shares, tree, units
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import Only, setting
@@ -36,7 +36,6 @@ _NEEDS_IMAGES = Only("a system.method that reads gradients or features", lambda 
 _ANY_IMAGES = Only("a system.method that reads those of any images", lambda config: (
     _about(config).needs_images and not _about(config).attacked))
 _TOLD = Only("a system.method that is told how much goes", lambda config: _about(config).is_told)
-_AT_ONCE = 128  # images that are attacked together
 
 
 def _about(config):
@@ -97,6 +96,7 @@ def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, source
     method = own_config(module, system)
     first = chosen(variables)
     masks = _joined(first.masks, inherited)
+    first = pruning.left(about, first.masks | masks, first.variables, first.plan, model.layers)
     starts = jax.tree.map(np.ones_like, masks) if about.when == "soft" else masks
     built = build(cfg, model, data, mesh, sources, updates, title, masks=starts,
                   after=(lambda state: state) if about.when in ("soft", "decay") else states.masked)
@@ -149,10 +149,8 @@ def score_images(cfg, model: Model, data: pipeline.Data, variables: Any, scored_
     """The first `system.images` training images in [0, 1] and their labels, "clean" or "attacked" by `train.attack`."""
     x, y = pipeline.images_of(data.train, data.rows[:cfg.system.images])
     if scored_on == "attacked":
-        attack, logits_fn = adversary.named(cfg, "ce")[0], jax.tree_util.Partial(logits_of(model), variables)
-        keys = rng.per_example(jax.random.key(cfg.seed), np.arange(len(x)))
-        parts = [slice(start, start + _AT_ONCE) for start in range(0, len(x), _AT_ONCE)]
-        x = np.concatenate([np.asarray(attack.run(logits_fn, keys[part], x[part], y[part])) for part in parts])
+        attack = adversary.named(cfg, "ce")[0]
+        x = attack.in_parts(jax.tree_util.Partial(logits_of(model), variables), jax.random.key(cfg.seed), x, y)
     return x, y
 
 

@@ -140,6 +140,7 @@ def figure_two():
         runs[name] = config = get_config(model="vgg")
         config.model.update(depth=11, width=16)
         config.system.loss, config.train.length = loss, "30 epochs"
+        config.train.eval_every = "0 steps"  # a natural network is no better early on, where its RA is not yet 0
         if loss == "natural":
             config.train.attack = configs.default().train.attack  # it has no effect there
         config.eval.attacks, config.eval.n, config.eval.black_box = eed.PGD, 1000, False

@@ -122,16 +122,20 @@ def test_parts_of_the_images_count_alike(monkeypatch):
 
 SALIENCY = {"a": np.array([3.0, -1, 0, 5, 0, 0]).reshape(1, 1, 2, 3), "b": np.array([4.0, 2]).reshape(1, 1, 1, 2),
             "c": np.array([[1.0, 9], [2, 8], [3, -7], [4, 6]])}
+KERNELS = {"a": np.array([1, 1, 0.1, 1, -0.3, 0.2]).reshape(1, 1, 2, 3), "b": np.ones((1, 1, 1, 2)),
+           "c": np.ones((4, 2))}
 
 
 @pytest.mark.parametrize("scope, rate, kept", [
     ("global", "1/2", {"a": [0, 3], "b": [0, 1], "c": [(0, 1), (1, 1), (2, 0), (3, 0)]}),
-    ("global", "1/4", {"a": [0, 2, 3, 4], "b": [0, 1], "c": [(0, 1), (1, 0), (1, 1), (2, 0), (3, 0), (3, 1)]}),
-    ("layer", "1/2", {"a": [0, 2, 3], "b": [0], "c": [(0, 1), (1, 1), (2, 0), (3, 0)]})])
+    ("global", "1/4", {"a": [0, 3, 4, 5], "b": [0, 1], "c": [(0, 1), (1, 0), (1, 1), (2, 0), (3, 0), (3, 1)]}),
+    ("layer", "1/2", {"a": [0, 3, 4], "b": [0], "c": [(0, 1), (1, 1), (2, 0), (3, 0)]})])
 def test_the_lowest_go(scope, rate, kept, monkeypatch):
-    """Of all convolutions together or of each; of the linear layer, of each output; negative ones before zeros."""
+    """Of all convolutions together or of each; of the linear layer, of each output; negative ones before zeros, of
+    which the smallest weights go."""
     subject = pruned.of(None, {"params": {}}, _subject().layers, rate, "every")
     monkeypatch.setattr(mad, "saliency", lambda *_: SALIENCY)
+    monkeypatch.setattr(kfac, "kernels", lambda *_: KERNELS)
     found, _ = mad.masks(subject, mad.Config(scope=scope))
     for path in "ab":
         assert np.flatnonzero(found[path]).tolist() == kept[path] and found[path].shape == SALIENCY[path].shape
@@ -140,9 +144,20 @@ def test_the_lowest_go(scope, rate, kept, monkeypatch):
 
 def test_a_layer_that_is_emptied_is_told(monkeypatch):
     subject = pruned.of(None, {"params": {}}, _subject().layers, "3/4", "every")
+    monkeypatch.setattr(kfac, "kernels", lambda *_: KERNELS)
     monkeypatch.setattr(mad, "saliency", lambda *_: SALIENCY | {"b": -SALIENCY["b"]})
     with pytest.warns(UserWarning, match="nothing of b is kept"):
         mad.masks(subject, mad.Config())
+
+
+def test_what_is_gone_stays_gone_before_others_go(monkeypatch):
+    """Its saliency is 0, above those of weights that do harm."""
+    gone = np.ones((1, 1, 2, 3), bool)
+    gone[0, 0, 0, 2] = False
+    subject = pruned.of(None, {"params": {}}, _subject().layers, "1/8", "every", given={"a/kernel": gone})
+    monkeypatch.setattr(kfac, "kernels", lambda *_: KERNELS)
+    monkeypatch.setattr(mad, "saliency", lambda *_: SALIENCY)
+    assert np.flatnonzero(mad.masks(subject, mad.Config())[0]["a"]).tolist() == [0, 1, 3, 4, 5]
 
 
 def _config(*overrides):

@@ -184,6 +184,7 @@ def test_it_continues_where_it_was(workdir, tmp_path, monkeypatch):
 @pytest.mark.parametrize("fields, said", [
     ({"system.loss": "natural"}, "system.loss is natural: expected another one with system.host=soe"),
     ({"train.remat": True}, "train.remat is true: expected false with system.host=soe"),
+    ({"train.attack": "exits"}, "train.attack is 'exits': expected attacks on a single network"),
     ({"system.soe_sigma": 0}, "system.soe_sigma is 0"), ({"system.dverge_steps": 2}, "no effect here")])
 def test_bad_input_is_said_in_a_line(fields, said):
     with pytest.raises(UserError) as error:
