@@ -29,6 +29,11 @@ class About:
     all_images: bool = False
     fixed_by: str = ""
 
+    @property
+    def on_one_network(self) -> bool:
+        """Whether any single network can be attacked, whatever it is made of."""
+        return self.takes in ("logits", "values", "outputs") and not self.needs
+
     def __post_init__(self):
         one_of("function that an attack takes", self.takes, TAKES)
         for norm in self.norms:

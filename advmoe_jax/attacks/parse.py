@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from advmoe_jax.attacks import objectives
 from advmoe_jax.attacks.about import About
 from advmoe_jax.core import fields, find, rng, units
 from advmoe_jax.core.errors import UserError, one_of, unknown_name
@@ -57,6 +58,10 @@ class Spec:
     def text(self) -> str:
         """What `attacks` reads as the same: "pgd(driver=auto,...)"."""
         return f"{self.name}({','.join(f'{key}={value}' for key, value in self.settings.items())})"
+
+    def function(self, outputs_fn: Callable) -> Callable:
+        """What it attacks of a single network: x -> (logits, aux) as it is, or x -> logits."""
+        return outputs_fn if self.about.takes == "outputs" else objectives.logits_fn(outputs_fn)
 
     def in_parts(self, function: Callable, key: jax.Array, x: np.ndarray, y: np.ndarray, size: int = 128) -> np.ndarray:
         """The attacked images of as many as a host holds, so many at a time; the key of an image is of its place."""
@@ -122,6 +127,22 @@ def attacks(text: str, **defaults: Any) -> tuple[Spec, ...]:
     if not specs:
         raise UserError("no attack is named: expected for example 'pgd'")
     return tuple(specs)
+
+
+def on_one_network(text: str, what: str, such_as: str, **defaults: Any) -> Spec:
+    """The one attack on a single network that a line of text names.
+
+    Args:
+        text, defaults: as of `attacks`.
+        what: the text's name in an error, "--attack".
+        such_as: an example for it.
+    Raises:
+        UserError: it names several, or one on a model of several networks.
+    """
+    specs = attacks(text, **defaults)
+    if len(specs) != 1 or not specs[0].about.on_one_network:
+        raise UserError(f"{what} is {text!r}: expected one attack on a single network, such as {such_as!r}")
+    return specs[0]
 
 
 def _value(text: str) -> Any:

@@ -46,5 +46,5 @@ def accuracies(found: Found) -> dict[str, float]:
     for attempt in found.own:
         before = np.ones_like(found.correct) if attempt.spec.about.all_images else found.correct
         of = name(attempt.spec)
-        right[of] = right.get(of, before) & (attempt.after["label"] == found.label)
+        right[of] = right.get(of, before) & found.right_after([attempt])
     return {of: float(stands.mean()) for of, stands in right.items()}

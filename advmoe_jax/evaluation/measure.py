@@ -129,7 +129,7 @@ def summarize(found: Found, suite: Suite, model: Model, noticed: tuple[Flag, ...
         if not (suite.survivors_only or attempt.is_check):
             attempts[-1]["ra"] = float(survives.mean())
         if attempt.spec.about.all_images:
-            attempts[-1]["accuracy"] = float((attempt.after["label"] == found.label).mean())
+            attempts[-1]["accuracy"] = float(found.right_after([attempt]).mean())
     return {
         "attack": suite.name, "norm": suite.norm, "eps": suite.eps,
         "eps_value": units.eps(suite.eps, suite.norm) if suite.norm and suite.eps else 0.0, "settings": suite.settings,
@@ -141,7 +141,8 @@ def summarize(found: Found, suite: Suite, model: Model, noticed: tuple[Flag, ...
             for view in dict.fromkeys(attempt.view for attempt in found.own)},
         "by_attack": [] if suite.survivors_only else [
             {"attack": spec.label, "norm": spec.settings.get("norm", ""), "eps": spec.settings.get("eps", ""),
-             "ra": _rate(found, (spec,))} | ({"accuracy": _accuracy(found, spec)} if spec.about.all_images else {})
+             "ra": _rate(found, (spec,))} | (
+                 {"accuracy": float(found.right_after(_by(found, (spec,))).mean())} if spec.about.all_images else {})
             for spec in suite.specs],
         "unions": {} if suite.survivors_only else {name: _rate(found, specs) for name, specs in suite.unions.items()},
         "unreliable": any(flag.unreliable for flag in noticed),
@@ -153,13 +154,11 @@ def summarize(found: Found, suite: Suite, model: Model, noticed: tuple[Flag, ...
 
 def _rate(found: Found, specs: Sequence[Spec]) -> float:
     """Robust accuracy under some of the attacks, through every gradient."""
-    return float(found.survivors([attempt for attempt in found.own if any(attempt.spec is of for of in specs)]).mean())
+    return float(found.survivors(_by(found, specs)).mean())
 
 
-def _accuracy(found: Found, spec: Spec) -> float:
-    """The share that is right after an attack through every gradient, whatever it was when clean."""
-    return float(np.all([attempt.after["label"] == found.label for attempt in found.own if attempt.spec is spec], 0
-                        ).mean())
+def _by(found: Found, specs: Sequence[Spec]) -> list[verdicts.Attempt]:
+    return [attempt for attempt in found.own if any(attempt.spec is of for of in specs)]
 
 
 def _largest_norm(attempts: Sequence[verdicts.Attempt]) -> float:

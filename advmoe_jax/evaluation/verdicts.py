@@ -107,10 +107,14 @@ class Found:
 
     def survivors(self, attempts: Sequence[Attempt] | None = None) -> np.ndarray:
         """(m,) bool, classified correctly when clean and after every attempt."""
-        stands = self.correct
-        for attempt in self.attempts if attempts is None else attempts:
-            stands = stands & (attempt.after["label"] == self.label)
-        return stands
+        return self.correct & self.right_after(self.attempts if attempts is None else attempts)
+
+    def right_after(self, attempts: Sequence[Attempt]) -> np.ndarray:
+        """(m,) bool, classified correctly after every attempt, whatever they were when clean."""
+        right = np.ones(len(self.label), bool)
+        for attempt in attempts:
+            right &= attempt.after["label"] == self.label
+        return right
 
 
 def run(views: Mapping[str, jax.tree_util.Partial], source: Source, index: np.ndarray, label: np.ndarray,

@@ -58,6 +58,14 @@ def of_leaves(params: PyTree, masks: Mapping[str, Any]) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, _: masks.get(trees.path_name(path)), params)
 
 
+def joined(masks: PyTree, others: PyTree) -> PyTree:
+    """Masks of equal trees, None where dense, that remove what either removes."""
+    def both(mask, other):
+        return mask if other is None else other if mask is None else np.asarray(mask, bool) & np.asarray(other, bool)
+
+    return jax.tree.map(both, masks, others, is_leaf=lambda leaf: leaf is None)
+
+
 def kept_channels(mask: jax.Array, ndim: int) -> jax.Array:
     """(O,) bool, output channels of which any entry is kept, of a mask that broadcasts to a kernel of `ndim` axes."""
     full = jnp.reshape(mask, (1,) * (ndim - jnp.ndim(mask)) + jnp.shape(mask))

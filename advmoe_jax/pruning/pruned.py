@@ -129,19 +129,14 @@ def choose(subject: Subject, method: str, cfg: Any) -> Pruned:
     found, plan = module.masks(subject, cfg) if hasattr(module, "masks") else _channels(subject, module, cfg)
     params = subject.variables["params"]
     masks = masking.of_leaves(params, {f"{path}/kernel": np.asarray(mask) for path, mask in found.items()})
-    return left(module.ABOUT, masking.cover_norms(masks, params, subject.layers), subject.variables, plan,
-                subject.layers)
-
-
-def left(about: About, masks: Any, variables: Any, plan: Mapping[str, Any], layers: tuple[LayerSpec, ...]) -> Pruned:
-    """What masks leave of a network, and of its costs."""
-    params = variables["params"]
+    masks = masking.joined(masking.cover_norms(masks, params, subject.layers),
+                           masking.of_leaves(params, subject.given))
     shapes = {name: leaf.shape for name, leaf in tree.named_leaves(params).items()}
     kept = masked.shares(shapes, masks)
     return Pruned(
-        about, masks, {**variables, "params": masking.apply(params, masks)}, plan,
-        (sum(spec.macs for spec in layers),
-         int(sum(spec.macs * kept.get(f"{spec.path}/kernel", 1) for spec in layers))),
+        module.ABOUT, masks, {**subject.variables, "params": masking.apply(params, masks)}, plan,
+        (sum(spec.macs for spec in subject.layers),
+         int(sum(spec.macs * kept.get(f"{spec.path}/kernel", 1) for spec in subject.layers))),
         (tree.size(params), masked.kept(shapes, masks)))
 
 

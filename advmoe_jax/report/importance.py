@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from scipy.stats import rankdata
 
-from advmoe_jax.attacks import objectives, parse
+from advmoe_jax.attacks import parse
 from advmoe_jax.core import cli, files, find, paths, status, tables, tree
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.core.layer_spec import dotted
@@ -72,7 +72,8 @@ def measure(workdirs: Sequence[str], scores: Sequence[str], *, which: str = "bes
     modules = {name: find.module(ROOM[0], name, defines=ROOM[1:], kind="--scores") for name in scores}
     found = _runs(workdirs, which)
     first = next(iter(found.values()))
-    data, spec = None, _spec(attack, first.config)
+    data, budget = None, first.config.attack
+    spec = parse.on_one_network(attack, "--attack", ATTACK, norm=budget.norm, eps=budget.eps)
     if any(module.ABOUT.needs_images for module in modules.values()):
         data = pipeline.load(first.config.data, first.config.train.select_on, 0, first.config.seed)
     sizes = {name: _scored(run, modules, data, count, spec) for name, run in found.items()}
@@ -117,21 +118,13 @@ def _runs(workdirs: Sequence[str], which: str) -> dict[str, _Run]:
     return found
 
 
-def _spec(attack: str, config: Any) -> parse.Spec:
-    specs = parse.attacks(attack, norm=config.attack.norm, eps=config.attack.eps)
-    if len(specs) != 1 or specs[0].about.takes not in ("logits", "values", "outputs") or specs[0].about.needs:
-        raise UserError(f"--attack is {attack!r}: expected one attack on a single network, such as {ATTACK!r}")
-    return specs[0]
-
-
 def _scored(run: _Run, modules: Mapping[str, Any], data: pipeline.Data | None, count: int, spec: parse.Spec
             ) -> dict[str, dict[str, np.ndarray]]:
     """{score: {layer: sizes like its kernel}}."""
     x = y = None
     if data is not None:
         x, y = pipeline.images_of(data.train, data.rows[:count])
-        outputs_fn = run.model.outputs_fn(run.variables)
-        takes = outputs_fn if spec.about.takes == "outputs" else objectives.logits_fn(outputs_fn)
+        takes = spec.function(run.model.outputs_fn(run.variables))
         x = spec.in_parts(takes, jax.random.key(run.config.seed), x, y)
     subject = pruned.of(lambda variables, x: run.model.outputs_fn(variables)(x)[0], run.variables, run.model.layers,
                         _RATE, "every", r"(^|/)router/", x, y)

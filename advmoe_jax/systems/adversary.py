@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.attacks import objectives, parse
+from advmoe_jax.attacks import parse
 from advmoe_jax.attacks.objectives import NAMED, Objective
 from advmoe_jax.attacks.parse import Spec
 from advmoe_jax.core import rng, units
@@ -99,7 +99,7 @@ def training_attack(model: Model, config, loss: str) -> Attack:
             return spec.run(outputs_fn, keys, x, target)
         if spec.about.takes in model.surfaces:
             return spec.run(model.surfaces[spec.about.takes](variables), keys, x, y)
-        return spec.run(outputs_fn if spec.about.takes == "outputs" else objectives.logits_fn(outputs_fn), keys, x, y)
+        return spec.run(spec.function(outputs_fn), keys, x, y)
 
     def run(variables, key, x, y, index, turn):
         outputs_fn = model.outputs_fn(variables, cfg.router_grad)

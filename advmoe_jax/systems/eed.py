@@ -100,20 +100,13 @@ def check(config) -> None:
     if system.host == "soe" and system.loss == "natural":
         raise UserError("system.loss is natural: expected another one with system.host=soe, which attacks each member "
                         "by train.attack")
-    if system.host == "soe" and not all(map(_on_one, adversary.named(config, "ce"))):
+    if system.host == "soe" and not all(spec.about.on_one_network for spec in adversary.named(config, "ce")):
         raise UserError(f"train.attack is {config.train.attack!r}: expected attacks on a single network with "
                         "system.host=soe, which attacks each member")
     if system.host == "dverge":
         units.eps(system.dverge_eps, "linf", "system.dverge_eps")
-    specs = parse.attacks(system.rd_by, norm=config.attack.norm, eps=config.attack.eps)
-    if len(specs) != 1 or not _on_one(specs[0]):
-        raise UserError(f"system.rd_by is {system.rd_by!r}: expected one attack on a single network, such as "
-                        "'pgd(num_steps=20)'")
-
-
-def _on_one(spec: parse.Spec) -> bool:
-    """Whether an attack can be run on a single network."""
-    return spec.about.takes in ("logits", "values", "outputs") and not spec.about.needs
+    parse.on_one_network(system.rd_by, "system.rd_by", "pgd(num_steps=20)", norm=config.attack.norm,
+                         eps=config.attack.eps)
 
 
 def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sources: Mapping[str, Source],

@@ -95,15 +95,14 @@ def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, source
     module = find.module(pruning.ROOM[0], system.method, defines=pruning.ROOM[1:])
     method = own_config(module, system)
     first = chosen(variables)
-    masks = _joined(first.masks, inherited)
-    first = pruning.left(about, first.masks | masks, first.variables, first.plan, model.layers)
+    masks = _masks(first)
     starts = jax.tree.map(np.ones_like, masks) if about.when == "soft" else masks
     built = build(cfg, model, data, mesh, sources, updates, title, masks=starts,
                   after=(lambda state: state) if about.when in ("soft", "decay") else states.masked)
     per_epoch = pipeline.steps_per_epoch(len(data.rows), cfg.data.batch_size)
     more = {}
     if about.when in ("hard", "soft"):
-        more = {"1 epochs": lambda state: _again(state, chosen, inherited, mesh)}
+        more = {"1 epochs": lambda state: _again(state, chosen, mesh)}
     elif about.when == "decay":
         more = {"1 steps": _fade(max(units.steps(system.decay_length, per_epoch, built.length), 1))}
         built = dataclasses.replace(built, init=_whole(built.init, variables, mesh))
@@ -150,23 +149,18 @@ def score_images(cfg, model: Model, data: pipeline.Data, variables: Any, scored_
     x, y = pipeline.images_of(data.train, data.rows[:cfg.system.images])
     if scored_on == "attacked":
         attack = adversary.named(cfg, "ce")[0]
-        x = attack.in_parts(jax.tree_util.Partial(logits_of(model), variables), jax.random.key(cfg.seed), x, y)
+        x = attack.in_parts(attack.function(model.outputs_fn(variables)), jax.random.key(cfg.seed), x, y)
     return x, y
 
 
-def _joined(masks: Any, inherited: Mapping[str, Any]) -> dict[str, Any]:
-    """{group: masks} of groups that have any: what either removes."""
-    def both(ours, theirs):
-        return ours if theirs is None else theirs if ours is None else np.asarray(ours, bool) & np.asarray(theirs, bool)
-
-    found = {group: jax.tree.map(both, part, inherited[group], is_leaf=lambda leaf: leaf is None)
-             if group in inherited else part for group, part in masks.items()}
-    return {group: jax.tree.map(np.asarray, part) for group, part in found.items() if jax.tree.leaves(part)}
+def _masks(pruned: Pruned) -> dict[str, Any]:
+    """{group: masks} of the groups that have any."""
+    return {group: jax.tree.map(np.asarray, part) for group, part in pruned.masks.items() if jax.tree.leaves(part)}
 
 
-def _again(state: State, chosen, inherited, mesh) -> State:
+def _again(state: State, chosen, mesh) -> State:
     """The state with masks chosen anew, applied."""
-    found = _joined(chosen(jax.device_get(state.variables)).masks, inherited)
+    found = _masks(chosen(jax.device_get(state.variables)))
     return states.masked(state.replace(masks=jax.device_put(found, meshes.replicated(mesh))))
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.attacks import objectives, parse
+from advmoe_jax.attacks import parse
 from advmoe_jax.attacks.parse import Spec
 from advmoe_jax.core import console, masked, rng, tree
 from advmoe_jax.core import mesh as meshes
@@ -120,7 +120,7 @@ def _batches(mesh, *arrays):
 
 def _attacked(spec: Spec, outputs_fn, images, y, cfg, mesh) -> np.ndarray:
     key, found = rng.key(cfg.seed, "team"), []
-    takes = outputs_fn if spec.about.takes == "outputs" else objectives.logits_fn(outputs_fn)
+    takes = spec.function(outputs_fn)
     for rows, is_row, x, label in _batches(mesh, images, y):
         keys = rng.per_example(key, jnp.asarray(rows))
         found.append(meshes.fetch(spec.run(takes, keys, x, label))[is_row])
