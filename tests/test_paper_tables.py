@@ -137,8 +137,9 @@ def pralab():
 
 def test_every_share_of_the_benchmark_has_its_runs(pralab):
     irregular, filters = pralab.tables
-    for table, methods, shares in ((irregular, ("R-ADMM", "HYDRA", "HARP", "magnitude", "random"), (90, 95, 99)),
-                                   (filters, ("R-ADMM", "HARP", "magnitude", "random"), (50, 75, 90))):
+    trivial, single = ("magnitude", "random"), ("HYDRA", "MAD", "RST", "TwinRep", "Flying Bird")
+    for table, methods, shares in ((irregular, ("R-ADMM", "HARP", *single, *trivial), (90, 95, 99)),
+                                   (filters, ("R-ADMM", "HARP", *trivial), (50, 75, 90))):
         ours = {line.label for line in table.lines if line.runs}
         assert ours == {"AT(Dense)", *(f"{method}, {share} %" for method in methods for share in shares)}
         assert table.columns == ("SA", "RA by standard", "MACs, M", "params, M")
@@ -161,6 +162,9 @@ def test_phases_of_the_benchmark_follow_each_other(pralab):
         assert runs[name].system.method == "given" and runs[name].init_from.endswith("us99@last")
         assert runs[runs[name].init_from.removesuffix("@last")].system.rate == "99/100"
     assert runs["random-us95"].system.method == "random_weights" and runs["random-us95"].train.length == "120 epochs"
+    scratch = runs["rst-us90"], runs["twin_rep-us90"], runs["flying_bird-us90"]
+    assert {(config.init_from, config.train.length, config.system.rate) for config in scratch} == {
+        ("", "220 epochs", "9/10")}
     with pytest.raises(UserError, match="unknown network in the recipe's argument 'resnet34'"):
         recipe.load(f"{PRALAB}:resnet34")
 

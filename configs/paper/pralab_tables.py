@@ -1,35 +1,46 @@
 """The tables of the AdversarialPruningBenchmark (Piras et al.), with the MACs that they lack.
 
-ResNet-18 on CIFAR-10; the argument vgg16 is VGG-16 on CIFAR-10, svhn ResNet-18 on SVHN. One adversarially trained
-network is pruned: weights one by one, 90, 95 and 99 % of them, or whole filters, 50, 75 and 90 %. Clean accuracy and
-AutoAttack at 8/255 on all test images, of the best checkpoint by held-out images. Beside R-ADMM, HYDRA and HARP the
-smallest go (magnitude), or random ones, and the rest trains as long as the others' phases together. Methods that are
-not here (MAD, RST, TwinRep, Flying Bird) are the benchmark's rows alone. It prints no numbers that could be had for
-filters and for VGG-16: there ours stand alone.
+ResNet-18 on CIFAR-10; the argument vgg16 is VGG-16 on CIFAR-10, svhn ResNet-18 on SVHN. Weights go one by one, 90, 95
+and 99 % of them, or whole filters, 50, 75 and 90 %. Clean accuracy and AutoAttack at 8/255 on all test images, of the
+best checkpoint by held-out images. R-ADMM, HYDRA, HARP and MAD prune one adversarially trained network; beside them
+the smallest weights go (magnitude), or random ones, and the rest trains as long as the others' phases together. RST,
+Twin-Rep and Flying Bird begin with random weights and train as long as all of it; they and MAD are for single weights.
+The benchmark prints no numbers that could be had for filters and for VGG-16: there ours stand alone.
 
 The networks are trained by TRADES for 100 epochs, searched or drawn for 20, and trained on for 100, as HYDRA and HARP
-do it. The benchmark's own runs are of each method's code, with its own schedule and, R-ADMM, Madry's loss.
+do it. The benchmark's own runs are of each method's code, with its own schedule and, R-ADMM, Madry's loss. The argument
+digits is the narrow ResNet-18 of configs/digits_r18.py, for a fifth of the epochs, eps 0.1, on 128 images.
 
 Command:  python -m advmoe_jax.data.prepare cifar10 --out data  (svhn)
           python -m advmoe_jax.main --config configs/paper/pralab_tables.py
           python -m advmoe_jax.main --config configs/paper/pralab_tables.py:vgg16
-          --only "base,*-us90" takes the base and what is pruned by 90 % of the weights
-Hardware: accelerators; 43 runs of 20 to 120 epochs of adversarial training, each with AutoAttack on its test set.
+          python -m advmoe_jax.main --config configs/paper/pralab_tables.py:digits --only "base,*-us90,*-s75"
+          --only takes the base and what is pruned by 90 % of the weights or 75 % of the filters
+Hardware: accelerators; 55 runs of 20 to 220 epochs of adversarial training, most with AutoAttack on its test set.
+          Digits: 2 CPU cores.
 Time:     not measured yet.
 Expected: not run yet. The benchmark's numbers stand beside.
 """
+
+import pathlib
+import sys
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.core.errors import unknown_name
 from advmoe_jax.core.recipe import Line, Printed, Recipe
 from advmoe_jax.models import normalisation
 
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+import digits_r18  # noqa: E402, the settings of the argument digits
+
 RATES = {"us": {90: "9/10", 95: "19/20", 99: "99/100"}, "s": {50: "1/2", 75: "3/4", 90: "9/10"}}
 """Shares that go, of single weights (unstructured) and of filters (structured), by percent."""
 UNITS = {"us": "weight", "s": "filter"}
 WHAT = {"us": "weights one by one", "s": "whole filters"}
-NETS = {"resnet18": ("resnet", 18, "cifar10"), "vgg16": ("vgg", 16, "cifar10"), "svhn": ("resnet", 18, "svhn")}
-METHODS = {"radmm": "R-ADMM", "hydra": "HYDRA", "harp": "HARP", "magnitude": "magnitude", "random": "random"}
+NETS = {"resnet18": ("resnet", 18, "cifar10"), "vgg16": ("vgg", 16, "cifar10"), "svhn": ("resnet", 18, "svhn"),
+        "digits": ("resnet", 18, "digits")}
+METHODS = {"radmm": "R-ADMM", "hydra": "HYDRA", "harp": "HARP", "mad": "MAD", "rst": "RST", "twin_rep": "TwinRep",
+           "flying_bird": "Flying Bird", "magnitude": "magnitude", "random": "random"}
 CLEAN, ROBUST = "SA", "RA by standard"
 BENCHMARK = {  # clean and AutoAttack at 90, 95 and 99 %, of single weights
     "resnet18": {
@@ -43,17 +54,28 @@ BENCHMARK = {  # clean and AutoAttack at 90, 95 and 99 %, of single weights
         "Flying Bird": (92.60, 39.81, 91.14, 47.43, 92.15, 41.80)}}
 
 
-def run(net, system, epochs, init_from="", learning_rate=0.1, **fields):
-    """A run of the recipe, by TRADES; fields are those of the system."""
+def settings(net):
+    """A dense network by TRADES, attacked by AutoAttack."""
     model, depth, data = NETS[net]
-    config = configs.default(data=data, model=model, system=system)
-    config.model.update(dict(depth=depth, num_experts=1, model_scale=1.0))
-    config.model.mean, config.model.std = normalisation.CIFAR10
-    config.data.flip = data != "svhn"
-    config.system.loss = "trades"
-    config.init_from, config.train.length = init_from, f"{epochs} epochs"
-    config.optim.backbone.learning_rate = learning_rate
+    if data == "digits":
+        config = digits_r18.get_config("at_dense")
+        config.eval.n = 128
+    else:
+        config = configs.default(data=data, model=model, system="standard")
+        config.model.update(dict(depth=depth, num_experts=1, model_scale=1.0))
+        config.model.mean, config.model.std = normalisation.CIFAR10
+        config.data.flip = data != "svhn"
     config.eval.suite = "standard"
+    return config
+
+
+def run(net, system, epochs, init_from="", learning_rate=0.1, **fields):
+    """A run of the recipe; fields are those of the system."""
+    config = settings(net)
+    configs.choose(config, system=system)
+    config.system.loss = "trades"
+    config.init_from, config.train.length = init_from, f"{epochs // (5 if net == 'digits' else 1)} epochs"
+    config.optim.backbone.learning_rate = learning_rate
     configs.override_all(config, [f"system.{name}={value}" for name, value in fields.items()])
     return config
 
@@ -74,6 +96,10 @@ def pruned(net, kind, percent):
         if kind == "us" or method == "harp":  # HYDRA is for single weights
             found[f"{search}-{name}"] = run(net, "mask_search", 20, "base", **of, **unit, **more)
             found[f"{method}-{name}"] = left(f"{search}-{name}@last", "given")
+    if kind == "us":
+        found[f"mad-{name}"] = left("base", "mad", 120)
+        for scratch in ("rst", "twin_rep", "flying_bird"):
+            found[f"{scratch}-{name}"] = run(net, scratch, 220, rate=RATES[kind][percent])
     found[f"magnitude-{name}"] = left("base", "magnitude", 120, **unit)
     found[f"random-{name}"] = left("base", "random_weights", 120, **unit)
     return found
@@ -84,8 +110,8 @@ def table(net, kind, runs):
     lines = [Line("AT(Dense)", runs=("base",))]
     known = BENCHMARK.get(net, {}) if kind == "us" else {}
     for place, percent in enumerate(RATES[kind]):
-        for method in dict.fromkeys((*METHODS, *(label for label in known if label not in METHODS.values()))):
-            label, name = METHODS.get(method, method), f"{method}-{kind}{percent}"
+        for method, label in METHODS.items():
+            name = f"{method}-{kind}{percent}"
             values = dict(zip((CLEAN, ROBUST), known.get(label, ())[2 * place:2 * place + 2]))
             if values or name in runs:
                 lines.append(Line(f"{label}, {percent} %", printed=values, runs=(name,) if name in runs else ()))
