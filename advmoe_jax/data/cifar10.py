@@ -1,7 +1,7 @@
 """CIFAR-10: 50,000 training and 10,000 test images, 32x32 RGB, 10 classes (Krizhevsky, 2009)."""
 
 from advmoe_jax.data import cifar_files, raw
-from advmoe_jax.data.source import Dataset, read_prepared
+from advmoe_jax.data.source import Dataset, Known, read_prepared
 
 OFFICIAL = raw.Official(
     name="cifar10",
@@ -39,6 +39,7 @@ OFFICIAL = raw.Official(
         ),
     ),
 )
+KNOWN = Known(len(OFFICIAL.class_names), (32, 32, 3))
 
 
 def dataset(root: str, variant: str = "") -> Dataset:

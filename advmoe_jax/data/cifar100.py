@@ -4,7 +4,7 @@ Krizhevsky, 2009. The 20 coarse classes are not used.
 """
 
 from advmoe_jax.data import cifar_files, raw
-from advmoe_jax.data.source import Dataset, read_prepared
+from advmoe_jax.data.source import Dataset, Known, read_prepared
 
 _CLASS_NAMES = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
@@ -40,6 +40,7 @@ OFFICIAL = raw.Official(
         ),
     ),
 )
+KNOWN = Known(len(OFFICIAL.class_names), (32, 32, 3))
 
 
 def dataset(root: str, variant: str = "") -> Dataset:

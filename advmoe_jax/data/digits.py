@@ -6,9 +6,10 @@ The UCI optical recognition of handwritten digits test set (Alpaydin and Kaynak,
 import numpy as np
 
 from advmoe_jax.core.errors import UserError
-from advmoe_jax.data.source import Dataset, in_memory, refuse_variant
+from advmoe_jax.data.source import Dataset, Known, in_memory, refuse_variant
 from advmoe_jax.data.split import stratified
 
+KNOWN = Known(10, (8, 8, 1))
 _NUM_TEST = 500
 
 

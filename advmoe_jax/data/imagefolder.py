@@ -13,9 +13,9 @@ import numpy as np
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import class_folders, images, records
 from advmoe_jax.data.class_folders import Classes
-from advmoe_jax.data.source import Dataset
+from advmoe_jax.data.source import Dataset, Known
 
-Config, check = images.Config(), images.check
+Config, check, KNOWN = images.Config(), images.check, Known()
 
 
 def dataset(root: str, variant: str = "") -> Dataset:

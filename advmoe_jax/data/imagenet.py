@@ -11,9 +11,9 @@ import tarfile
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import class_folders, images, records
 from advmoe_jax.data.class_folders import Classes
-from advmoe_jax.data.source import Dataset, refuse_variant
+from advmoe_jax.data.source import Dataset, Known, refuse_variant
 
-Config, check = images.Config(), images.check
+Config, check, KNOWN = images.Config(), images.check, Known(1000)
 
 _COUNTS = {"train": 1_281_167, "test": 50_000}
 _DEVKIT, _TRUTH, _META = "ILSVRC2012_devkit_t12", "ILSVRC2012_validation_ground_truth.txt", "meta.mat"

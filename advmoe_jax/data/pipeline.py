@@ -128,6 +128,14 @@ def _part(text: str, name: str = "data.part") -> tuple[tuple[int, ...], int]:
     return chosen, count
 
 
+def known(cfg: Any) -> tuple[tuple[int, int, int] | None, int | None]:
+    """(H, W, C) and K of the images that `config.data` names, without their files; None for what only these say."""
+    module = find.module("data", cfg.name.partition(":")[0], defines="dataset", kind="data.name")
+    if not hasattr(module, "KNOWN"):
+        return None, None
+    return module.KNOWN.image_shape or (cfg.image_size, cfg.image_size, 3), module.KNOWN.num_classes
+
+
 def open_dataset(name: str, root: str, subset: int = 0, view: Any = None) -> Dataset:
     """Loads a data set.
 

@@ -79,6 +79,19 @@ class Dataset:
         return splits.fingerprint(self.split(split))
 
 
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What a source's name says of its images, without the files: `KNOWN` of its module.
+
+    Attributes:
+        num_classes: K; None: the files say it.
+        image_shape: (H, W, C); None: of the size that `data.image_size` has.
+    """
+
+    num_classes: int | None = None
+    image_shape: tuple[int, int, int] | None = None
+
+
 def in_memory(name: str, arrays: dict[str, tuple[np.ndarray, np.ndarray]], class_names: tuple[str, ...]) -> Dataset:
     """A data set of {split: (images, labels)}; see `split.Arrays`."""
     return Dataset(name, *(Arrays(*arrays[split], f"{name} {split}") for split in SPLITS), class_names)

@@ -9,7 +9,7 @@ import numpy as np
 
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import raw
-from advmoe_jax.data.source import Dataset, read_prepared
+from advmoe_jax.data.source import Dataset, Known, read_prepared
 
 _SITE = "http://ufldl.stanford.edu/housenumbers"
 
@@ -43,6 +43,7 @@ OFFICIAL = raw.Official(
         ),
     ),
 )
+KNOWN = Known(len(OFFICIAL.class_names), (32, 32, 3))
 
 
 def dataset(root: str, variant: str = "") -> Dataset:

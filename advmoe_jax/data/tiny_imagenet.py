@@ -9,12 +9,12 @@ import pathlib
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import class_folders, images, records
 from advmoe_jax.data.class_folders import Classes
-from advmoe_jax.data.source import Dataset, refuse_variant
+from advmoe_jax.data.source import Dataset, Known, refuse_variant
 
 _COUNTS = {"train": 100_000, "test": 10_000}
 _NAME, _ANNOTATIONS = "tiny-imagenet-200", "val/val_annotations.txt"
 
-Config, check = images.Config(image_size=64, resize=64, crop="pad"), images.check
+Config, check, KNOWN = images.Config(image_size=64, resize=64, crop="pad"), images.check, Known(200)
 
 
 def dataset(root: str, variant: str = "") -> Dataset:

@@ -30,6 +30,7 @@ from advmoe_jax.models.layers import (
     global_average_pool,
     scaled_width,
 )
+from advmoe_jax.models.needs import Needs
 
 PADS = ("end", "both")
 _STAGES = 3
@@ -119,3 +120,8 @@ def backbone(cfg, num_classes: int) -> CifarResNet:
     """
     return CifarResNet(num_classes, cfg.width, _blocks(cfg.depth, "model.depth"),
                        one_of("model.shortcut_pad", cfg.shortcut_pad, PADS), experts_of(cfg))
+
+
+def needs(cfg) -> Needs:
+    """As `models.needs.Needs`."""
+    return Needs({"the first stage (model.width)": cfg.width})

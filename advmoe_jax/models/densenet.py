@@ -37,6 +37,7 @@ from advmoe_jax.models.layers import (
     global_average_pool,
     scaled_width,
 )
+from advmoe_jax.models.needs import Needs
 
 _STAGES = 3
 _BOTTLENECK = 4  # channels between the convolutions of a layer, by its growth rate
@@ -131,3 +132,8 @@ def backbone(cfg, num_classes: int) -> DenseNet:
         UserError: the depth is not 6 n + 4.
     """
     return DenseNet(num_classes, cfg.width, cfg.growth_rate, _layers(cfg.depth, "model.depth"), experts_of(cfg))
+
+
+def needs(cfg) -> Needs:
+    """As `models.needs.Needs`."""
+    return Needs({"the stem (model.width)": cfg.width, "a layer of a block (model.growth_rate)": cfg.growth_rate})

@@ -19,7 +19,8 @@ from advmoe_jax.core.fields import setting
 from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.core.tables import Table
 from advmoe_jax.models import network
-from advmoe_jax.models.members import layers_within, of_group
+from advmoe_jax.models.macs import LayerCost
+from advmoe_jax.models.members import costs_within, layers_within, of_group
 from advmoe_jax.models.network import Network
 
 _NOTE = "Accuracies of the members alone, on the clean images and on those that break most images of the ensemble."
@@ -141,6 +142,10 @@ class Ensemble:
         """The sums over the members."""
         parts = [self.member.costs((masks or {}).get(group)) for group in self.groups]
         return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+    def layer_costs(self, masks: Any = None) -> tuple[LayerCost, ...]:
+        return tuple(cost for group in self.groups
+                     for cost in costs_within(group, self.member.layer_costs((masks or {}).get(group))))
 
 
 def _mean(member_logits):

@@ -1,6 +1,7 @@
 """Layers that the backbones share. B batch, H W height and width, I input, O output, E experts, w expert width."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -21,6 +22,7 @@ kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal", dtype=jnp.f
 BLOCK = "block"  # name of what a block gives, `checkpoint_name(y, BLOCK)`: all that `train.remat` keeps
 
 _MOMENTUM = 0.9  # what an update keeps of running statistics; PyTorch's 0.1
+_ROUNDED = 10_000  # the least r that messages name is rounded up to a multiple of 1 / 10,000
 _MOST_BLOCKS = 200  # of a stage: He's deepest network for CIFAR has so many
 
 def _kernel(layer: nn.Module, x: jax.Array, init: Callable, shape: tuple[int, ...]) -> jax.Array:
@@ -223,9 +225,22 @@ def expert_conv(x: jax.Array, choose: Choose, experts: Experts, channels: int, s
     return Conv(width, size, stride, name=name)(x)
 
 
-def scaled_width(channels: int, model_scale: float) -> int:
-    """floor(r * C), at least 1: the width of one expert and of a small dense layer."""
-    return max(1, int(model_scale * channels))
+def scaled_width(channels: int, model_scale: float, what: str = "a layer") -> int:
+    """floor(r * C): the width of one expert and of a small dense layer.
+
+    Args:
+        channels: C of the dense layer.
+        model_scale: r.
+        what: the name of the layer in messages.
+    Raises:
+        UserError: it is 0.
+    """
+    width = int(model_scale * channels)
+    if width < 1:
+        least = math.ceil(_ROUNDED / channels) / _ROUNDED
+        raise UserError(f"model.model_scale is {model_scale:g}, which leaves none of the {channels} channels of "
+                        f"{what}: expected {least:g} or more")
+    return width
 
 
 def blocks_of_stage(depth: int, name: str, backbone: str, others: int, such_as: str) -> int:

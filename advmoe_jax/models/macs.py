@@ -1,9 +1,44 @@
 """Multiply-accumulates per image, counted layer by layer: convolutions and linear layers, without BatchNorm."""
 
+import dataclasses
+import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from advmoe_jax.core import masked, tree
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """What one layer costs, of which an image is computed once.
+
+    Attributes:
+        path: as of its LayerSpec.
+        macs: multiply-accumulates that one image needs, of a routed layer by one expert; what is masked needs none, of
+            a routed layer in the mean over its stored channels.
+        executed: what is computed, zeros of masks included.
+        params: of its kernel and bias that are kept.
+    """
+
+    path: str
+    macs: Fraction | int
+    executed: int
+    params: int
+
+
+def by_layer(network, masks: Mapping[str, Any] | None = None) -> tuple[LayerCost, ...]:
+    """What each layer of a network costs, in the order of `Network.layers`. Arguments as `count`."""
+    shapes = _shapes(network)
+    kept = masked.shares(shapes, masks)
+    every = network.num_experts if network.module.dispatch.kind == "all" else 1
+
+    def params(path):
+        own = [name for name in (f"{path}/kernel", f"{path}/bias") if name in shapes]
+        return int(sum(math.prod(shapes[name]) * kept.get(name, 1) for name in own))
+
+    return tuple(LayerCost(spec.path, spec.macs * kept.get(f"{spec.path}/kernel", 1),
+                           min(spec.stored_macs, every * spec.macs), params(spec.path)) for spec in network.layers)
 
 
 def count(network, masks: Mapping[str, Any] | None = None) -> dict[str, int]:
@@ -18,16 +53,12 @@ def count(network, masks: Mapping[str, Any] | None = None) -> dict[str, int]:
         computed, zeros of masks included: with `model.dispatch` "all" every expert and the router, else one expert a
         layer, padding left out. Of the network: "params".
     """
-    shapes = {name: leaf.shape for name, leaf in tree.named_leaves(network.shapes["params"]).items()}
-    kept = masked.shares(shapes, masks)
-
-    def counted(spec):
-        return spec.macs * kept.get(f"{spec.path}/kernel", 1)
-
-    backbone = [spec for spec in network.layers if not spec.path.startswith("router/")]
-    pathway = int(sum(map(counted, backbone)))
-    total = int(sum(map(counted, network.layers)))
-    every = network.num_experts if network.module.dispatch.kind == "all" else 1
+    costs = by_layer(network, masks)
+    pathway = int(sum(cost.macs for cost in costs if not cost.path.startswith("router/")))
+    total = int(sum(cost.macs for cost in costs))
     return {"pathway": pathway, "router": total - pathway, "total": total,
-            "executed": sum(min(spec.stored_macs, every * spec.macs) for spec in network.layers),
-            "params": masked.kept(shapes, masks)}
+            "executed": sum(cost.executed for cost in costs), "params": masked.kept(_shapes(network), masks)}
+
+
+def _shapes(network) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in tree.named_leaves(network.shapes["params"]).items()}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from advmoe_jax.core.layer_spec import LayerSpec
+from advmoe_jax.models.macs import LayerCost
 
 
 def of_group(variables: dict[str, Any], group: str) -> dict[str, Any]:
@@ -24,3 +25,8 @@ def layers_within(group: str, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, .
     """The layers of a network as those of the whole model, whose paths begin with the group."""
     return tuple(dataclasses.replace(spec, path=f"{group}/{spec.path}", norm=spec.norm and f"{group}/{spec.norm}",
                                      inputs=tuple(f"{group}/{path}" for path in spec.inputs)) for spec in layers)
+
+
+def costs_within(group: str, costs: Sequence[LayerCost]) -> tuple[LayerCost, ...]:
+    """The same of what the layers of a network cost."""
+    return tuple(dataclasses.replace(cost, path=f"{group}/{cost.path}") for cost in costs)

@@ -23,7 +23,8 @@ from advmoe_jax.core.fields import Only, setting
 from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.core.tables import Table
 from advmoe_jax.models import gate_facts, network
-from advmoe_jax.models.members import layers_within, of_group, stacked
+from advmoe_jax.models.macs import LayerCost
+from advmoe_jax.models.members import costs_within, layers_within, of_group, stacked
 from advmoe_jax.models.network import Network
 from advmoe_jax.ops import dispatch, gating, routing
 from advmoe_jax.ops.dispatch import Dispatch
@@ -249,6 +250,10 @@ class Mixture:
         return {"pathway": pathway, "router": router, "total": pathway + router,
                 "executed": round(mean("executed")) + gate.get("executed", 0),
                 "params": sum(part["params"] for part in parts) + gate.get("params", 0)}
+
+    def layer_costs(self, masks: Any = None) -> tuple[LayerCost, ...]:
+        return tuple(cost for group, net in self._networks.items()
+                     for cost in costs_within(group, net.layer_costs((masks or {}).get(group))))
 
     def _together(self, member_logits, gate_logits):
         """(B, M, K), (B, M) -> (B, K), of all experts."""

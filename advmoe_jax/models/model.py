@@ -15,7 +15,8 @@ from advmoe_jax.core import find
 from advmoe_jax.core.fields import setting
 from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.core.tables import Table
-from advmoe_jax.models import network, normalisation
+from advmoe_jax.models import needs, network, normalisation
+from advmoe_jax.models.macs import LayerCost
 
 Variables = dict[str, Any]
 """{"params": {group: tree}, "batch_stats": {group: tree}}."""
@@ -38,9 +39,11 @@ class Computing:
 
 
 def check(config) -> None:
-    """Raises UserError for a mean without a standard deviation, or of other channels."""
+    """Raises UserError for a mean without a standard deviation, or of other channels, and for a layer without
+    channels."""
     if "mean" in config.model:
         normalisation.check(config.model.mean, config.model.std)
+    needs.check_channels(config.model)
 
 
 class Model(Protocol):
@@ -137,6 +140,10 @@ class Model(Protocol):
             facts: measured ones, for models whose cost depends on the images.
         """
 
+    def layer_costs(self, masks: Any = None) -> tuple[LayerCost, ...]:
+        """What each layer costs, in the order of `layers`, as if every image were computed by all networks of a model
+        of several. Arguments as `costs`."""
+
 
 def output_shapes(model: Model) -> tuple[jax.ShapeDtypeStruct, dict[str, jax.ShapeDtypeStruct]]:
     """Logits and aux of one image, without computing anything."""
@@ -149,8 +156,9 @@ def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | 
     `model(cfg, image_shape, num_classes, mesh)` builds its own.
 
     Raises:
-        UserError: a field is out of range or names nothing.
+        UserError: a field is out of range or names nothing, or the images are too small.
     """
     module = find.module("models", cfg.name, defines=("backbone", "model"), kind="model.name")
+    needs.check_pixels(cfg, image_shape)
     build = getattr(module, "model", network.make)
     return build(cfg, image_shape, num_classes, mesh)

@@ -154,16 +154,20 @@ class Network:
         return f"experts: model.dispatch={self.module.dispatch.kind}" if self.is_routed else ""
 
     @functools.cached_property
+    def _traced(self) -> tuple[tuple[LayerSpec, ...], dict[str, Any]]:
+        return trace.with_variables(self.module.clone(dispatch=Dispatch("all")), _image(self.image_shape),
+                                    routing.hard(), 0)
+
+    @property
     def shapes(self) -> dict[str, Any]:
-        return jax.eval_shape(self.init, jax.random.key(0))
+        """Of the variables that `init` makes."""
+        return {"batch_stats": {}} | self._traced[1]
 
     @functools.cached_property
     def layers(self) -> tuple[LayerSpec, ...]:
         """Every layer: those of the backbone, of which the routed ones ask for choices in this order, then those of the
         router."""
-        module, x = self.module.clone(dispatch=Dispatch("all")), _image(self.image_shape)
-        specs = trace.layers(module, x, routing.hard(), 0)
-        return tuple(sorted(specs, key=lambda spec: not spec.path.startswith("backbone/")))
+        return tuple(sorted(self._traced[0], key=lambda spec: not spec.path.startswith("backbone/")))
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -291,6 +295,9 @@ class Network:
 
     def costs(self, masks: Any = None, facts: Mapping[str, Any] | None = None) -> dict[str, int]:
         return macs.count(self, masks)
+
+    def layer_costs(self, masks: Any = None) -> tuple[macs.LayerCost, ...]:
+        return macs.by_layer(self, masks)
 
 
 @jax.tree_util.register_static

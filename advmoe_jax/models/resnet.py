@@ -10,7 +10,7 @@ B batch, H W height and width, C channels, E experts, K classes.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 from flax import linen as nn
@@ -30,12 +30,14 @@ from advmoe_jax.models.layers import (
     global_average_pool,
     scaled_width,
 )
+from advmoe_jax.models.needs import Needs
 
 DEPTHS = {"10": (1, 1, 1, 1), "18": (2, 2, 2, 2), "34": (3, 4, 6, 3)}
 """Blocks of each stage, of basic blocks."""
 BOTTLENECKS = {"50": (3, 4, 6, 3), "101": (3, 4, 23, 3), "152": (3, 8, 36, 3)}
 """The same of bottlenecks."""
 STEMS = ("cifar", "imagenet")
+_IMAGENET_PIXELS = 33  # of 32 the stem, which quarters a side, and three strides would leave one
 _EXPANSION = 4
 
 
@@ -151,3 +153,15 @@ def backbone(cfg, num_classes: int) -> ResNet:
     depth = _depth(cfg.depth, "model.depth")
     return ResNet(num_classes, cfg.width, (DEPTHS | BOTTLENECKS)[depth], depth in BOTTLENECKS,
                   one_of("model.stem", cfg.stem, STEMS), experts_of(cfg))
+
+
+def needs(cfg) -> Needs:
+    """As `models.needs.Needs`."""
+    return needs_of_stem(cfg.stem, {"the first stage (model.width)": cfg.width})
+
+
+def needs_of_stem(stem: str, channels: Mapping[str, int]) -> Needs:
+    """Those of a network with one of STEMS. Images that the CIFAR stem is for are too small for the other one."""
+    if stem == "imagenet":
+        return Needs(channels, _IMAGENET_PIXELS, "model.stem=imagenet", "model.stem=cifar")
+    return Needs(channels)

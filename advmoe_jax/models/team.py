@@ -25,6 +25,7 @@ from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.core.tables import Table
 from advmoe_jax.models import network, taps
 from advmoe_jax.models.ensemble import Ensemble
+from advmoe_jax.models.macs import LayerCost
 from advmoe_jax.models.members import of_group, stacked
 from advmoe_jax.models.network import Network
 from advmoe_jax.ops import stopping
@@ -243,6 +244,9 @@ class Team:
         found = {name: total(name, asked) for name in ("pathway", "router", "total")}
         return found | {"executed": total("executed", asked if self.is_sequential else every),
                         "params": total("params", every)}
+
+    def layer_costs(self, masks: Any = None) -> tuple[LayerCost, ...]:
+        return self.ensemble.layer_costs(masks)
 
 
 @jax.tree_util.register_static

@@ -33,7 +33,8 @@ from advmoe_jax.models.layers import (
     global_average_pool,
     scaled_width,
 )
-from advmoe_jax.models.resnet import STEMS
+from advmoe_jax.models.needs import Needs
+from advmoe_jax.models.resnet import STEMS, needs_of_stem
 
 _STAGES = 3
 _STEM_WIDTH = 16
@@ -124,3 +125,8 @@ def backbone(cfg, num_classes: int) -> WideResNet:
     """
     return WideResNet(num_classes, cfg.width, _blocks(cfg.depth, "model.depth"), one_of("model.stem", cfg.stem, STEMS),
                       experts_of(cfg))
+
+
+def needs(cfg) -> Needs:
+    """As `models.needs.Needs`."""
+    return needs_of_stem(cfg.stem, {"the stem": _STEM_WIDTH, "the first stage (model.width)": cfg.width})

@@ -48,7 +48,13 @@ def layers(module: nn.Module, x: Any, *args) -> tuple[LayerSpec, ...]:
         x: (B, H, W, C), its first argument; shape and type suffice.
         *args: its other arguments, which are taken for settings and not for data.
     """
-    return layers_of(lambda x: module.init_with_output(jax.random.key(0), x, *args)[0], x)
+    return with_variables(module, x, *args)[0]
+
+
+def with_variables(module: nn.Module, x: Any, *args) -> tuple[tuple[LayerSpec, ...], dict[str, Any]]:
+    """`layers`, and the shapes of the variables that the module then has. Arguments as `layers`."""
+    specs, (_, variables) = _traced(lambda x: module.init_with_output(jax.random.key(0), x, *args), x)
+    return specs, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
 
 
 def layers_of(function: Callable[[jax.Array], Any], x: Any) -> tuple[LayerSpec, ...]:
@@ -61,6 +67,11 @@ def layers_of(function: Callable[[jax.Array], Any], x: Any) -> tuple[LayerSpec, 
         function: applies or initialises linen modules.
         x: (B, H, W, C), its argument; shape and type suffice.
     """
+    return _traced(function, x)[0]
+
+
+def _traced(function: Callable[[jax.Array], Any], x: Any) -> tuple[tuple[LayerSpec, ...], Any]:
+    """As `layers_of`, with the shapes of what the function returns."""
     specs: dict[str, LayerSpec] = {}
 
     def tagged(call, args, kwargs, context):
@@ -84,11 +95,12 @@ def layers_of(function: Callable[[jax.Array], Any], x: Any) -> tuple[LayerSpec, 
 
     inputs: dict[str, _Sources] = {}
     norms: dict[str, str] = {}
-    program = jax.make_jaxpr(outputs)(x).jaxpr
-    _follow(program, [_Sources((_IMAGE,))], inputs, norms)
-    return tuple(dataclasses.replace(
+    program, returned = jax.make_jaxpr(outputs, return_shape=True)(x)
+    _follow(program.jaxpr, [_Sources((_IMAGE,))], inputs, norms)
+    found = tuple(dataclasses.replace(
         spec, norm=norms.get(path), inputs=tuple(source for source in inputs[path].paths if source != _IMAGE),
         join=inputs[path].join) for path, spec in specs.items())
+    return found, returned
 
 
 def is_norm(module: nn.Module) -> bool:

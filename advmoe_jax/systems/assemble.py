@@ -18,6 +18,7 @@ from advmoe_jax.data import pipeline
 from advmoe_jax.evaluation import criteria, measure
 from advmoe_jax.evaluation.suites import Suite
 from advmoe_jax.models import model as models
+from advmoe_jax.models import needs
 from advmoe_jax.systems import sources
 from advmoe_jax.train import state as states
 from advmoe_jax.train.loop import Rates
@@ -55,9 +56,13 @@ class Experiment:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for attacks that cannot choose a checkpoint, or be measured beside."""
+    """Raises UserError for attacks that cannot choose a checkpoint, or be measured beside, and for images that are too
+    small for the model."""
     _selection(config)
     criteria.asked(config)
+    shape, _ = pipeline.known(config.data)
+    if shape:
+        needs.check_pixels(config.model, shape)
 
 
 def assemble(config: ConfigDict, starts: bool = True, workdir: epath.Path | None = None) -> Experiment:
