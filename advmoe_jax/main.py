@@ -15,12 +15,10 @@ no space left on a disk, run me again when there is; 75 stopped by SIGTERM, or a
 """
 
 import argparse
-import itertools
 import sys
 from collections.abc import Sequence
 
 from advmoe_jax.core import cli
-from advmoe_jax.core.errors import UserError, unknown_name
 
 MODES = ("train", "evaluate", "report")
 
@@ -45,15 +43,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
     parser.add_argument("--join_timeout", type=int, default=300, metavar="S", help="seconds to wait for them; 300")
     flags, rest = parser.parse_known_args(argv)
-    known = [option for action in parser._actions for option in action.option_strings]
-    for word, following in itertools.pairwise([*rest, "--"]):
-        if not word.startswith("-"):
-            raise UserError(f"unexpected {word!r}: expected --config {word}, or --config.FIELD=VALUE in one word")
-        if not word.startswith("--config."):
-            raise unknown_name("flag", word.partition("=")[0], known)
-        if "=" not in word and not following.startswith("--"):
-            raise UserError(f"{word} has no value: expected {word}={following}, in one word")
-    return flags, [word.removeprefix("--config.") for word in rest]
+    return flags, parser.overrides(rest)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

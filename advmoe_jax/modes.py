@@ -35,7 +35,7 @@ def _start(flags: argparse.Namespace, overrides: list[str]) -> None:
     loaded = _load(flags)
     if isinstance(loaded, Recipe):
         return of_recipe(flags, loaded, overrides)
-    config = _with(loaded, overrides)
+    config = configs.checked(loaded, overrides)
     if flags.list_fields:
         return list_fields(config)
     if flags.list or flags.only:
@@ -70,7 +70,7 @@ def of_recipe(flags: argparse.Namespace, chosen: Recipe, overrides: list[str]) -
     root = paths.path(flags.workdir or f"runs/{first.name.removesuffix('/' + first.run)}")
     names = {run.name for run in recipe.only(recipe.plan(chosen, root), flags.only)}
     for name, config in chosen.runs.items():
-        _with(config, overrides if name in names else [], f"run {name}: ")
+        configs.checked(config, overrides if name in names else [], f"run {name}: ")
     if flags.list_fields:
         return list_fields(first)
     taken = [run for run in recipe.plan(chosen, root) if run.name in names]
@@ -187,16 +187,6 @@ def _load(flags: argparse.Namespace) -> ConfigDict | Recipe:
         return configs.default()
     raise UserError("--config is missing: expected for example --config configs/digits_r18.py, or --mode evaluate "
                     "with the --workdir of a run")
-
-
-def _with(config: ConfigDict, overrides: list[str], where: str = "") -> ConfigDict:
-    """The config with the fields of the command line, checked."""
-    try:
-        configs.override_all(config, overrides)
-        configs.check(config)
-    except UserError as error:
-        raise type(error)(f"{where}{error}") from None
-    return config
 
 
 def _cluster(flags: argparse.Namespace, workdir: epath.Path, planned: Mapping[str, ConfigDict]):

@@ -2,10 +2,11 @@
 
 import argparse
 import contextlib
+import itertools
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from advmoe_jax.core.errors import (
     EXIT_BUG,
@@ -15,6 +16,7 @@ from advmoe_jax.core.errors import (
     EXIT_PIPE_CLOSED,
     FULL,
     UserError,
+    unknown_name,
 )
 
 
@@ -26,6 +28,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message}; --help shows what there is")
+
+    def overrides(self, rest: Sequence[str]) -> list[str]:
+        """Of the words that `parse_known_args` leaves over: the fields of a config, "model.width=32" of
+        "--config.model.width=32". Raises UserError for anything else."""
+        known = [option for action in self._actions for option in action.option_strings]
+        for word, following in itertools.pairwise([*rest, "--"]):
+            if not word.startswith("-"):
+                raise UserError(f"unexpected {word!r}: expected --config {word}, or --config.FIELD=VALUE in one word")
+            if not word.startswith("--config."):
+                raise unknown_name("flag", word.partition("=")[0], known)
+            if "=" not in word and not following.startswith("--"):
+                raise UserError(f"{word} has no value: expected {word}={following}, in one word")
+        return [word.removeprefix("--config.") for word in rest]
 
 
 def ending(action: Callable[[], None]) -> int:

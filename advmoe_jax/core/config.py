@@ -314,6 +314,16 @@ def check(config: ConfigDict) -> None:
     fields.check_effects(wanted, values, config)
 
 
+def checked(config: ConfigDict, overrides: list[str], where: str = "") -> ConfigDict:
+    """The config, changed in place by `override_all` and checked. `where` stands in front of what a UserError says."""
+    try:
+        override_all(config, overrides)
+        check(config)
+    except UserError as error:
+        raise type(error)(f"{where}{error}") from None
+    return config
+
+
 def _check_values(values: Mapping[str, Any]) -> dict[str, Setting]:
     """The table of a whole config, once each of its values is of the right type and in range."""
     wanted = table(values)
