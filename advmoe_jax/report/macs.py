@@ -85,9 +85,9 @@ class Count:
         return {} if self.paper is None else {kind: self.macs[kind] / _GIGA - self.paper for kind in kinds}
 
 
-def of_cases() -> Iterator[Count]:
-    """All of `advmoe_costs.CASES`, one after the other."""
-    for case in advmoe_costs.CASES:
+def of_cases(cases: Sequence[advmoe_costs.Case] = advmoe_costs.CASES) -> Iterator[Count]:
+    """Networks of AdvMoE's paper, one after the other."""
+    for case in cases:
         yield of_model(case.config().model, case.image_shape, case.num_classes, case.network)
 
 

@@ -23,6 +23,8 @@ from advmoe_jax.models import macs, network
 from advmoe_jax.models.layers import scaled_width
 from advmoe_jax.ops import routing
 from advmoe_jax.ops.dispatch import Choice
+from advmoe_jax.report import advmoe_costs
+from advmoe_jax.report import macs as report_macs
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "advmoe_nets.json").read_text())
 MOE, SMALL_DENSE = GOLDEN["rn18_moe_N2_r.5"], GOLDEN["rn18_ori_r.5"]
@@ -45,26 +47,89 @@ def abstract(net):
 # Sizes.
 
 
-@pytest.mark.parametrize("num_experts, model_scale, backbone", [
-    (1, 1., 11_173_962), (1, .8, 7_122_360), (1, .5, 2_797_610), (1, .2, 444_218),
-    (2, .5, 5_565_450), (2, .8, 14_137_814), (2, .2, 891_937), (5, .5, 13_832_202), (8, .5, 22_098_954),
-    (10, .5, 27_610_122), (4, .25, 2_791_338), (10, .1, 1_107_757), (10, .8, 70_183_766)])
-def test_parameters_of_resnet18(num_experts, model_scale, backbone):
-    params = abstract(net(num_experts, model_scale))["params"]
-    assert tree.size(params["backbone"]) == backbone
-    if num_experts > 1:
-        assert tree.size(params["router"]) == {2: 269_202, 4: 269_332, 5: 269_397, 8: 269_592, 10: 269_722}[num_experts]
+PATHWAYS = {
+    "ResNet-18, CIFAR-10": {
+        (1, 1.): (555_422_720, 11_173_962), (1, .8): (.353, 7_122_360), (1, .5): (139_299_328, 2_797_610),
+        (1, .2): (.0214, 444_218), (2, .5): (151_718_400, 5_565_450), (2, .8): (.363, 14_137_814),
+        (2, .2): (.0293, 891_937), (5, .5): (151_718_400, 13_832_202), (8, .5): (151_718_400, 22_098_954),
+        (10, .5): (151_718_400, 27_610_122), (4, .25): (None, 2_791_338), (10, .1): (None, 1_107_757),
+        (10, .8): (.363, 70_183_766)},
+    "ResNet-18, CIFAR-100": {(2, .5): (None, 5_588_580)},
+    "WRN-28-10, CIFAR-10": {
+        (1, 1.): (5_243_328_768, 36_479_194), (1, .8): (3.355, 23_349_606), (1, .5): (1_310_944_384, 9_126_002),
+        (1, .2): (.210, 1_463_073), (2, .5): (1_310_944_384, 18_239_602), (2, .8): (3.355, 46_679_398),
+        (2, .2): (.210, 2_921_185)},
+    "VGG-16, CIFAR-10": {
+        (1, 1.): (313_788_928, 15_311_818), (1, .5): (79_071_744, 4_013_034), (2, .5): (79_071_744, 7_690_218)},
+    # The released mixture cannot be built: of each block, 6 layers that read 12, 24 or 30 channels and 6 more each.
+    "DenseNet-BC-40, CIFAR-10": {
+        (1, 1.): (72_365_352, 176_122), (1, .5): (18_257_556, 45_802),
+        (2, .5): (18_257_556, 45_802 + sum((6 * c + 15 * 6) * 24 + 6 * 9 * 24 * 6 for c in (12, 24, 30)))},
+    "ResNet-18, Tiny-ImageNet": {(1, 1.): (2_221_772_800, None), (1, .5): (.557, None), (2, .5): (.607, None)},
+    "WRN-28-10, Tiny-ImageNet": {(1, 1.): (20_973_417_472, None), (1, .5): (5.244, None), (2, .5): (5.244, None)},
+    "ResNet-18, ImageNet": {
+        (1, 1.): (1_814_073_344, 11_689_512), (1, .5): (483_149_824, 3_055_880), (2, .5): (483_149_824, 5_845_256)},
+    # The released small WRN has 16 parameters more: its stem of 8 channels has a norm of 16, and cannot run.
+    "WRN-28-10, ImageNet": {
+        (1, 1.): (16_086_463_488, 37_115_736), (1, .5): (4_029_151_744, 9_444_784 - 16),
+        (2, .5): (4_029_151_744, 18_558_368)}}
+"""Of each network {(N, r): (pathway, parameters of the backbone)}: exact numbers, or 1e9 MACs as far as they were
+written down."""
+ROUTERS = {2: 269_202, 4: 269_332, 5: 269_397, 8: 269_592, 10: 269_722}
+"""Parameters of the released router."""
+EXECUTED = {
+    "ResNet-18, CIFAR-10": (.1517, .1923, .3385), "WRN-28-10, CIFAR-10": (1.311, 1.351, 2.662),
+    "VGG-16, CIFAR-10": (.0791, .1196, .1975), "DenseNet-BC-40, CIFAR-10": (.0183, .0588, .0751),
+    "ResNet-18, Tiny-ImageNet": (.607, .769, 1.354), "WRN-28-10, Tiny-ImageNet": (5.244, 5.406, 10.65),
+    "ResNet-18, ImageNet": (.483, 2.470, 2.894), "WRN-28-10, ImageNet": (4.029, 6.016, 10.03)}
+"""Of mixtures with N=2 and r=.5, 1e9 MACs of the pathway, with the router, and of all that is computed."""
+DEEPER = {34: 21_797_672, 50: 25_557_032, 101: 44_549_160}
+"""Parameters of torchvision's ResNets."""
 
 
-@pytest.mark.parametrize("num_experts, model_scale, backbone", [
-    (1, 1., 11_689_512), (1, .5, 3_055_880), (2, .5, 5_845_256)])
-def test_parameters_of_resnet18_for_imagenet(num_experts, model_scale, backbone):
-    ours = net(num_experts, model_scale, size=224, classes=1000, stem="imagenet")
-    assert tree.size(abstract(ours)["params"]["backbone"]) == backbone
+def _are(macs, giga):
+    """Whether a count is what was written down: exactly, or to its last digit."""
+    return macs == giga if isinstance(giga, int) else macs / 1e9 == pytest.approx(
+        giga, abs=.51 * 10.**-len(str(giga).partition(".")[2]))
+
+
+def _is_large(case):
+    """Those of a hundred layers that are routed or narrowed."""
+    return case.paper is None and case.network not in PATHWAYS and case.model_scale < 1
+
+
+@pytest.mark.parametrize("case", slow_but(lambda case: not _is_large(case), advmoe_costs.CASES), ids=lambda case: (
+    f"{case.network}-{case.num_experts}-{case.model_scale}"))
+def test_what_networks_cost(case):
+    """All that `report.macs --all` shows."""
+    found, of = next(report_macs.of_cases([case])), (case.num_experts, case.model_scale)
+    routed = case.num_experts > 1
+    pathway, params = PATHWAYS.get(case.network, {}).get(of, (None, None))
+    assert pathway is None or _are(found.macs["pathway"], pathway)
+    assert params in (None, found.params - found.router_params)
+    assert found.router_params == (ROUTERS[case.num_experts] if routed else 0)
+    assert found.macs["total"] == found.macs["pathway"] + found.macs["router"] and found.paper == case.paper
+    if not routed:
+        assert found.macs["router"] == 0 and found.macs["executed"] == found.macs["pathway"]
+    elif case.num_experts == 2 and case.side == 32:
+        assert found.macs["router"] == 40_550_528
+    if of == (2, .5) and case.network in EXECUTED:
+        assert all(map(_are, (found.macs[kind] for kind in ("pathway", "total", "executed")), EXECUTED[case.network]))
+    if of == (1, 1.) and case.network not in PATHWAYS:
+        assert found.params == DEEPER[case.config().model.depth]
+    if routed and case.network not in PATHWAYS:
+        small = net(1, .5, **case.fields, size=case.side, classes=case.num_classes)
+        assert found.macs["pathway"] == macs.count(small)["pathway"]
+
+
+def test_every_number_has_its_network():
+    counted = {(case.network, case.num_experts, case.model_scale) for case in advmoe_costs.CASES}
+    assert {(network, *of) for network, found in PATHWAYS.items() for of in found} <= counted
+    assert {(network, 2, .5) for network in EXECUTED} <= counted
+    assert len(counted) == len(advmoe_costs.CASES)
 
 
 def test_parameters_of_the_expert_kernels():
-    assert tree.size(abstract(net(classes=100))["params"]["backbone"]) == 5_588_580
     assert sum(math.prod(spec.kernel) for spec in net().layers if spec.routed) == 5_511_168
     routed = [spec for spec in net(size=224, classes=1000, stem="imagenet").layers if spec.routed]
     assert len(routed) == 19 and sum("shortcut" in spec.path for spec in routed) == 3
@@ -101,70 +166,17 @@ def test_widths(model_scale, widths):
     assert tuple(spec.width for spec in first_of_stage) == widths
 
 
-@pytest.mark.parametrize("ours, pathway, router", [
-    (dict(num_experts=1, model_scale=1.), 555_422_720, 0), (dict(num_experts=1), 139_299_328, 0),
-    (dict(), 151_718_400, 40_550_528),
-    (dict(num_experts=1, model_scale=1., size=64, classes=200), 2_221_772_800, 0),
-    (dict(num_experts=1, model_scale=1., size=224, classes=1000, stem="imagenet"), 1_814_073_344, 0),
-    (dict(num_experts=1, size=224, classes=1000, stem="imagenet"), 483_149_824, 0),
-    (dict(size=224, classes=1000, stem="imagenet"), 483_149_824, None)])
-def test_macs(ours, pathway, router):
-    counted = macs.count(net(**ours))
-    assert counted["pathway"] == pathway
-    assert router is None or counted["router"] == router
-    assert counted["total"] == counted["pathway"] + counted["router"]
-
-
-IMAGENET_WRN = dict(name="wide_resnet", size=224, classes=1000, stem="imagenet")
-ROUTER = 269_202  # parameters, for two experts
-
-
-@pytest.mark.parametrize("ours, params, pathway", slow_but(lambda case: case[0] == dict(num_experts=1), [
-    (dict(num_experts=1, model_scale=1.), 36_479_194, 5_243_328_768),
-    (dict(num_experts=1, model_scale=.8), 23_349_606, None),
-    (dict(num_experts=1), 9_126_002, 1_310_944_384), (dict(num_experts=1, model_scale=.2), 1_463_073, None),
-    (dict(model_scale=.8), 46_679_398 + ROUTER, None), (dict(model_scale=.2), 2_921_185 + ROUTER, None),
-    (dict(num_experts=1, model_scale=1., size=64, classes=200), None, 20_973_417_472),
-    (dict(num_experts=1, model_scale=1.) | IMAGENET_WRN, 37_115_736, 16_086_463_488),
-    # The released code has 16 more: its stem of 8 channels has a norm of 16, and cannot run.
-    (dict(num_experts=1) | IMAGENET_WRN, 9_444_784 - 16, 4_029_151_744),
-    (IMAGENET_WRN, 18_558_368 + ROUTER, 4_029_151_744)]))
-def test_wide_resnet_28_10(ours, params, pathway):
-    counted = macs.count(net(**dict(name="wide_resnet") | ours))
-    assert params in (counted["params"], None) and pathway in (counted["pathway"], None)
-
-
-@pytest.mark.parametrize("ours, params, pathway", [
-    (dict(num_experts=1, model_scale=1.), 176_122, 72_365_352), (dict(num_experts=1), 45_802, 18_257_556)])
-def test_densenet_bc_40(ours, params, pathway):
-    counted = macs.count(net(name="densenet", **ours))
-    assert (counted["params"], counted["pathway"]) == (params, pathway)
-
-
-@pytest.mark.parametrize("name, routed, params, table", [
-    ("wide_resnet", 27, 18_239_602, (1.311, 1.351, 2.662)),
-    # The released DenseNet cannot be built: of each block, 6 layers that read 12, 24 or 30 channels and 6 more each.
-    ("densenet", 36, 45_802 + sum((6 * c + 15 * 6) * 24 + 6 * 9 * 24 * 6 for c in (12, 24, 30)), (
-        .0183, .0588, .0751))])
-def test_mixtures_of_the_other_backbones(name, routed, params, table):
-    """What is routed, parameters of the backbone, and MACs of the pathway, with the router, and executed. A pathway is
-    the small dense network."""
-    ours, counted = net(name=name), macs.count(net(name=name))
-    assert sum(spec.routed for spec in ours.layers) == routed and counted["params"] == params + ROUTER
-    for kind, giga in zip(("pathway", "total", "executed"), table):
-        assert counted[kind] / 1e9 == pytest.approx(giga, abs=.51 * 10.**-(4 if giga < .5 else 3))
+@pytest.mark.parametrize("name, routed, fields", [
+    ("wide_resnet", 27, {}), ("densenet", 36, {}), ("vgg", 12, dict(form="released"))])
+def test_mixtures_of_the_other_backbones(name, routed, fields):
+    """What is routed; and a pathway is the small dense network."""
+    ours = net(name=name, **fields)
+    assert sum(spec.routed for spec in ours.layers) == routed
     backbone = [spec for spec in ours.layers if spec.path.startswith("backbone/")]
     assert [(spec.path, spec.width, spec.macs) for spec in backbone] == [
-        (spec.path, spec.width, spec.macs) for spec in net(1, name=name).layers]
-
-
-@pytest.mark.parametrize("ours, table", [
-    (dict(), (.1517, .1923, .3385)), (dict(size=64, classes=200), (.607, .769, 1.354)),
-    (dict(size=224, classes=1000, stem="imagenet"), (.483, 2.470, 2.894))])
-def test_macs_pathway_total_executed(ours, table):
-    counted = macs.count(net(**ours))
-    for name, giga in zip(("pathway", "total", "executed"), table):
-        assert counted[name] / 1e9 == pytest.approx(giga, abs=.51 * 10.**-(4 if giga < .5 and not ours else 3))
+        (spec.path, spec.width, spec.macs) for spec in net(1, name=name, **fields).layers]
+    if name == "vgg":
+        assert sum(math.prod(spec.kernel) for spec in backbone if spec.routed) == 7_354_368
 
 
 # Outputs by hashed weights.

@@ -1,14 +1,14 @@
-"""MACs against numbers counted by hand, and ResNet-18 against the exact counts of its papers' variants."""
+"""MACs against numbers counted by hand; those of the papers' networks are in test_golden.py."""
 
+import jax
 import numpy as np
 import pytest
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.models import macs, network
+from advmoe_jax.models import model as models
 
 DENSE = dict(num_experts=1, model_scale=1.0)
-S_DENSE = dict(num_experts=1, model_scale=0.5)
-IMAGENET = dict(shape=(224, 224, 3), classes=1000, stem="imagenet")
 
 
 def _cfg(**fields):
@@ -58,21 +58,6 @@ def test_experts_and_routers_by_hand():
         "params": params}
 
 
-@pytest.mark.parametrize("expected,fields", [
-    (555_422_720, DENSE),
-    (139_299_328, S_DENSE),
-    (151_718_400, dict(num_experts=2, model_scale=0.5)),
-    (1_814_073_344, DENSE | IMAGENET),
-    (483_149_824, S_DENSE | IMAGENET),
-])
-def test_pathway_of_resnet18(expected, fields):
-    assert count(**fields)["pathway"] == expected
-
-
-def test_router_of_the_released_code():
-    assert count(routing="global")["router"] == 40_550_528
-
-
 def test_masks_are_counted_and_computed_all_the_same():
     """Zeros of a mask cost nothing on paper, and as much as ever in a convolution."""
     net = network.make(_cfg(width=4, **DENSE), (8, 8, 1), 10)
@@ -83,3 +68,35 @@ def test_masks_are_counted_and_computed_all_the_same():
     gone = spec.macs * 3 // 4
     assert macs.count(net, masks) == dense | {"pathway": dense["pathway"] - gone, "total": dense["total"] - gone,
                                               "params": dense["params"] - 27}
+
+
+@pytest.mark.parametrize("fields, group", [
+    (dict(num_experts=2, model_scale=0.5, dispatch="all"), "backbone"), (DENSE | dict(name="ensemble"), "member0"),
+    (DENSE | dict(name="mixture"), "expert1"), (DENSE | dict(name="team"), "member1")])
+def test_layers_add_up_to_the_model(fields, group, tiny_resnet):
+    """With a mask in one of the networks, of half the weights of a layer."""
+    config = configs.default(model=fields.get("name", "resnet")).model
+    config.update(dict(depth=4, width=8, router_width=3) | fields)
+    model = models.make(config, (8, 8, 1), 10)
+    path = next(spec.path for spec in model.layers if spec.path.startswith(group) and spec.path.endswith("0/conv1"))
+    mask = np.arange(8) % 2 < 1
+    masks = {group: mask}
+    for name in reversed(f"{path}/kernel".split("/")[1:]):
+        masks[group] = {name: masks[group]}
+    if group != "backbone":
+        assert path.startswith(f"{group}/backbone/")
+    for given in (None, masks):
+        layers, whole = model.layer_costs(given), model.costs(given)
+        assert [cost.path for cost in layers] == [spec.path for spec in model.layers]
+        assert sum(cost.macs for cost in layers) == whole["total"]
+        assert sum(cost.executed for cost in layers) == whole["executed"]
+        norms = sum(leaf.size for name, leaf in _leaves(model) if not name.endswith("kernel") and "/linear/" not in name
+                    and "/hidden/" not in name and "/scores/" not in name)
+        assert sum(cost.params for cost in layers) + norms == whole["params"]
+    masked, dense = ({cost.path: cost for cost in model.layer_costs(given)}[path] for given in (masks, None))
+    assert (2 * masked.macs, 2 * masked.params, masked.executed) == (dense.macs, dense.params, dense.executed)
+
+
+def _leaves(model):
+    return [("/".join(str(key.key) for key in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(
+        model.shapes["params"])]
