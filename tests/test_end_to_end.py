@@ -18,7 +18,7 @@ from tiny import REPO, entries, flags, forget_configs, listing, metrics, saved_s
 from advmoe_jax import main
 from advmoe_jax.attacks import parse
 from advmoe_jax.core import config as configs
-from advmoe_jax.core import find, recipe
+from advmoe_jax.core import find, recipe, rng
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
@@ -299,8 +299,33 @@ def _arguments(path):
     return ("", *methods.METHODS) if takes else ("",)
 
 
+BUILT, STEPPED = set(), set()
+TINY_DEPTHS = {"cifar_resnet": 8, "vgg": 11, "wide_resnet": 10, "densenet": 10, "resnet": 4}
+BATCH = 8
+
+
+def _tiny(config):
+    """Makes a config small, and gives the shape of its images, which have the size of its data set, and classes."""
+    backbone = config.model.get("member") or config.model.get("base") or config.model.name
+    config.data.batch_size = BATCH
+    config.model.update(dict(depth=TINY_DEPTHS[backbone], width=4) | (
+        dict(router_width=4) if config.model.num_experts > 1 else {}))
+    shape, classes = pipeline.known(config.data)
+    return shape, classes or 10
+
+
+def _build(config):
+    """Builds the model of a config, small and abstractly, unless another config has had the same."""
+    images = _tiny(config)
+    fields = {name: value for name, value in config.model.items() if f"model.{name}" not in normalisation.NAMES}
+    if (kind := str((fields, images))) not in BUILT:
+        BUILT.add(kind)
+        assert model.output_shapes(model.make(config.model, *images))[0].shape == (1, images[1])
+
+
 @pytest.mark.parametrize("path", CONFIG_FILES)
 def test_config_file(path, monkeypatch):
+    """Each run passes its checks, and its model can be built."""
     monkeypatch.chdir(REPO)
     monkeypatch.syspath_prepend(str((REPO / path).parent))
     arguments = _arguments(path)
@@ -311,43 +336,71 @@ def test_config_file(path, monkeypatch):
         assert config.file == path
         configs.override(config, "seed=3")
         assert config.seed == 3
+        _build(config)
     assert len(runs) >= len(arguments)
     if len(arguments) > 1:
         with pytest.raises(UserError, match="did you mean 'advmoe'"):
             configs.load(f"{path}:advmo")
 
 
-TRACED = set()
+def _system(config, shape, classes):
+    """Of a tiny run, with the data that it draws from and its devices."""
+    mesh, count = meshes.make(), 64
+    images = Arrays(np.random.default_rng(0).integers(0, 256, (count, *shape), np.uint8),
+                    np.arange(count, dtype=np.int32) % classes)
+    data = pipeline.Data(images, np.arange(count), images, np.arange(4), images, classes, shape)
+    net = model.make(config.model, shape, classes, mesh)
+    return find.module("systems", config.system.name, defines="make").make(config, net, data, mesh, {}), images, mesh
 
 
 @pytest.mark.parametrize("path", slow_but(lambda path: not re.search("/paper/|mol_|eed_", path), CONFIG_FILES))
-def test_a_step_of_a_config_can_be_traced(path, monkeypatch):
-    """At a small size, and without running it; what several configs have in common once."""
+def test_two_steps_of_a_config_can_be_traced(path, monkeypatch):
+    """Without running them, by all arguments that the docstring names; what several configs have in common once. A step
+    gives a state of the shapes and types that it takes, so that the second is the same program."""
     monkeypatch.chdir(REPO)
     monkeypatch.syspath_prepend(str((REPO / path).parent))
-    mesh, seen = meshes.make(), TRACED
-    for config in _runs(path, _arguments(path)).values():
-        depth = {"cifar_resnet": 8, "vgg": 11}.get(config.model.name, 4)
-        config.data.batch_size = 8
-        config.model.update(dict(depth=depth, width=4) | (dict(router_width=4) if config.model.num_experts > 1 else {}))
+    named = re.findall(rf"--config {path}:(\S+)", runpy.run_path(path)["__doc__"])
+    for config in _runs(path, dict.fromkeys((*_arguments(path), *named))).values():
+        shape, classes = _tiny(config)
         fields = ("system.name", "system.loss") if config.system.name == "prune" else ("system.",)
         kind = str([value for name, value in configs.flatten(config).items()
                     if name.startswith(("model.", "train.attack", *fields)) and name not in (
                         *normalisation.NAMES, "system.rate")])
-        if kind in seen:
+        if kind in STEPPED:
             continue
-        seen.add(kind)
-        images = Arrays(np.zeros((64, 32, 32, 3), np.uint8), np.zeros(64, np.int32))
-        data = pipeline.Data(images, np.arange(64), images, np.arange(4), images, 10, (32, 32, 3))
-        net = model.make(config.model, data.image_shape, data.num_classes, mesh)
-        system = find.module("systems", config.system.name, defines="make").make(config, net, data, mesh, {})
-        batch = {"image": jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8), "label": jax.ShapeDtypeStruct((8,), np.int32),
-                 "index": jax.ShapeDtypeStruct((8,), np.int32)}
-        state = loop.abstract_state(system, mesh)
+        STEPPED.add(kind)
+        system, _, mesh = _system(config, shape, classes)
+        batch = {"image": jax.ShapeDtypeStruct((BATCH, *shape), np.uint8),
+                 "label": jax.ShapeDtypeStruct((BATCH,), np.int32), "index": jax.ShapeDtypeStruct((BATCH,), np.int32)}
+        before = loop.abstract_state(system, mesh)
         for update in system.steps:
-            ready = jax.eval_shape(lambda state, batch, u=update: u.prepare(state, batch, u.inputs), state, batch)
-            _, metrics = jax.eval_shape(update.update, state, ready)
-            assert metrics["loss"].shape == ()
+            ready = jax.eval_shape(lambda state, batch, u=update: u.prepare(state, batch, u.inputs), before, batch)
+            after, metrics = jax.eval_shape(update.update, before, ready)
+            assert metrics["loss"].shape == () and jax.tree.structure(after) == jax.tree.structure(before)
+            assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] == [
+                (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(before)]
+
+
+@pytest.mark.parametrize("path, method", slow_but(lambda case: case[1] == "natural", [
+    ("configs/imagenet_r18.py", "natural"), ("configs/imagenet_r18.py", "advmoe"),
+    ("configs/tiny_imagenet_r18.py", "advmoe"), ("configs/cifar100_r18.py", "at_moe"),
+    ("configs/paper/advmoe_cifar10_r18_released.py", "advmoe")]))
+def test_two_real_steps_of_a_config(path, method):
+    """On random images, at most 40 pixels wide. The digits' are trained by the tests above, and those of cifar10 and
+    imagenette by tests/test_readme.py."""
+    config = configs.load(f"{REPO}/{path}:{method}")
+    (*sides, channels), classes = _tiny(config)
+    system, images, mesh = _system(config, (*(min(side, 40) for side in sides), channels), classes)
+    state = jax.jit(system.init, out_shardings=meshes.replicated(mesh))(rng.key(0, "init"))
+    first = jax.device_get(state.params)
+    for step in range(2):
+        for update in system.steps:
+            batch = pipeline.device_batch(mesh, images, np.arange(BATCH) + BATCH * step)
+            state, metrics = update.update(state, update.prepare(state, batch, update.inputs))
+            assert np.isfinite(metrics["loss"]) and metrics["non_finite"] == -1
+        state = state.replace(step=state.step + 1)
+    for group, before in first.items():
+        assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.params[group])))
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES)

@@ -78,7 +78,7 @@ def small(words):
     elif "cifar10" in file:
         fields, more = FIELDS, DENSE
     elif "imagenette" in file:
-        fields, more = FIELDS | {"data.image_size": 16, "data.resize": 18}, DENSE
+        fields, more = FIELDS | {"data.image_size": 40, "data.resize": 42}, DENSE
     else:
         fields = fields_of(method or "advmoe")
     return (*(f"--config.{name}={value}" for name, value in fields.items()), *evaluation, *more)

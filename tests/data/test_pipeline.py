@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
@@ -32,6 +33,18 @@ def test_subset_keeps_the_first_training_images():
     for subset in (-1, 1298):
         with pytest.raises(UserError, match="expected 0 .all. to 1297"):
             pipeline.open_dataset("digits", "", subset)
+
+
+def test_what_is_known_without_the_files():
+    """tests/data/test_prepare.py compares what is known of others with their files."""
+    whole = pipeline.open_dataset("digits", "")
+    assert pipeline.known(configs.default(data="digits").data) == (whole.image_shape, whole.num_classes)
+    for name, expected in {"imagenet": ((224, 224, 3), 1000), "tiny_imagenet": ((64, 64, 3), 200),
+                           "imagefolder:mine": ((224, 224, 3), None), "tfds:mine": (None, None)}.items():
+        assert pipeline.known(configs.default(data=name).data) == expected
+    config = configs.default(data="imagenet")
+    config.data.image_size = 96
+    assert pipeline.known(config.data)[0] == (96, 96, 3)
 
 
 @pytest.mark.parametrize("num_train, expected", [

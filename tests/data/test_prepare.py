@@ -85,6 +85,8 @@ def _run(*arguments):
 
 def _check(name, out, parts):
     dataset = read_prepared(name, out)
+    known = find.module("data", name, defines="dataset").KNOWN
+    assert (known.image_shape, known.num_classes) == (dataset.image_shape, dataset.num_classes)
     got = (dataset.train.images, dataset.train.labels, dataset.test.images, dataset.test.labels)
     for left, right in zip(got, parts):
         np.testing.assert_array_equal(left, right)

@@ -22,6 +22,7 @@ SHAPE, CLASSES, PASSES, BATCH = (8, 8, 3), 4, 2, 6
 # The others are as the config has them. Behind a space stands another form of the same backbone.
 SMALL = {"resnet": dict(depth=10), "resnet bottleneck": dict(depth=8, stem="imagenet"),
          "cifar_resnet": dict(depth=8, shortcut_pad="both"), "vgg": dict(depth=4),
+         "vgg released": dict(depth=4, form="released"),
          "wide_resnet": dict(depth=10), "wide_resnet imagenet": dict(depth=10, stem="imagenet"),
          "densenet": dict(depth=10, growth_rate=4)}
 PADS_CHANNELS = ("cifar_resnet",)  # its shortcuts add empty ones
@@ -73,6 +74,7 @@ def test_layers_are_those_of_the_parameters(name, routed):
     params = trees.named_leaves(jax.eval_shape(net.init, jax.random.key(0))["params"])
     kernels = {path.removesuffix("/kernel"): leaf.shape for path, leaf in params.items() if path.endswith("/kernel")}
     assert {spec.path: spec.kernel for spec in net.layers} == kernels
+    assert net.shapes == jax.eval_shape(net.init, jax.random.key(0)), "found on another way"
 
 
 @each_form

@@ -1,5 +1,7 @@
 """Backbones of papers by their numbers of parameters, and what their forms differ in; nothing is compiled."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from advmoe_jax.core import config as configs
 from advmoe_jax.core import tree
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.interop.torch_import import layer_names
-from advmoe_jax.models import cifar_resnet, network, resnet, wide_resnet
+from advmoe_jax.models import cifar_resnet, network, resnet, vgg, wide_resnet
 from advmoe_jax.models.layers import Experts
 from advmoe_jax.ops.conv import conv2d
 
@@ -64,6 +66,15 @@ def test_a_vgg_takes_images_of_any_size(size):
     net = _net("vgg", size=size, width=4)
     logits, _ = jax.eval_shape(net.apply, net.shapes, jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32))
     assert logits.shape == (2, 10) and net.shapes == _net("vgg", width=4).shapes
+
+
+@pytest.mark.parametrize("height, width", [(2, 2), (4, 6), (3, 5), (1, 7)])
+def test_the_pool_of_the_released_vgg(height, width):
+    """PyTorch's adaptive one: from floor(i n / 2) to ceil((i + 1) n / 2)."""
+    x = np.random.default_rng(0).random((2, height, width, 3), np.float32)
+    rows, columns = ([(0, math.ceil(size / 2)), (size // 2, size)] for size in (height, width))
+    expected = [[x[:, a:b, c:d].mean((1, 2)) for c, d in columns] for a, b in rows]
+    np.testing.assert_allclose(vgg._averaged(jnp.asarray(x)), np.moveaxis(np.array(expected), 2, 0), rtol=1e-5)
 
 
 def test_a_wide_resnet_reads_what_its_norms_give():
