@@ -85,7 +85,7 @@ class Count:
         return {} if self.paper is None else {kind: self.macs[kind] / _GIGA - self.paper for kind in kinds}
 
 
-def of_cases(cases: Sequence[advmoe_costs.Case] = advmoe_costs.CASES) -> Iterator[Count]:
+def of_cases(cases: Sequence[advmoe_costs.Case]) -> Iterator[Count]:
     """Networks of AdvMoE's paper, one after the other."""
     for case in cases:
         yield of_model(case.config().model, case.image_shape, case.num_classes, case.network)
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{said}: expected one of --config FILE, --workdir DIR and --all")
         if overrides and not args.config:
             raise UserError(f"--config.{overrides[0]} is for --config: expected no such flag with {given[0]}")
-        found = list(of_config(args.config, overrides) if args.config else of_cases() if args.all else
+        found = list(of_config(args.config, overrides) if args.config else of_cases(advmoe_costs.CASES) if args.all else
                      [of_workdir(args.workdir)])
         if args.json:
             print(json.dumps([_json(of, args.layers) for of in found], indent=2))
