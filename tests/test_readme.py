@@ -33,6 +33,7 @@ from advmoe_jax.evaluation import autoattack, flags, suites
 from advmoe_jax.interop import torch_import
 from advmoe_jax.models import network
 from advmoe_jax.pruning import pruned
+from advmoe_jax.report import macs
 from advmoe_jax.systems import mask_search
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
@@ -135,6 +136,10 @@ def import_tiny(words):
     assert torch_import.main(["tiny.npz" if word.endswith(".th") else word for word in words]) == 0
 
 
+def count(words):
+    assert macs.main(words) == 0, words
+
+
 def run_script(words):
     words = [*words, "-n"] if words[0] == "make" else words
     result = subprocess.run(words, capture_output=True, text=True, timeout=60)
@@ -144,7 +149,7 @@ def run_script(words):
 
 
 RUN = {"advmoe_jax.main": run_main, "advmoe_jax.data.prepare": prepare_tiny, "advmoe_jax.bench": run_bench,
-       "advmoe_jax.interop.torch_import": import_tiny}
+       "advmoe_jax.interop.torch_import": import_tiny, "advmoe_jax.report.macs": count}
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +212,8 @@ def test_commands(names, clone, short_benchmarks, short_suites, monkeypatch, cap
     seen, all_of = set(), {
         (README, "make"), (README, "advmoe_jax.main"), (README, "advmoe_jax.data.prepare"),
         (README, "launch/tpu_pod.sh"), (CONFIGS, "advmoe_jax.main"), (BENCH, "advmoe_jax.bench"),
-        (CONFIGS, "advmoe_jax.interop.torch_import"), (ATTACKS, "advmoe_jax.main"), (ATTACKS, "advmoe_jax.bench"),
-        (PRUNING, "advmoe_jax.main")}
+        (CONFIGS, "advmoe_jax.interop.torch_import"), (CONFIGS, "advmoe_jax.report.macs"), (ATTACKS, "advmoe_jax.main"),
+        (ATTACKS, "advmoe_jax.bench"), (PRUNING, "advmoe_jax.main")}
     for name in names:
         for program, *rest in commands(name):
             if program == "python":

@@ -1,6 +1,7 @@
 """Backbones of papers by their numbers of parameters, and what their forms differ in; nothing is compiled."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ from advmoe_jax.core import config as configs
 from advmoe_jax.core import tree
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.interop.torch_import import layer_names
-from advmoe_jax.models import cifar_resnet, network, resnet, vgg, wide_resnet
-from advmoe_jax.models.layers import Experts
+from advmoe_jax.models import cifar_resnet, needs, network, resnet, vgg, wide_resnet
+from advmoe_jax.models import model as models
+from advmoe_jax.models.layers import Experts, scaled_width
 from advmoe_jax.ops.conv import conv2d
 
 
@@ -75,6 +77,28 @@ def test_the_pool_of_the_released_vgg(height, width):
     rows, columns = ([(0, math.ceil(size / 2)), (size // 2, size)] for size in (height, width))
     expected = [[x[:, a:b, c:d].mean((1, 2)) for c, d in columns] for a, b in rows]
     np.testing.assert_allclose(vgg._averaged(jnp.asarray(x)), np.moveaxis(np.array(expected), 2, 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, least, fields", [
+    ("resnet", 33, dict(stem="imagenet")), ("wide_resnet", 33, dict(stem="imagenet")),
+    ("ensemble", 33, dict(stem="imagenet")), ("vgg", 32, dict(form="released")), ("vgg", 1, {}), ("densenet", 1, {})])
+def test_images_that_are_too_small(name, least, fields):
+    """Also for the members of an ensemble, and where only one side is."""
+    cfg = configs.default(model=name).model
+    cfg.update(fields)
+    needs.check_pixels(cfg, (least, least, 3))
+    for height, width in ((least - 1, 64), (64, least - 1)) if least > 1 else ():
+        said = rf"images of {height}x{width} .* {least}x{least} or more: .* model\.\w+=cifar"
+        with pytest.raises(UserError, match=said):
+            models.make(cfg, (height, width, 3), 10)
+
+
+@pytest.mark.parametrize("channels", [3, 12, 16, 48, 49, 64, 160, 16384])
+def test_the_least_scale_that_is_named_is_enough(channels):
+    with pytest.raises(UserError, match="leaves none of") as error:
+        scaled_width(channels, 0.9 / channels)
+    least = float(re.search(r"expected (\S+) or more", str(error.value))[1])
+    assert scaled_width(channels, least) >= 1 and least < 1 / channels + 1e-4
 
 
 def test_a_wide_resnet_reads_what_its_norms_give():
