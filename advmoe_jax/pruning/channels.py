@@ -5,7 +5,7 @@ w channels of a group, O stored output channels, I input channels.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
 import numpy as np
@@ -49,6 +49,19 @@ def removable(layers: tuple[LayerSpec, ...], coupled: bool = False) -> tuple[Cha
         layers: of a network.
         coupled: also those that several layers write, else only those of one.
     """
+    root, found = roots(layers, layers), []
+    for first in layers:
+        writers = tuple(spec for spec in layers if root[spec.path] == root[first.path])
+        if writers[0] is first:
+            names = {spec.path for spec in writers}
+            group = Channels(writers, tuple(spec for spec in layers if names & set(spec.inputs)))
+            if _can_go(group) and (coupled or len(writers) == 1):
+                found.append(group)
+    return tuple(found)
+
+
+def roots(layers: tuple[LayerSpec, ...], readers: Iterable[LayerSpec]) -> dict[str, str]:
+    """{path of a layer: path that it shares with those whose outputs any of the readers joins with its own}."""
     root = {spec.path: spec.path for spec in layers}
 
     def find(path):
@@ -56,18 +69,10 @@ def removable(layers: tuple[LayerSpec, ...], coupled: bool = False) -> tuple[Cha
             path = root[path]
         return path
 
-    for spec in layers:
+    for spec in readers:
         for path in spec.inputs[1:]:
             root[find(path)] = find(spec.inputs[0])
-    found = []
-    for first in layers:
-        writers = tuple(spec for spec in layers if find(spec.path) == find(first.path))
-        if writers[0] is first:
-            names = {spec.path for spec in writers}
-            group = Channels(writers, tuple(spec for spec in layers if names & set(spec.inputs)))
-            if _can_go(group) and (coupled or len(writers) == 1):
-                found.append(group)
-    return tuple(found)
+    return {path: find(path) for path in root}
 
 
 def _can_go(group: Channels) -> bool:

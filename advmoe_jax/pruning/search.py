@@ -17,6 +17,7 @@ from advmoe_jax.core import tree
 from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.ops import masks as masking
 from advmoe_jax.pruning import masks as selecting
+from advmoe_jax.pruning import streams
 
 _LEAST_START = 0.1  # the least share that HARP's search begins at
 _HALVINGS, _FAR = 40, 32.0  # of the interval in which a shift of the rates is sought
@@ -32,6 +33,8 @@ class Search:
         keep: share of their weights that stays.
         unit, scope: as `masks.select`; where rates are learned, scope is "layer" and the unit not "grouped".
         learns_rates: whether each layer learns its own share.
+        is_coupled: of unit "filter", whether layers whose outputs are added lose the same filters, all with the weights
+            that read them, see `streams`; no rates are learned then.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -40,6 +43,7 @@ class Search:
     unit: str = "weight"
     scope: str = "layer"
     learns_rates: bool = False
+    is_coupled: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -83,13 +87,22 @@ def soft_masks(state: Mapping[str, Any], search: Search) -> Any:
         state: as `begin` gives it.
         search: as there.
     """
-    scores, keep = tree.named_leaves(state["scores"]), search.keep
-    if search.learns_rates:
-        keep = {path: selecting.rate(q, float(search.keep))
-                for path, q in tree.named_leaves(state["rates"]).items()}
-    found = selecting.select_through({path: jnp.abs(score) for path, score in scores.items()}, keep, unit=search.unit,
-                                     scope=search.scope)
+    scores = {path: jnp.abs(score) for path, score in tree.named_leaves(state["scores"]).items()}
+    keep = {path: selecting.rate(q, float(search.keep)) for path, q in tree.named_leaves(state["rates"]).items()
+            } if search.learns_rates else search.keep
+    found = _of_streams(scores, search) if search.is_coupled else selecting.select_through(
+        scores, keep, unit=search.unit, scope=search.scope)
     return masking.cover_norms(masking.of_leaves(state["dense"], found), state["dense"], search.layers)
+
+
+def _of_streams(scores, search):
+    """{path of a kernel: mask} of the channels of the largest scores, those of all the filters that write one added."""
+    written = streams.streams(search.layers, {spec.path for spec in search.searched})
+    sums = {name: sum(jnp.sum(scores[f"{path}/kernel"], (0, 1, 2)) for path in paths)[None]
+            for name, paths in written.items()}
+    chosen = selecting.select_through(sums, search.keep, scope=search.scope)
+    kept = {path: chosen[name][0] for name, paths in written.items() for path in paths}
+    return {f"{path}/kernel": mask for path, mask in streams.spanning(search.layers, kept).items()}
 
 
 def kept(state: Mapping[str, Any], search: Search) -> jax.Array:

@@ -24,7 +24,7 @@ from advmoe_jax.data import pipeline
 from advmoe_jax.models.model import Model
 from advmoe_jax.ops import masks as masking
 from advmoe_jax.pruning import masks as selecting
-from advmoe_jax.pruning import pruned, search
+from advmoe_jax.pruning import pruned, search, streams
 from advmoe_jax.pruning.search import Search
 from advmoe_jax.pruning.subject import KERNELS
 from advmoe_jax.systems import adversarial
@@ -38,6 +38,7 @@ from advmoe_jax.train.system import Inputs, System
 NAME = "search"  # of what it owns in State.extra
 ROOM = ("pruning", "score")  # modules that score single weights
 _LEARNS = Only("system.learn_rates=true", lambda config: config.system.get("learn_rates"))
+_FILTERS = Only("system.unit=filter", lambda config: config.system.get("unit") == "filter")
 _NEEDS_IMAGES = Only("a system.score that reads gradients", lambda config: _scorer(config).ABOUT.needs_images)
 
 
@@ -54,6 +55,8 @@ class Config(adversarial.Config):
                                     "weights go, linear layer", choices=KERNELS)
     skip: str = setting("(^|/)router/", "regular expression; layers whose path has a match stay whole")
     unit: str = setting("weight", f"what goes: {', '.join(selecting.UNITS)}", read=selecting.check_unit)
+    coupled: bool = setting(False, "layers whose outputs are added lose the same filters, all with the weights that "
+                                   "read them: a narrower dense network is left", only=_FILTERS)
     scope: str = setting("layer", "the same share of each layer, or of all together", choices=("layer", "global"))
     score: str = setting("erm", "what the scores begin as, a module of advmoe_jax.pruning", room=ROOM)
     images: int = setting(256, "training images, attacked by the first of train.attack, that they are made of", least=1,
@@ -78,9 +81,10 @@ def check_search(config) -> None:
     if system.unit.startswith("grouped") and system.scope == "global":
         raise UserError(f"system.scope is 'global': expected 'layer' with system.unit={system.unit}, whose groups keep "
                         "equally many")
-    if system.learn_rates and (system.scope != "layer" or system.unit.startswith("grouped")):
-        raise UserError(f"system.learn_rates is true with system.scope={system.scope}, system.unit={system.unit}: "
-                        "expected scope layer, and a unit other than grouped")
+    if system.learn_rates and (system.scope != "layer" or system.unit.startswith("grouped") or system.coupled):
+        raise UserError(f"system.learn_rates is true with system.scope={system.scope}, system.unit={system.unit}, "
+                        f"system.coupled={str(system.coupled).lower()}: expected scope layer, a unit other than "
+                        "grouped, and coupled false")
 
 
 def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sources: Mapping[str, Source]) -> System:
@@ -90,8 +94,11 @@ def make(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, source
         if jax.tree.leaves(source.masks):
             raise UserError(f"init_from names {name}, which is pruned already: expected a dense run to search in")
     _, layers = pruned.layers_of_rate(model.layers, system.kernels, system.skip, system.unit)
+    if system.coupled and not streams.streams(model.layers, {spec.path for spec in layers}):
+        raise UserError(f"system.coupled is true, and no channel of the {model.kind} network can go whole: expected "
+                        "one without experts, and kernels and skip that leave all writers of some channels")
     how = search.Search(model.layers, layers, 1 - shares.share(system.rate), system.unit, system.scope,
-                        system.learn_rates)
+                        system.learn_rates, system.coupled)
     groups = tuple(group for group in model.groups if any(spec.path.startswith(f"{group}/") for spec in layers))
     method, scores = "HARP" if system.learn_rates else "HYDRA", _scores_at_first(cfg, model, data, sources)
     started = jax.jit(lambda state, scores: _applied(_with(state, search.begin(state.params, how, scores)), how))

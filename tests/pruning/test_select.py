@@ -84,6 +84,13 @@ def test_the_largest_are_those_of_sorting(values):
         np.testing.assert_array_equal(masks._largest_of_rows(jnp.asarray(rows), count), expected)
 
 
+@pytest.mark.parametrize("keep, expected", [(0.5, [1, 0, 1, 1, 0]), (0.2, [1, 0, 0, 0, 0]), (0.8, [1, 1, 1, 1, 0])])
+def test_filters_of_hydra(keep, expected):
+    """floor((1 - keep) * n) of n filters go, by the l1 norm of their scores; in floats (1 - 0.8) * 5 would be 0."""
+    score = np.array([4, .7, 4, 2, .1]) / 4 * np.ones((2, 1, 2, 1))
+    assert np.ravel(masks.select({"a": score}, keep, unit="filter")["a"]).tolist() == expected
+
+
 def test_a_global_budget_is_of_all_layers_together():
     scores = {"b": jnp.array([[5., 1.], [2., 2.]]), "a": jnp.array([[3.], [0.]])}
     found = masks.select(scores, 0.5, scope="global")
