@@ -4,6 +4,7 @@ Zhang et al., ICCV 2023, section 3 and figures 3 to 5: of a mixture that was tra
 trained robustly (theta-bar), and then the backbone (theta-double-bar), each by TRADES with the other part frozen.
 
 Command:  python -m advmoe_jax.main --config configs/digits_dissection.py
+          at the paper's size: --config configs/paper/advmoe_tables.py:fig3
 Hardware: 2 CPU cores.
 Time:     6 minutes.
 Expected: one seed, best checkpoint, PGD-50 at eps 0.1, 500 test images: standard mixture SA 98.0 RA 24.2; theta-bar
@@ -16,10 +17,14 @@ import digits_r18
 from advmoe_jax.core.recipe import Recipe
 
 
-def _run(loss, trains, init_from=""):
-    config = digits_r18.get_config("at_moe")
+def phase(config, loss, trains, init_from=""):
+    """A mixture's config as one of the phases: what is trained, by which loss, from which run."""
     config.system.loss, config.system.trains, config.init_from = loss, trains, init_from
     return config
+
+
+def _run(*of):
+    return phase(digits_r18.get_config("at_moe"), *of)
 
 
 def get_recipe():

@@ -10,8 +10,9 @@ import pytest
 from tiny import REPO
 
 from advmoe_jax.core import config as configs
-from advmoe_jax.core import recipe
+from advmoe_jax.core import find, recipe
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.evaluation import plan
 from advmoe_jax.report import criteria
 
 A, B, C = "fgsm-0.01sd", "fgsm-0.1sd", "pgd-3-8/255sd"
@@ -229,3 +230,99 @@ def test_every_row_of_eeds_first_table_is_trained(table, mad, twins):
     assert (runs["TwinRep"].system.name, runs["TwinRep"].init_from) == ("twin_rep", "")
     assert all(run.system.loss == "madry" and run.eval.suite == "standard" for run in runs.values())
     assert {runs[row].system.rate for row in ("R-ADMM", "RST", "MAD", "Flying Bird", "TwinRep")} == {"4/5"}
+
+
+ADVMOE = f"{REPO}/configs/paper/advmoe_tables.py"
+
+
+def _entries(loaded):
+    """{(table, label): (printed, configs)} of a recipe."""
+    return {(table.title, line.label): (line.printed, [loaded.runs[name] for name in line.runs])
+            for table in loaded.tables for line in table.lines}
+
+
+@pytest.fixture(scope="module")
+def advmoe():
+    return recipe.load(f"{ADVMOE}:table1")
+
+
+def test_every_cell_of_advmoes_first_table(advmoe):
+    found = _entries(advmoe)
+    assert [(table.title, len(table.lines)) for table in advmoe.tables] == [
+        (f"Table 1: {data}", 5 * count) for data, count in (
+            ("CIFAR-10", 4), ("CIFAR-100", 4), ("Tiny-ImageNet", 2), ("ImageNet", 2))]
+    assert not advmoe.paper and all([run.seed for run in runs] == [0, 1, 2] for _, runs in found.values())
+    for table, label, ra, sa, macs in (
+            ("CIFAR-10", "ResNet-18, AT(MoE)", "45.57 ± 0.51", "78.84 ± 0.75", "150"),
+            ("CIFAR-10", "DenseNet, AdvMoE", "39.97 ± 0.11", "70.13 ± 0.15", "30"),
+            ("CIFAR-100", "VGG-16, AT(Sparse)", "21.12 ± 0.22", "48.03 ± 0.17", "70"),
+            ("Tiny-ImageNet", "WRN-28-10, AT(Dense)", "38.82 ± 0.15", "55.30 ± 0.19", "21000"),
+            ("ImageNet", "ResNet-18, AdvMoE", "43.32 ± 0.12", "59.72 ± 0.17", "670")):
+        printed, runs = found[f"Table 1: {table}", label]
+        assert printed == {"RA by pgd-50": ra, "SA": sa, "total MACs, M": macs}
+        assert all(run.system.loss == "trades" and run.train.length == "100 epochs" for run in runs)
+    tiny, large = (found[f"Table 1: {data}", "WRN-28-10, AdvMoE"][1][0] for data in ("Tiny-ImageNet", "ImageNet"))
+    assert (tiny.attack.eps, tiny.model.stem, tiny.data.batch_size) == ("2/255", "cifar", 128)
+    assert (large.attack.eps, large.model.stem, large.data.batch_size) == ("2/255", "imagenet", 512)
+
+
+def test_a_sparse_network_is_searched_and_then_trained(advmoe):
+    runs = advmoe.runs
+    for name in ("cifar10-r18", "imagenet-wrn"):
+        search, left = runs[f"{name}-at_sparse-s1-search"], runs[f"{name}-at_sparse-s1"]
+        assert (search.init_from, left.init_from) == (f"{name}-at_dense-s1", f"{name}-at_sparse-s1-search@last")
+        assert (search.system.unit, search.system.coupled, search.system.rate) == ("filter", True, "1/2")
+        assert left.system.method == "given" and {search.train.length, left.train.length} == {"100 epochs"}
+        assert search.system.loss == left.system.loss == "trades" and left.model.model_scale == 1
+        configs.check(search), configs.check(left)
+
+
+def test_ablations_of_advmoe_differ_in_what_they_are_about(advmoe):
+    second = _entries(recipe.load(f"{ADVMOE}:table2"))
+    printed, [run, *_] = second["Table 2: CIFAR-100", "ResNet-18, AT(MoE)"]
+    assert printed == {"RA by pgd-50": "22.72 ± 0.42", "RA by standard": "16.33 ± 0.25", "SA": "53.34 ± 0.61",
+                       "total MACs, M": "150"}
+    assert [suite.name for suite in plan.asked(run)] == ["pgd-50", "standard"]
+    assert not configs.differences(run, advmoe.runs["cifar100-r18-at_moe-s0"]), "the same runs"
+    [steps, *_] = _entries(recipe.load(f"{ADVMOE}:a1"))[
+        "Table A1: CIFAR-10, trained with PGD-10", "WRN-28-10, AT(Dense)"][1]
+    assert "num_steps=10" in steps.train.attack and "-k10-" in steps.name
+    scaled = recipe.load(f"{ADVMOE}:a2")
+    printed, [narrow, *_] = _entries(scaled)["Table A2: CIFAR-10, WRN-28-10", "AT(MoE), r = 0.2"]
+    assert printed["RA by pgd-50"] == "42.29 ± 0.51" and narrow.model.model_scale == 0.2
+    assert scaled.runs["cifar10-wrn-at_sparse-r0.2-s0-search"].system.rate == "4/5"
+    assert scaled.runs["cifar10-wrn-at_sparse-r0.2-s0-search"].init_from == "cifar10-wrn-at_dense-s0"
+    assert len(_entries(scaled)) == 2 * (3 * 4 + 1)
+
+
+def test_the_figures_of_advmoe():
+    first = _entries(recipe.load(f"{ADVMOE}:fig1"))
+    printed, [natural, *_] = first["Figure 1: CIFAR-10, VGG-16", "standard S-Dense"]
+    assert printed == {"SA": "92.2"} and (natural.system.loss, natural.model.model_scale) == ("natural", 0.5)
+    assert first["Figure 1: CIFAR-10, DenseNet", "AT(MoE)"][0] == {"RA by pgd-50": "31.4"}
+    assert len(plan.asked(next(iter(recipe.load(f"{ADVMOE}:fig2").runs.values())))) == 4
+    runs = recipe.load(f"{ADVMOE}:fig3").runs
+    mask, router = runs["cifar10-r18-mask-r0.8-s2"], runs["cifar10-r18-router-r0.8-s2"]
+    assert (mask.system.name, mask.system.rate, mask.init_from) == ("mask_search", "1/5", "cifar10-r18-dense-s2")
+    assert (router.system.trains, router.init_from) == ("router", "cifar10-r18-moe-r0.8-s2")
+    assert runs["cifar10-r18-moe-r0.8-s2"].system.loss == runs["cifar10-r18-dense-s2"].system.loss == "natural"
+    backbone = recipe.load(f"{ADVMOE}:fig5").runs["cifar10-r18-backbone-s0"]
+    assert (backbone.system.trains, backbone.init_from) == ("backbone", "cifar10-r18-router-s0")
+    sweep = recipe.load(f"{ADVMOE}:fig7")
+    assert len(sweep.rows) == 4 * 9 + 1 and sweep.runs["cifar10-r18-advmoe-r0.3-n8-s1"].model.num_experts == 8
+    assert {run.data.name for run in recipe.load(f"{ADVMOE}:fig6").runs.values()} == {"cifar100"}
+    assert all(run.train.select_on == "test" for run in recipe.load(f"{ADVMOE}:figA2").runs.values())
+
+
+def test_the_small_form_of_advmoes_table():
+    small = recipe.load(f"{ADVMOE}:digits")
+    assert {run.data.name for run in small.runs.values()} == {"digits"} and len(small.runs) == 9
+    assert all((run.seed, run.model.width, run.train.length) == (0, 16, "60 epochs") for run in small.runs.values())
+    assert len(recipe.load(f"{ADVMOE}:r18_cifar10").runs) == 3 * 9
+    if "vit" in find.names("models", "backbone", "model"):
+        assert len(_entries(recipe.load(f"{ADVMOE}:table3"))) == 2
+    else:
+        with pytest.raises(UserError, match="table3 trains DeiT-Tiny"):
+            recipe.load(f"{ADVMOE}:table3")
+    with pytest.raises(UserError, match="unknown table in the recipe's argument 'table4'"):
+        recipe.load(f"{ADVMOE}:table4")

@@ -47,8 +47,9 @@ class Printed:
     Attributes:
         title: "Table 2: ResNet-56 on CIFAR-10".
         columns: criteria, "benign" and names of attacks of `train.criteria`; "SA" and "RA by ATTACK", by the name of an
-            attack or suite, of the measurements of the best checkpoint; "MACs, M" and "params, M"; or any others, of
-            which only the paper's and `Line.ours` are known. Of a table of ranks what rows are ranked in, and "all".
+            attack or suite, of the measurements of the best checkpoint; "MACs, M" of a pathway, "router MACs, M",
+            "total MACs, M" and "params, M"; or any others, of which only the paper's and `Line.ours` are known. Of a
+            table of ranks what rows are ranked in, and "all".
         lines: in order.
         notes: paragraphs below.
         is_of_ranks: whether the numbers are mean ranks of superscores among the lines of a column.

@@ -17,7 +17,8 @@ class Config:
     """Fields of `config.eval`. None of them makes another experiment."""
 
     attacks: str = setting("pgd", "attacks, each alone, with settings: 'fgsm pgd(num_steps=20,norm=l2,eps=0.5)'")
-    suite: str = setting("", "in their place a suite by name, or attacks that count as one worst case")
+    suite: str = setting("", "in their place a suite by name, or attacks that count as one worst case; or several "
+                            "with semicolons between them: 'quick; standard'")
     norm: str = setting("", "norm of attacks that say none; empty: that of attack.norm", choices=("", *balls.NORMS))
     eps: str = setting("", "their eps, or several: '2/255,4/255'; empty: attack.eps")
     n: int = setting(0, "test images, the first so many; 0 for all", least=0, most=10**9)
@@ -40,7 +41,8 @@ def asked(config) -> tuple[Suite, ...]:
     norm, chosen = own.norm or threat.norm, []
     for eps in map(str.strip, (own.eps or threat.eps).split(",")):
         units.eps(eps, norm, "eval.eps" if own.eps else "attack.eps")
-        chosen += [suites.together(own.suite, norm, eps)] if own.suite else suites.alone(own.attacks, norm, eps)
+        chosen += [suites.together(suite, norm, eps) for suite in own.suite.split(";")] if own.suite else suites.alone(
+            own.attacks, norm, eps)
     return tuple(chosen)
 
 

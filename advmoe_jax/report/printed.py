@@ -11,9 +11,9 @@ from advmoe_jax.report import criteria
 from advmoe_jax.report.criteria import Group
 from advmoe_jax.report.runs import Run
 
-MACS, PARAMS = "MACs, M", "params, M"
+MACS, ROUTER, TOTAL, PARAMS = "MACs, M", "router MACs, M", "total MACs, M", "params, M"
 SA, RA = "SA", "RA by "
-_COSTS = {MACS: "pathway", PARAMS: "params"}
+_COSTS = {MACS: "pathway", ROUTER: "router", TOTAL: "total", PARAMS: "params"}
 _READ = ("Ours, in parentheses what the paper prints. Rows marked as the paper's have no like here and were not run; a "
          "- is a number that is not measured yet, or that the paper does not give.")
 _COUNTED = ("Our MACs are multiply-accumulates of convolutions and linear layers. The paper's counter also counts "

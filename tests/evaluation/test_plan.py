@@ -51,6 +51,10 @@ def test_several_eps():
         (name, eps) for eps in ("2/255", "4/255", "0.1") for name in ("fgsm", "pgd-50")]
     chosen = _asked(eval__eps="0.5,1", eval__norm="l2", eval__suite="quick")
     assert [(suite.name, suite.norm, suite.eps) for suite in chosen] == [("quick", "l2", "0.5"), ("quick", "l2", "1")]
+    chosen = _asked(eval__suite="pgd-50: pgd; standard")
+    assert [(suite.name, suite.survivors_only) for suite in chosen] == [("pgd-50", False), ("standard", True)]
+    with pytest.raises(UserError, match="did you mean 'standard'"):
+        _asked(eval__suite="fast; standart")
 
 
 @pytest.mark.parametrize("fields", [

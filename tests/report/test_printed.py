@@ -58,9 +58,10 @@ def test_measurements_of_the_best_checkpoint(tmp_path):
                    for which, drop in (("best", 0), ("last", 0.2)) for n in (200, 100)]
         found[name] = runs.load(workdir(tmp_path / name, [*entries, entry(ra=0.9, routed=False)]))
     lines = (Line("HYDRA", printed={"SA": 76.74, "RA by standard": 43.34}, runs=("a", "b")), Line("late", runs=("c",)))
-    table, _ = printed.table(Printed("APB", ("SA", "RA by standard", "RA by apgd", printed.MACS), lines), found)
-    assert table.rows == [("HYDRA", "80.00 ± 0.00 (76.74)", "45.00 ± 7.07 (43.34)", "-", "139.299"),
-                          ("late", "-", "-", "-", "-")]
+    table, _ = printed.table(Printed("APB", ("SA", "RA by standard", "RA by apgd", printed.MACS, printed.TOTAL), lines),
+                             found)
+    assert table.rows == [("HYDRA", "80.00 ± 0.00 (76.74)", "45.00 ± 7.07 (43.34)", "-", "139.299", "140.304"),
+                          ("late", "-", "-", "-", "-", "-")]
     assert table.columns[0] == "method" and "best by" not in table.columns
 
 
