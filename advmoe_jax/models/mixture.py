@@ -1,7 +1,8 @@
 """Experts behind a gate: the gate sees the image and weighs what the experts say of it.
 
 MoL, Cheng et al., WACVW 2022; one expert for each kind of perturbation. The gate is a network of its own, with an
-output for each expert. An expert is a parameter group, and so is the gate: each is trained, frozen and saved whole.
+output for each expert, or, as in RT-ER (Zhang et al., ICML 2025), a linear layer. An expert is a parameter group, and
+so is the gate: each is trained, frozen and saved whole.
 
 M experts, B batch, P passes, K classes, k experts that an image takes.
 """
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from advmoe_jax.core import rng
@@ -31,7 +33,8 @@ from advmoe_jax.ops.dispatch import Dispatch
 from advmoe_jax.ops.gating import mix
 
 GATE = "gate"
-_GATED = Only("model.gate=trained", lambda config: config.model.get("gate") == "trained")
+_NETWORK = Only("model.gate=trained", lambda config: config.model.get("gate") == "trained")
+_GATED = Only("model.gate trained or linear", lambda config: config.model.get("gate") != "uniform")
 _MOST = 64
 
 
@@ -57,9 +60,9 @@ class Config:
     num_members: int = setting(4, "M, experts", least=2, most=_MOST)
     member: str = setting("resnet", "backbone of the experts and of the gate", room=("models", "backbone"))
     widths: str = setting("", "of the experts, with commas, where they differ; empty: model.width", read=_widths)
-    gate: str = setting("trained", "a network of its own, or the same weight for every expert",
-                        choices=("trained", "uniform"))
-    gate_width: int = setting(0, "width of the gate; 0: model.width", least=0, most=16384, only=_GATED)
+    gate: str = setting("trained", "a network of its own, a linear layer on the pixels, or the same weight for every "
+                                   "expert", choices=("trained", "linear", "uniform"))
+    gate_width: int = setting(0, "width of the gate; 0: model.width", least=0, most=16384, only=_NETWORK)
     combine: str = setting("logits", "what is averaged: the experts' logits; their probabilities, whose logarithm is "
                                      "given; or their probabilities, given as if they were logits, as released",
                            choices=gating.COMBINATIONS)
@@ -76,7 +79,7 @@ def check(config) -> None:
     cfg = config.model
     _check(cfg)
     if cfg.get("num_experts", 1) != 1:
-        raise UserError(f"model.num_experts is {cfg.num_experts}: expected 1 with model.name=mixture, whose experts "
+        raise UserError(f"model.num_experts is {cfg.num_experts}: expected 1 with model.name={cfg.name}, whose experts "
                         "are not routed inside; model.num_members is how many there are")
 
 
@@ -201,19 +204,43 @@ class Mixture:
                    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
         """As Model.train_pass, with all experts; aux has member_logits (B, P, M, K) and gate_logits (B, P, M). The
         gate normalises by the batch, the experts by their own statistics unless `expert_norm` says otherwise."""
-        begin, stats = x.shape[:2], dict(variables["batch_stats"])
+        logits, gate_logits, stats = self.passes(variables, x)
+        flat = self._together(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in (logits, gate_logits)))
+        return flat.reshape(*x.shape[:2], -1), {"member_logits": logits, "gate_logits": gate_logits}, stats
+
+    def passes(self, variables: dict[str, Any], x: jax.Array, own: jax.Array | None = None
+               ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        """What `train_pass` is made of: member_logits (B, P, M, K), gate_logits (B, P, M) and the statistics.
+
+        Args:
+            variables: of the mixture.
+            x: (B, P, H, W, C).
+            own: (B, M, H, W, C), an image for each expert alone, which is one pass more of it.
+        """
+        begin, stats, found = x.shape[:2], dict(variables["batch_stats"]), []
         gate_logits = jnp.zeros((*begin, self.num_members), x.dtype)
         if self.gate:
             gate_logits, _, stats[GATE] = self.gate.train_pass(of_group(variables, GATE), x)
-        if self.expert_norm == "training":
-            found = [net.train_pass(of_group(variables, group), x) for group, net in zip(self.members, self.experts)]
-            logits = jnp.stack([of[0] for of in found], 2)
-            stats |= {group: of[2] for group, of in zip(self.members, found)}
-        else:
+        if own is None and self.expert_norm == "evaluation":
             logits = self._experts(variables, x.reshape(-1, *x.shape[2:]))
-            logits = logits.reshape(*begin, *logits.shape[1:])
-        flat = self._together(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in (logits, gate_logits)))
-        return flat.reshape(*begin, -1), {"member_logits": logits, "gate_logits": gate_logits}, stats
+            return logits.reshape(*begin, *logits.shape[1:]), gate_logits, stats
+        for i, (group, net) in enumerate(zip(self.members, self.experts)):
+            seen = x if own is None else jnp.concatenate([x, own[:, i, None]], 1)
+            if self.expert_norm == "training":
+                logits, _, stats[group] = net.train_pass(of_group(variables, group), seen)
+            else:
+                logits = net.apply(of_group(variables, group), seen.reshape(-1, *seen.shape[2:]))[0]
+            found.append(logits.reshape(*seen.shape[:2], -1))
+        return jnp.stack(found, 2), gate_logits, stats
+
+    def expert_fn(self, variables: dict[str, Any], ids: jax.Array) -> jax.tree_util.Partial:
+        """x (B, H, W, C) -> (logits (B, K), {}) of the expert that is named for each image.
+
+        Args:
+            variables: of the mixture.
+            ids: (B,) int32.
+        """
+        return jax.tree_util.Partial(_named, _Static(self, ""), variables, ids)
 
     def metrics(self, passes: Mapping[str, Any]) -> dict[str, jax.Array]:
         return gate_facts.metrics(passes)
@@ -268,13 +295,13 @@ class Mixture:
         return self.gate.apply(of_group(variables, GATE), x)[0]
 
     @property
-    def _is_alike(self) -> bool:
+    def is_alike(self) -> bool:
         """Whether all experts are of one architecture: then they are one program, over their weights."""
         return all(net == self.experts[0] for net in self.experts)
 
     def _experts(self, variables, x):
         """(B, M, K) of all experts, normalised by their own statistics."""
-        if self._is_alike:
+        if self.is_alike:
             found = jax.lax.map(lambda own: self.experts[0].apply(own, x)[0], self._stacked(variables))
             return jnp.moveaxis(found, 0, 1)
         return jnp.stack([net.apply(of_group(variables, group), x)[0]
@@ -286,31 +313,39 @@ class Mixture:
     def _best(self, variables, x, gate_logits):
         """(B, K) of the k best experts of each image, the others not computed."""
         ids, weights = gating.top(gate_logits, self.served)
+        found = gating.combined(self._of(variables, x, ids), weights, self.combine)
+        return found / self.num_members if self.divide_by_n else found
+
+    def _of(self, variables, x, ids):
+        """(B, k, K) of the experts (B, k) that are named for each image, the others not computed."""
         if self.dispatch.kind == "all":
-            return self._pick(self._experts(variables, x), ids, weights)
-        repeated = jnp.repeat(x, self.served, 0)
-        choice, _ = dispatch.choose(jnp.repeat(gate_logits, self.served, 0), routing.fixed(ids.reshape(-1)), 0,
-                                    self.dispatch)
-        weighed = self._stacked(variables) if self._is_alike else {
+            return jnp.take_along_axis(self._experts(variables, x), ids[..., None], 1)
+        repeated = jnp.repeat(x, ids.shape[1], 0)
+        shaped = jnp.zeros((len(repeated), self.num_members), x.dtype)
+        choice, _ = dispatch.choose(shaped, routing.fixed(ids.reshape(-1)), 0, self.dispatch)
+        weighed = self._stacked(variables) if self.is_alike else {
             group: of_group(variables, group) for group in self.members}
-        found = dispatch.pathways(self._chosen, weighed, repeated, choice)
-        return self._blend(found.reshape(*ids.shape, -1), weights)
+        return dispatch.pathways(self._chosen, weighed, repeated, choice).reshape(*ids.shape, -1)
 
     def _chosen(self, weighed, x, choice):
         """(T, K) of one expert, that of a block."""
-        if self._is_alike:
+        if self.is_alike:
             own = jax.tree.map(lambda leaf: jnp.take(leaf, choice.expert, axis=0), weighed)
             return self.experts[0].apply(own, x)[0]
         branches = [functools.partial(_logits, net) for net in self.experts]
         return jax.lax.switch(choice.expert, [lambda weighed, x, of=of, group=group: of(weighed[group], x)
                                               for of, group in zip(branches, self.members)], weighed, x)
 
-    def _pick(self, member_logits, ids, weights):
-        return self._blend(jnp.take_along_axis(member_logits, ids[..., None], 1), weights)
 
-    def _blend(self, logits, weights):
-        found = gating.combined(logits, weights, self.combine)
-        return found / self.num_members if self.divide_by_n else found
+class _Linear(nn.Module):
+    """A gate in the place of a backbone: one linear layer on the pixels."""
+
+    num_members: int
+
+    @nn.compact
+    def __call__(self, x, choose, train):
+        """(B, H, W, C) images -> (B, M)."""
+        return nn.Dense(self.num_members, name="linear")(x.reshape(x.shape[0], -1))
 
 
 @jax.tree_util.register_static
@@ -339,6 +374,10 @@ def _evaluate(static, variables, x):
     return logits, aux
 
 
+def _named(static, variables, ids, x):
+    return static.mixture._of(variables, x, ids[:, None])[:, 0], {}
+
+
 def _logits(net, variables, x):
     return net.apply(variables, x)[0]
 
@@ -358,7 +397,9 @@ def model(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh |
 
     widths = _widths(cfg.widths) or (cfg.width,) * cfg.num_members
     of_width = {width: built(num_classes, width) for width in widths}
-    gate = built(cfg.num_members, cfg.gate_width or cfg.width) if cfg.gate == "trained" else None
+    gate = None if cfg.gate == "uniform" else built(cfg.num_members, cfg.gate_width or cfg.width)
+    if cfg.gate == "linear":
+        gate = dataclasses.replace(gate, module=gate.module.clone(backbone=_Linear(cfg.num_members)), backbone="linear")
     kind = "blocks" if jax.default_backend() == "cpu" else "all"
     return Mixture(tuple(of_width[width] for width in widths), gate, cfg.combine, cfg.divide_by_n,
                    _served(cfg.serve), cfg.expert_norm, Dispatch(kind, mesh))

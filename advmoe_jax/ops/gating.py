@@ -41,6 +41,23 @@ def combined(expert_logits: jax.Array, weights: jax.Array, how: str = "logits") 
     return jax.nn.logsumexp(log_p, 1, b=weights[..., None] * jnp.ones_like(log_p))
 
 
+def taken(gate_logits: jax.Array, count: int, straight: bool = False) -> jax.Array:
+    """Weights of all experts, (..., M) -> (..., M), that add up to 1 and are 0 for those that an image does not take.
+
+    Args:
+        gate_logits: of the gate.
+        count: k, experts that an image takes, of which the largest weights are made to add up to 1; 0: all.
+        straight: whether the gradient is that of the weights of all (straight-through). Else it is that of the weights
+            that count, of which a single one has none.
+    """
+    weights = jax.nn.softmax(gate_logits)
+    if not count:
+        return weights
+    chosen, ids = jax.lax.top_k(gate_logits, count)
+    found = jnp.sum(jax.nn.softmax(chosen)[..., None] * jax.nn.one_hot(ids, gate_logits.shape[-1]), -2)
+    return jax.lax.stop_gradient(found) + (weights - jax.lax.stop_gradient(weights)) if straight else found
+
+
 def top(gate_logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The experts of the largest weights, and their weights, made to add up to 1.
 

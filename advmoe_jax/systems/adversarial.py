@@ -108,13 +108,15 @@ def accuracies(passes: Mapping[str, Any], y: jax.Array) -> dict[str, jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """One update: its name, the groups it trains, what it is fed, whose loss it takes, in which iterations it runs."""
+    """One update: its name, the groups it trains, what it is fed, whose loss it takes, in which iterations it runs; and
+    what it minimises, if not what the others of the system do."""
 
     name: str
     owns: tuple[str, ...]
     inputs: Inputs
     router_loss: bool = False
     every: int = 1
+    objective: Callable[..., step.Objective] | None = None
 
 
 def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sources: Mapping[str, Source],
@@ -172,9 +174,9 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
                                parts=cfg.train.accumulate, soften=_softening(cfg.system, model.num_classes), turn=turn)
     abstract = jax.eval_shape(init, jax.random.key(0))
     steps = tuple(
-        step.make(u.name, objective(trained, cfg, router_loss=u.router_loss), prepare, u.inputs, owns=u.owns,
-                  optimizers=optimizers, state=abstract, mesh=mesh, every=u.every, parts=cfg.train.accumulate,
-                  after=after, part=part, track=track)
+        step.make(u.name, (u.objective or objective)(trained, cfg, router_loss=u.router_loss), prepare, u.inputs,
+                  owns=u.owns, optimizers=optimizers, state=abstract, mesh=mesh, every=u.every,
+                  parts=cfg.train.accumulate, after=after, part=part, track=track)
         for u in updates)
     averaging = {"1 steps": ema.update(cfg.train.ema)} if cfg.train.ema else {}
     return System(init, steps, length, data.rows, model, describe, averaging)

@@ -40,9 +40,9 @@ def check(config) -> None:
         raise UserError(f"model.name is {config.model.name}: expected mixture with system.name=mol, which trains a "
                         "gate and its experts")
     needed(config)
-    if config.system.finetune == "none" and config.model.gate != "trained":
-        raise UserError(f"system.finetune is none and model.gate {config.model.gate}: expected something to train, "
-                        "finetune fc or a trained gate")
+    if config.system.finetune == "none" and config.model.gate == "uniform":
+        raise UserError("system.finetune is none and model.gate uniform: expected something to train, finetune fc or a "
+                        "trained gate")
 
 
 def make(cfg, model: Model, data: Data, mesh: jax.sharding.Mesh, sources: Mapping[str, Source]) -> System:

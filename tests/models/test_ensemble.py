@@ -28,7 +28,9 @@ KINDS = {"dense": ("model.num_experts=1", "model.model_scale=1"), "routed": ("mo
          "team": ("model.name=ensemble", "model.router_width=4", "model.num_members=2"),
          "stopping": ("model.name=team", "model.num_experts=1", "model.num_members=3"),
          "mixture": ("model.name=mixture", "model.num_experts=1", "model.num_members=3"),
-         "top": ("model.name=mixture", "model.num_experts=1", "model.num_members=3", "model.serve=top-2")}
+         "top": ("model.name=mixture", "model.num_experts=1", "model.num_members=3", "model.serve=top-2"),
+         "dual": ("model.name=dual", "model.num_experts=1", "model.num_members=2", "model.gate=linear",
+                  "model.serve=top-1")}
 each = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -55,7 +57,8 @@ def test_everything_that_the_protocol_names_is_there(kind):
         assert isinstance(getattr(model, name), str) and "\n" not in getattr(model, name)
     for name in ("groups", "views", "layers", "image_shape"):
         assert isinstance(getattr(model, name), tuple)
-    assert set(model.surfaces) == {"routed": {"routed"}, "mixture": {"gated"}, "top": {"gated"}}.get(kind, set())
+    assert set(model.surfaces) == {"routed": {"routed"}, "mixture": {"gated"}, "top": {"gated"},
+                                   "dual": {"gated"}}.get(kind, set())
     assert all(isinstance(surface(variables), jax.tree_util.Partial) for surface in model.surfaces.values())
     assert hash(model) == hash(_model(kind)[0]), "it is a static argument of compiled programs"
 
@@ -109,7 +112,8 @@ def test_what_an_evaluation_keeps_and_says(kind):
     tables = [dataclasses.asdict(table) for table in model.fact_tables(facts)]
     assert [Table(**table).title for table in json.loads(json.dumps(tables))] == {
         "dense": [], "routed": ["Routing"], "stopping": ["Members", "Members asked"], "mixture": ["Experts"],
-        "top": ["Experts"]}.get(kind, ["Members"])
+        "top": ["Experts"], "dual": ["Experts of the standard mixture", "Experts of the robust mixture"]}.get(
+            kind, ["Members"])
     assert bool(facts) == (kind != "dense")
     assert costs["total"] == costs["pathway"] + costs["router"] and costs["executed"] >= costs["total"]
     assert costs["params"] == tree.size(variables["params"])
