@@ -36,6 +36,8 @@ from advmoe_jax.train.step import Attack, Objective
 from advmoe_jax.train.system import Inputs, System
 
 _ATTACKED = Only("system.loss=madry", lambda config: config.system.get("loss") == "madry")
+_ALONE = Only("system.loss=madry and system.experts second or every", lambda config: (
+    _ATTACKED.holds(config) and config.system.get("experts") != "none"))
 _CHOOSES = Only("model.serve top-1, top-2 and so on", lambda config: config.model.get("serve", "all") != "all")
 
 
@@ -45,9 +47,9 @@ class Config(adversarial.Config):
 
     loss: str = setting("madry", "of the answer, on attacked images; natural: on clean ones, and nothing else",
                         choices=("madry", "natural"))
-    beta: float = setting(6.0, "weight of the experts' robust term", least=0, most=1e6, only=_ATTACKED)
-    experts: str = setting("second", "of which experts: the gate's second of an image, or every one",
-                           choices=("second", "every"), only=_ATTACKED)
+    beta: float = setting(6.0, "weight of the experts' robust term", least=0, most=1e6, only=_ALONE)
+    experts: str = setting("second", "of which experts: the gate's second of an image, every one, or none: adversarial "
+                                     "training of the whole", choices=("second", "every", "none"), only=_ATTACKED)
     gate_grad: str = setting("straight", "gradient of the gate: as if all experts answered by its weights; or of the "
                                          "weights that count, of which that of a single expert has none, as released",
                              choices=("straight", "served"), only=_CHOOSES)
@@ -119,7 +121,7 @@ def _mixture_of(model: Model, variables: Mapping[str, Any]) -> tuple[Mixture, di
 
 
 def _beside(cfg, model: Model, attack: Attack | None) -> Attack | None:
-    """Images that attack the mixture, and those that attack single experts: (B, 1 + 1 or M, H, W, C)."""
+    """Images that attack the mixture, and those that attack single experts: (B, 1 + 0, 1 or M, H, W, C)."""
     if attack is None:
         return None
     mixture, _ = _mixture_of(model, {})
@@ -138,7 +140,7 @@ def _beside(cfg, model: Model, attack: Attack | None) -> Attack | None:
         found = [on_answer(own, *of)]
         if cfg.system.experts == "second":
             found.append(on_named({"mixture": own, "ids": second(mixture, own, x)}, *of))
-        else:
+        elif cfg.system.experts == "every":
             found.append(of_every(own, *of))
         return jnp.concatenate(found, 1)
 
@@ -186,28 +188,25 @@ def _of_robust(model: dual.Dual, cfg, **_: Any) -> Objective:
 
 def _loss(mixture, system, variables, batch):
     """The loss of a mixture, its statistics and passes, and what else is logged."""
-    x, target = batch["image"], batch.get("target", batch["label"])
-    if system.loss == "natural":
-        names, logits, gate_logits, stats = ("clean",), *mixture.passes(variables, x[:, None])
-        robust = 0.0
-    else:
-        adv, own = batch["adversarial"][:, 0], batch["adversarial"][:, 1:]
-        names = "clean", "adv"
-        logits, gate_logits, stats = mixture.passes(
-            variables, jnp.stack([x, adv], 1),
-            jnp.broadcast_to(own, (len(x), mixture.num_members, *x.shape[1:])))
+    x, target, metrics = batch["image"], batch.get("target", batch["label"]), {}
+    images, own = {"clean": x}, None
+    if system.loss != "natural":
+        images["adv"] = batch["adversarial"][:, 0]
+    if system.loss != "natural" and system.experts != "none":
+        own = jnp.broadcast_to(batch["adversarial"][:, 1:], (len(x), mixture.num_members, *x.shape[1:]))
+    logits, gate_logits, stats = mixture.passes(variables, jnp.stack(list(images.values()), 1), own)
+    found = _answers(mixture, system, logits[:, :len(images)], gate_logits)
+    passes = {name: (found[:, i], {"gate_logits": gate_logits[:, i]}) for i, name in enumerate(images)}
+    loss = jnp.mean(losses.cross_entropy(found[:, -1], target))
+    if own is not None:
         change = losses.kl(logits[:, 0], logits[:, 2])  # (B, M)
         if system.experts == "second":
             change = jnp.take_along_axis(change, second(mixture, variables, x)[:, None], 1)
-        robust = jnp.mean(jnp.sum(change, -1))
-    found = _answers(mixture, system, logits[:, :len(names)], gate_logits)
-    passes = {name: (found[:, i], {"gate_logits": gate_logits[:, i]}) for i, name in enumerate(names)}
-    loss = jnp.mean(losses.cross_entropy(found[:, -1], target))
-    if system.loss != "natural":
-        loss += system.beta * robust
+        metrics["expert_kl"] = jnp.mean(jnp.sum(change, -1))
+        loss += system.beta * metrics["expert_kl"]
     if system.balance_loss > 0:
         loss += system.balance_loss * routing.balance_loss(gate_logits)
-    return loss, (stats, passes), {} if system.loss == "natural" else {"expert_kl": robust}
+    return loss, (stats, passes), metrics
 
 
 def _of_standard(model: dual.Dual, cfg, **_: Any) -> Objective:

@@ -164,6 +164,7 @@ def recipe(title, entries, columns=(), seeds=SEEDS, notes=(), suite="", **train)
     shown = {name for names in rows.values() for name in names}
     for name, config in runs.items():
         if name not in shown:  # a phase
+            rows.setdefault(("a phase", name.replace(f"-s{config.seed}", "")), []).append(name)
             config.eval.attacks, config.eval.n, config.eval.black_box = "fgsm", 1000, False
         config.eval.suite = suite if name in shown else ""
         config.train.update(train)

@@ -83,6 +83,30 @@ def test_probabilities_may_be_averaged():
                                atol=1e-6)
 
 
+def test_weights_that_count():
+    """Those of the best add up to 1; straight through, the gradient is that of all."""
+    scores = jnp.array([[1., 3., 2.], [0., -1., 0.5]])
+    np.testing.assert_allclose(gating.taken(scores, 1), [[0, 1, 0], [0, 0, 1]])
+    best = np.exp(2) / (np.exp(2) + np.exp(3))
+    np.testing.assert_allclose(gating.taken(scores, 2, True)[0], [0, 1 - best, best], rtol=1e-6)
+    np.testing.assert_allclose(gating.taken(scores, 0), jax.nn.softmax(scores))
+    values = jnp.array([[5., -1., 2.]])
+    slopes = [jax.grad(lambda s, more=more: jnp.sum(values * gating.taken(s, *more)))(scores) for more in (
+        (0,), (1, True), (1,))]
+    np.testing.assert_allclose(slopes[0], slopes[1], rtol=1e-6)
+    assert np.any(slopes[0]) and not np.any(slopes[2]), "a single expert's weight is 1, whatever the gate says"
+
+
+def test_a_gate_may_be_a_linear_layer():
+    """Of so many weights as there are pixels for each expert, and as many multiply-accumulates."""
+    model = models.make(_config("model.gate=linear", "model.serve=top-1").model, SHAPE, CLASSES)
+    [spec] = model.gate.layers
+    assert (spec.path, spec.kernel, spec.macs) == ("backbone/linear", (64, MEMBERS), 64 * MEMBERS)
+    assert model.costs()["router"] == 64 * MEMBERS and model.views == ("through", "constant", "others")
+    with pytest.raises(UserError, match="gate_width .*no effect"):
+        configs.check(_config("model.gate=linear", "model.gate_width=2"))
+
+
 def test_a_mixture_is_its_gate_and_its_experts():
     model, variables = _model()
     logits, aux = _outputs(model, variables)
