@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import tree
@@ -49,7 +50,7 @@ def _masked(name, keep=0.5):
     return net, how, scores, search.soft_masks(search.begin(params, how, scores), how)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", slow_but(lambda name: name == "densenet", NETS))
 def test_what_is_left_costs_what_the_narrower_network_does(name):
     """In multiply-accumulates; where each norm reads one convolution, in parameters too."""
     net, _, _, masks = _masked(name)

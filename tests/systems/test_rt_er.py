@@ -119,6 +119,7 @@ def test_the_loss_of_a_mixture_is_its_formula(which):
     assert float(metrics["ra"]) == pytest.approx((answer.argmax(-1) == LABELS).mean())
 
 
+@pytest.mark.slow
 def test_the_standard_mixture_of_a_dual_model_learns_what_both_say():
     """Cross-entropy of (1 - alpha) F_S + alpha F_R on clean images."""
     nets = _by_group("dual")
