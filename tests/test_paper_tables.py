@@ -295,6 +295,7 @@ def test_ablations_of_advmoe_differ_in_what_they_are_about(advmoe):
     assert len(_entries(scaled)) == 2 * (3 * 4 + 1)
 
 
+@pytest.mark.slow
 def test_the_figures_of_advmoe():
     first = _entries(recipe.load(f"{ADVMOE}:fig1"))
     printed, [natural, *_] = first["Figure 1: CIFAR-10, VGG-16", "standard S-Dense"]

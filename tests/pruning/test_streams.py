@@ -102,6 +102,7 @@ def test_what_is_left_computes_what_the_narrower_network_does():
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(np.abs(theirs).max()))
 
 
+@pytest.mark.slow
 def test_layers_whose_outputs_are_added_lose_the_same_channels():
     """Those of the largest scores, all their filters added; and these get the gradient of everything that goes."""
     net, how, scores, masks = _masked("resnet")
