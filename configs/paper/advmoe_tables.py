@@ -7,9 +7,10 @@ prints stands in advmoe_tables.txt. table3 needs a backbone `vit`, and says so w
 Networks are trained as the paper says where it says it: TRADES with PGD-2 (a1: PGD-10), 100 epochs, SGD, cosine, batch
 128, of ImageNet 512. The mixture is ours, see configs/README.md: shared experts that start equal, a router in every
 layer with a learning rate of its own, 0.01 with warm-up and clipping, where the paper has 0.1. AT(Sparse) is HYDRA's
-search for whole channels, 100 epochs from AT(Dense) whose weights rest, then 100 epochs of what is left: it costs what
-AT(S-Dense) does. `mask` (M3 of figure 3) is that search from standard training, and nothing after it. The best
-checkpoint is chosen on held-out training images; RA is the worst case over the gradients of the router.
+search for whole channels, 100 epochs from AT(Dense) whose weights rest, then 100 epochs of what is left: at r = 0.5 it
+costs what AT(S-Dense) does, where r does not divide the channels of a layer one channel more. `mask` (M3 of figure 3)
+is that search from standard training, and nothing after it. The best checkpoint is chosen on held-out training images;
+RA is the worst case over the gradients of the router.
 
 Command:  python -m advmoe_jax.data.prepare cifar10 --out data  (cifar100, tiny_imagenet, imagenet)
           python -m advmoe_jax.main --config configs/paper/advmoe_tables.py:table1
@@ -19,13 +20,14 @@ Command:  python -m advmoe_jax.data.prepare cifar10 --out data  (cifar100, tiny_
           until timeout --preserve-status 25m python -m advmoe_jax.main \
               --config configs/paper/advmoe_tables.py:r18_cifar10
           do [ $? = 75 ] || break; done
-          SIGTERM, here of timeout, has a run saved before it ends with code 75; the same command continues it to the
-          same bits, and finished runs are skipped. What was killed loses an epoch at most.
+          SIGTERM, here of timeout, has a run saved before it ends with code 75; the same command continues it, and
+          finished runs are skipped. What was killed loses an epoch at most.
 Figures:  fig1 to fig3, fig7 and fig8 are tables of the report, figA2 is training.png of each run.
 Hardware: one GPU for r18_cifar10, accelerators for the others, 2 CPU cores for digits.
-Time:     not measured. r18_cifar10 by its multiply-accumulates at 20 TFLOP/s, an estimate: AT(Dense) 51 minutes a seed,
-          AT(S-Dense) 13, AT(Sparse) 102 more, AT(MoE) 27 and AdvMoE 55 with both experts computed, standard training
-          25 for all three: 4 and a half hours a seed. WRN-28-10 takes 9.4 times as long.
+Time:     not measured. r18_cifar10 by its operations at 20 TFLOP/s (an image of TRADES with PGD-2 is 11 forward passes,
+          of standard training 3), an estimate: AT(Dense) 51 minutes a seed, AT(S-Dense) 13, AT(Sparse) 102 more, AT(MoE)
+          27 and AdvMoE 55 with both experts computed, standard training 25 for all three: 4 and a half hours a seed.
+          WRN-28-10 takes 9.4 times as long.
 Expected: not run yet. The paper's numbers stand beside.
 """
 
