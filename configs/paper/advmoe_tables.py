@@ -25,9 +25,9 @@ Command:  python -m advmoe_jax.data.prepare cifar10 --out data  (cifar100, tiny_
 Figures:  fig1 to fig3, fig7 and fig8 are tables of the report, figA2 is training.png of each run.
 Hardware: one GPU for r18_cifar10, accelerators for the others, 2 CPU cores for digits.
 Time:     not measured. r18_cifar10 by its operations at 20 TFLOP/s (an image of TRADES with PGD-2 is 11 forward passes,
-          of standard training 3), an estimate: AT(Dense) 51 minutes a seed, AT(S-Dense) 13, AT(Sparse) 102 more, AT(MoE)
-          27 and AdvMoE 55 with both experts computed, standard training 25 for all three: 4 and a half hours a seed.
-          WRN-28-10 takes 9.4 times as long.
+          of standard training 3), an estimate: AT(Dense) 51 minutes a seed, AT(S-Dense) 13, AT(Sparse) 102 more,
+          AT(MoE) 27 and AdvMoE 55 with both experts computed, standard training 25 for all three: 4 and a half hours
+          a seed. WRN-28-10 takes 9.4 times as long.
 Expected: not run yet. The paper's numbers stand beside.
 """
 
