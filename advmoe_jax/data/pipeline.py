@@ -22,14 +22,24 @@ from advmoe_jax.core.fields import Only, setting
 from advmoe_jax.data import images
 from advmoe_jax.data.source import Dataset
 from advmoe_jax.data.split import Rows, Split, stratified
-from advmoe_jax.ops import augment
+from advmoe_jax.ops import augment, idbh
 
 _SMALL = 20_000
 _PART = re.compile(r"\s*(\d{1,6}(?:\s*\+\s*\d{1,6})*)\s+of\s+(\d{1,6})\s*")
 
 
+_IDBH = "idbh_"
+AUGMENTS = ("crop", *(f"{_IDBH}{name}" for name in idbh.POLICIES))
+
+
 def _is_padded(cfg: Any) -> bool:
     return getattr(cfg, "crop", "pad") == "pad"
+
+
+_NOT_RESIZED = Only("images that are not cropped before, by data.crop=resized", lambda config: _is_padded(config.data))
+_CROPPED = Only("data.augment=crop", lambda config: config.data.augment == "crop")
+_MOVED = Only(f"{_CROPPED.when}, and {_NOT_RESIZED.when}", lambda config: (
+    _CROPPED.holds(config) and _NOT_RESIZED.holds(config)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +54,14 @@ class Config:
     part_draw: str = setting("", "name of that draw: runs with one name and seed divide alike", only=Only(
         "a data.part", lambda config: bool(config.data.part)))
     batch_size: int = setting(128, "images of an iteration, on all devices together", least=1, most=10**6)
-    pad: int = setting(4, "pixels that crops may move by", least=0, most=1024, only=Only(
-        "images that are not cropped before, by data.crop=resized", lambda config: _is_padded(config.data)))
+    augment: str = setting("crop", "how images are varied: by what the fields below say, or by IDBH of a strength, "
+                                   "which moves them, changes colour or shape and erases", choices=AUGMENTS,
+                           only=_NOT_RESIZED)
+    pad: int = setting(4, "pixels that crops may move by", least=0, most=1024, only=_MOVED)
     flip: bool = setting(True, "whether half of the images are mirrored")
     jitter: float = setting(0.0, "how far brightness, contrast and saturation may change; 0: not at all", least=0,
-                            most=1)
-    turn: float = setting(0.0, "degrees by which images may turn; 0: not at all", least=0, most=180)
+                            most=1, only=_CROPPED)
+    turn: float = setting(0.0, "degrees by which images may turn; 0: not at all", least=0, most=180, only=_CROPPED)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -224,8 +236,14 @@ def images_of(split: Split, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def padding(cfg: Any) -> int:
-    """Pixels that crops move by on the device: data.pad, or 0 for images that were cropped at random before."""
-    return cfg.pad if _is_padded(cfg) else 0
+    """Pixels that crops move by on the device: data.pad, or 0 for images that were cropped at random before, or are
+    moved by IDBH."""
+    return cfg.pad if _is_padded(cfg) and policy(cfg) is None else 0
+
+
+def policy(cfg: Any) -> idbh.Policy | None:
+    """That of data.augment; None: it is none of IDBH."""
+    return idbh.POLICIES.get(getattr(cfg, "augment", AUGMENTS[0]).removeprefix(_IDBH))
 
 
 def padded_batches(indices: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -3,9 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from advmoe_jax.ops import warp
-
-_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue
+from advmoe_jax.ops import distort, warp
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -46,17 +44,10 @@ def jitter(key: jax.Array, x: jax.Array, strength: float) -> jax.Array:
         x: (B, H, W, C) in [0, 1]; those of one channel have no saturation.
         strength: 0 to 1.
     """
-    factors = jax.random.uniform(key, (3, x.shape[0], 1, 1, 1), x.dtype, 1 - strength, 1 + strength)
-    x = jnp.clip(x * factors[0], 0, 1)
-    mean = jnp.mean(_grey(x), (1, 2, 3), keepdims=True)
-    x = jnp.clip(mean + factors[1] * (x - mean), 0, 1)
-    return jnp.clip(_grey(x) + factors[2] * (x - _grey(x)), 0, 1) if x.shape[-1] == 3 else x
-
-
-def _grey(x):
-    if x.shape[-1] != 3:
-        return jnp.mean(x, -1, keepdims=True)
-    return jnp.sum(x * jnp.asarray(_LUMA, x.dtype)[None, None, None], -1, keepdims=True)
+    factors = jax.random.uniform(key, (3, x.shape[0]), x.dtype, 1 - strength, 1 + strength)
+    for change, factor in zip((distort.brightness, distort.contrast, distort.saturation), factors):
+        x = change(x, factor)
+    return x
 
 
 def turn(key: jax.Array, x: jax.Array, degrees: float) -> jax.Array:
@@ -82,3 +73,33 @@ def mixup(key: jax.Array, x: jax.Array, targets: jax.Array, alpha: float) -> tup
     share = jax.random.beta(share, alpha, alpha, x.shape[:1], x.dtype)
     along = share[:, None, None, None]
     return along * x + (1 - along) * x[others], share[:, None] * targets + (1 - share[:, None]) * targets[others]
+
+
+def cutmix(key: jax.Array, x: jax.Array, targets: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """Images with a rectangle of another image of the batch, and soft labels mixed by the pixels that each has; Yun et
+    al., ICCV 2019.
+
+    Of each image by itself a share is drawn from Beta(alpha, alpha). Height and width of the rectangle are those of the
+    image times sqrt(1 - share), its centre is anywhere in the image, and what is outside is cut off.
+
+    Args:
+        key: one key.
+        x: (B, H, W, C).
+        targets: (B, K).
+        alpha: above 0; 1 in the paper.
+    """
+    order, share, *centres = jax.random.split(key, 4)
+    others = jax.random.permutation(order, x.shape[0])
+    part = jnp.sqrt(1 - jax.random.beta(share, alpha, alpha, x.shape[:1], x.dtype))
+    rows, columns = (_span(*of, part) for of in zip(centres, x.shape[1:3]))
+    inside = rows[:, :, None] & columns[:, None, :]
+    share = 1 - jnp.mean(inside, (1, 2), dtype=targets.dtype)[:, None]
+    return jnp.where(inside[..., None], x[others], x), share * targets + (1 - share) * targets[others]
+
+
+def _span(key, size, part):
+    """(B, size) bool: an interval of so large a part (B,) of all pixels, about a random one, cut off at the borders."""
+    length = jnp.floor(part * size).astype(jnp.int32)[:, None]
+    first = jax.random.randint(key, length.shape, 0, size) - length // 2
+    place = jnp.arange(size)[None]
+    return (place >= first) & (place < first + length)

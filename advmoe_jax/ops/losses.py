@@ -1,7 +1,7 @@
 """Losses, one value per example. B batch, K classes; the mean over a batch is taken by the caller.
 
 `y` is (B,) integer labels. `cross_entropy`, `trades` and `mart` also take soft labels, (B, K) probabilities, as label
-smoothing and mixup make them. An array of another shape is an AssertionError.
+smoothing, mixup and CutMix make them. An array of another shape is an AssertionError.
 """
 
 import chex

@@ -1,4 +1,4 @@
-"""Images turned and moved."""
+"""Images turned, moved and sheared."""
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,23 @@ def warp(x: jax.Array, degrees: jax.Array, shift: jax.Array, bilinear: bool) -> 
         bilinear: whether to interpolate; else the nearest pixel is taken.
     """
     return jax.vmap(lambda *row: _warp(*row, bilinear))(x, degrees, shift)
+
+
+def shear(x: jax.Array, slopes: jax.Array) -> jax.Array:
+    """Shears images about their centre; the nearest pixel is taken, and 0 from outside.
+
+    Args:
+        x: (B, H, W, C).
+        slopes: (B, 2), pixels that a row moves to the right for each that it lies below the centre, and a column down
+            for each that it lies to the right.
+    """
+    return jax.vmap(_shear)(x, slopes)
+
+
+def _shear(x, slopes):
+    down, right = (jnp.arange(size, dtype=x.dtype) - (size - 1) / 2 for size in x.shape[:2])
+    row, column = jnp.meshgrid(*(jnp.arange(size, dtype=x.dtype) for size in x.shape[:2]), indexing="ij")
+    return _at(x, jnp.round(row - slopes[1] * right[None]), jnp.round(column - slopes[0] * down[:, None]))
 
 
 def _warp(x, degrees, shift, bilinear):

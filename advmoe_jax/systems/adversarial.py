@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import rng, tree, units, xla
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import Only, setting
 from advmoe_jax.data import pipeline
 from advmoe_jax.models.model import Model
@@ -20,12 +21,13 @@ from advmoe_jax.models.network import HAS_ROUTER
 from advmoe_jax.ops import augment, losses, routing
 from advmoe_jax.systems import adversary
 from advmoe_jax.systems.sources import Source, initial
-from advmoe_jax.train import ema, optim, step
+from advmoe_jax.train import awp, ema, optim, step
 from advmoe_jax.train import state as states
 from advmoe_jax.train.state import Part, State
 from advmoe_jax.train.system import Batch, Inputs, System
 
 LOSSES = ("natural", "madry", "trades", "mart")
+_PERTURBED = Only("system.awp above 0", lambda config: config.system.awp > 0)
 _WEIGHTED = Only("system.loss trades or mart, or system.router_loss label_mod", lambda config: (
     config.system.loss in ("trades", "mart") or config.system.get("router_loss") == "label_mod"))
 
@@ -41,6 +43,12 @@ class Config:
     label_smoothing: float = setting(0.0, "share of a label that all classes get alike", least=0, most=1)
     mixup: float = setting(0.0, "alpha: images are mixed with others by shares from Beta(alpha, alpha), the labels in "
                                 "the loss too; attacks know the image's own; 0: they are not", least=0, most=1e3)
+    cutmix: float = setting(0.0, "alpha: each image gets a rectangle of another, of 1 - Beta(alpha, alpha) of its area "
+                                 "before borders cut it; labels and attacks as with mixup; 0: none", least=0,
+                            most=1e3, only=Only("system.mixup 0", lambda config: not config.system.mixup))
+    awp: float = setting(0.0, "gamma of adversarial weight perturbation, a share of each kernel's norm; .005 to .01 "
+                              "are usual, 0: none", least=0, most=1)
+    awp_from: str = setting("0 epochs", "when it begins", read=units.length, only=_PERTURBED)
 
 
 def objective(model: Model, cfg, *, router_loss: bool = False) -> step.Objective:
@@ -143,6 +151,8 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
         turn: as `train.step.preparation`; by train.several unless given.
         track: as `train.step.make`.
         attacks: (model as it is trained, its attack) -> what makes a step's images instead.
+    Raises:
+        UserError: system.awp is to move what is no weights, or would begin after the end.
     """
     per_epoch = pipeline.steps_per_epoch(len(data.rows), cfg.data.batch_size)
     length = units.steps(cfg.train.length, per_epoch, what="train.length")
@@ -172,11 +182,12 @@ def build(cfg, model: Model, data: pipeline.Data, mesh: jax.sharding.Mesh, sourc
         turn = functools.partial(_pass, per_epoch)
     prepare = step.preparation(attacks(trained, attack), seed=cfg.seed, mesh=mesh, data_cfg=cfg.data,
                                parts=cfg.train.accumulate, soften=_softening(cfg.system, model.num_classes), turn=turn)
+    perturb = _perturbation(cfg, per_epoch, length, part)
     abstract = jax.eval_shape(init, jax.random.key(0))
     steps = tuple(
         step.make(u.name, (u.objective or objective)(trained, cfg, router_loss=u.router_loss), prepare, u.inputs,
                   owns=u.owns, optimizers=optimizers, state=abstract, mesh=mesh, every=u.every,
-                  parts=cfg.train.accumulate, after=after, part=part, track=track)
+                  parts=cfg.train.accumulate, after=after, part=part, track=track, perturb=perturb)
         for u in updates)
     averaging = {"1 steps": ema.update(cfg.train.ema)} if cfg.train.ema else {}
     return System(init, steps, length, data.rows, model, describe, averaging)
@@ -186,16 +197,32 @@ def _pass(per_epoch: int, state: State, key: jax.Array) -> jax.Array:
     return state.step // per_epoch
 
 
+def _perturbation(cfg, per_epoch: int, length: int, part: Part) -> awp.Perturbation | None:
+    """What `system.awp` does to the weights of a step; None: nothing."""
+    system = cfg.system
+    if not system.awp:
+        return None
+    if part is not states.PARAMETERS:
+        raise UserError(f"system.awp is {system.awp}: expected 0 with system.name={system.name}, which here trains "
+                        "other than the parameters of its groups, or more")
+    first = units.steps(system.awp_from, per_epoch, length, "system.awp_from")
+    if first >= length > 0:
+        raise UserError(f"system.awp_from is {system.awp_from!r}, iteration {first}: expected one before the end, "
+                        f"which is {length}")
+    return awp.make(system.awp, first)
+
+
 def _softening(system: Any, num_classes: int) -> Callable[[jax.Array, Batch], Batch] | None:
     """What makes soft labels of a ready batch by the fields of `config.system`; None: labels stay."""
-    if not (system.label_smoothing or system.mixup):
+    if not (system.label_smoothing or system.mixup or system.cutmix):
         return None
+    alpha, mix = (system.mixup, augment.mixup) if system.mixup else (system.cutmix, augment.cutmix)
 
     def soften(key, batch):
         target = losses.one_hot(batch["label"], num_classes, system.label_smoothing)
-        if not system.mixup:
+        if not alpha:
             return {"target": target}
-        image, target = augment.mixup(key, batch["image"], target, system.mixup)
+        image, target = mix(key, batch["image"], target, alpha)
         return {"image": image, "target": target}
 
     return soften

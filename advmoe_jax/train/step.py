@@ -14,8 +14,9 @@ from advmoe_jax.core import rng, tree
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import setting
 from advmoe_jax.data import pipeline
-from advmoe_jax.ops import augment
+from advmoe_jax.ops import augment, idbh
 from advmoe_jax.train import state as states
+from advmoe_jax.train.awp import Perturbation
 from advmoe_jax.train.state import Part, State
 from advmoe_jax.train.system import Batch, Inputs, Step
 
@@ -55,7 +56,8 @@ def preparation(attack: Attack | None, *, seed: int, mesh: jax.sharding.Mesh, da
         attack: of the ready images; None: there is none.
         seed: of the run.
         mesh: of all devices.
-        data_cfg: fields pad, flip and, where there are such, jitter, turn and, of images that are decoded, crop.
+        data_cfg: fields pad, flip and, where there are such, augment, jitter, turn and, of images that are decoded,
+            crop.
         parts: of a batch, which are attacked one after the other. An image has a key of its own, so that nothing
             depends on them.
         soften: (key, ready batch) -> what it changes or adds, such as soft labels "target" (B, K); None: nothing.
@@ -63,12 +65,14 @@ def preparation(attack: Attack | None, *, seed: int, mesh: jax.sharding.Mesh, da
             the batch as "turn" (B,); None: the step.
     """
     jitter, degrees = getattr(data_cfg, "jitter", 0), getattr(data_cfg, "turn", 0)
+    policy = pipeline.policy(data_cfg)
 
     def run(state: State, batch: Batch, seed: jax.Array, crops: jax.Array, noise: jax.Array) -> Batch:
         crop = rng.stream(rng.key(seed, crops, state.step), "augment")
         x = augment.to_float(augment.pad_crop_flip(crop, batch["image"], pipeline.padding(data_cfg), data_cfg.flip))
         x = augment.jitter(rng.stream(crop, "jitter"), x, jitter) if jitter else x
         x = augment.turn(rng.stream(crop, "turn"), x, degrees) if degrees else x
+        x = idbh.augment(rng.stream(crop, "idbh"), x, policy) if policy else x
         ready = {**batch, "image": x}
         if soften is not None:
             ready |= soften(rng.stream(crop, "soften"), ready)
@@ -93,7 +97,8 @@ def preparation(attack: Attack | None, *, seed: int, mesh: jax.sharding.Mesh, da
 def make(name: str, objective: Objective, prepare: Callable[[State, Batch, Inputs], Batch], inputs: Inputs, *,
          owns: Sequence[str], optimizers: dict[str, Any], state: State, mesh: jax.sharding.Mesh, every: int = 1,
          parts: int = 1, after: Callable[[State], State] = states.masked, part: Part = states.PARAMETERS,
-         track: Callable[[State, Batch, dict[str, jax.Array]], State] | None = None) -> Step:
+         track: Callable[[State, Batch, dict[str, jax.Array]], State] | None = None,
+         perturb: Perturbation | None = None) -> Step:
     """A step that descends `objective` in the parameters of the groups it owns, or in what `part` says instead.
 
     Parameters, optimizer states and running statistics of other groups pass through untouched.
@@ -113,6 +118,8 @@ def make(name: str, objective: Objective, prepare: Callable[[State, Batch, Input
         after: applied to the new state, last.
         part: what of a group is trained.
         track: (new state, ready batch, metrics) -> the state with what a system counts in `extra`; None: nothing.
+        perturb: moves the parameters to where loss, statistics and gradients are taken, by gradients of the same batch
+            where they are; None: they stay.
     """
     grad_names = tree.named_leaves({group: part.get(state)[group] for group in owns})
     tensors = ("loss", *(f"gradient {n}" for n in grad_names), *(f"parameter {n}" for n in grad_names))
@@ -121,15 +128,18 @@ def make(name: str, objective: Objective, prepare: Callable[[State, Batch, Input
         def loss_of(owned, batch_stats, batch):
             return objective(part.put(state, owned).replace(batch_stats=batch_stats), batch)
 
-        def of(stats, batch):
-            (loss, (new, metrics)), grads = slope(owned, stats, batch)
-            return {**stats, **new}, (loss, metrics, grads)
+        def at(weights):
+            def of(stats, batch):
+                (loss, (new, metrics)), grads = slope(weights, stats, batch)
+                return {**stats, **new}, (loss, metrics, grads)
+
+            if parts == 1:
+                return of(state.batch_stats, batch)
+            return _averaged(of, state.batch_stats, _cut(batch, parts))
 
         owned, slope = {group: part.get(state)[group] for group in owns}, jax.value_and_grad(loss_of, has_aux=True)
-        if parts == 1:
-            stats, (loss, metrics, grads) = of(state.batch_stats, batch)
-        else:
-            stats, (loss, metrics, grads) = _averaged(of, state.batch_stats, _cut(batch, parts))
+        weights = owned if perturb is None else perturb(state, owned, lambda: at(owned)[1][2])
+        stats, (loss, metrics, grads) = at(weights)
         updated, opt, batch_stats = {}, dict(state.opt), dict(state.batch_stats)
         for group in owns:
             updates, opt[group] = optimizers[group].update(grads[group], opt[group], owned[group])

@@ -100,3 +100,22 @@ def test_mixup_mixes_images_and_labels_alike():
     _, target = augment.mixup(jax.random.key(1), jnp.zeros((500, 1, 1, 1)), jnp.eye(500), 0.3)
     shares = np.asarray(target).max(1)
     assert shares.min() >= 0.5 - 1e-6 and np.mean(shares > 0.95) > 0.4, "Beta(0.3, 0.3) is mostly near 0 or 1"
+
+
+def test_cutmix_pastes_rectangles_and_counts_pixels():
+    """Every pixel is of the image or of one other, these form a rectangle, and labels have their shares."""
+    count, height, width = 64, 6, 8
+    number = np.arange(count, dtype=np.float32)
+    x = np.broadcast_to(number[:, None, None, None], (count, height, width, 1))
+    mixed, target = map(np.asarray, jax.jit(augment.cutmix, static_argnums=3)(
+        jax.random.key(0), x, jnp.eye(count), 1.0))
+    shares = []
+    for i, (image, soft) in enumerate(zip(mixed[..., 0], target)):
+        foreign = image != i
+        rows, columns = np.flatnonzero(foreign.any(1)), np.flatnonzero(foreign.any(0))
+        assert len(np.unique(image[foreign])) <= 1 and foreign.sum() == len(rows) * len(columns)
+        expected = np.bincount(image.astype(int).ravel(), minlength=count) / image.size
+        np.testing.assert_allclose(soft, expected, atol=1e-6)
+        shares.append(soft[i])
+    assert min(shares) < 0.3 and max(shares) > 0.95 and len({*np.round(shares, 5)}) > 15
+    assert np.mean(shares) > 0.5, "borders cut rectangles, so that images keep more than half"

@@ -118,10 +118,11 @@ def test_the_step_of_ramp_is_the_projected_gradient():
         np.testing.assert_allclose(leaf, wanted[name], rtol=1e-4, atol=1e-6 * max(1, np.abs(wanted[name]).max()))
 
 
-def test_labels_may_be_soft():
+@pytest.mark.parametrize("mixed", ["system.mixup=0.3", pytest.param("system.cutmix=1", marks=pytest.mark.slow)])
+def test_labels_may_be_soft(mixed):
     """Smoothed and mixed in the loss; the attack knows the image's own label."""
     config = _config("standard", "system.loss=madry", "train.attack=rotation(limit=0)", "system.label_smoothing=0.2",
-                     "system.mixup=0.3", "data.jitter=0.1", "data.turn=2")
+                     mixed, "data.jitter=0.1", "data.turn=2")
     mesh, (net, _) = meshes.make(), _net()
     system = standard.make(config, net, DATA, mesh, {})
     [step], state = system.steps, system.init(jax.random.key(0))
