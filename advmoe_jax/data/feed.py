@@ -48,7 +48,7 @@ def opened(cfg: Any, seed: int, split: Split, rows: np.ndarray, visits: Callable
         def batch_of(step, stream):
             nonlocal coming
             if not split.decodes:
-                wanted = pipeline.batch_indices(rows, cfg.batch_size, seed, stream, step)
+                wanted = pipeline.batch_rows(split, rows, cfg.batch_size, seed, stream, step)
                 return pipeline.device_batch(mesh, split, wanted)
             if coming is None:
                 coming = stack.enter_context(contextlib.closing(decoded(

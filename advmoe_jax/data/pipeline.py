@@ -20,6 +20,7 @@ from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import Only, setting
 from advmoe_jax.data import images
+from advmoe_jax.data.extra import Mixed
 from advmoe_jax.data.source import Dataset
 from advmoe_jax.data.split import Rows, Split, stratified
 from advmoe_jax.ops import augment, idbh
@@ -53,6 +54,10 @@ class Config:
                             "are drawn at random; empty: all", read=lambda value, name: _part(value, name))
     part_draw: str = setting("", "name of that draw: runs with one name and seed divide alike", only=Only(
         "a data.part", lambda config: bool(config.data.part)))
+    extra: str = setting("", "an .npz of image and label, or several with commas, whose images are mixed in, such as "
+                             "generated ones; none are held out, and an epoch stays one of the data set's images")
+    extra_share: float = setting(0.7, "share of a batch that is of data.extra", above=0, most=0.999, only=Only(
+        "a data.extra", lambda config: bool(config.data.extra)))
     batch_size: int = setting(128, "images of an iteration, on all devices together", least=1, most=10**6)
     augment: str = setting("crop", "how images are varied: by what the fields below say, or by IDBH of a strength, "
                                    "which moves them, changes colour or shape and erases", choices=AUGMENTS,
@@ -69,8 +74,8 @@ class Data:
     """What a run draws from.
 
     Attributes:
-        train: the training images.
-        rows: (n,) int64, those of `train` that are trained on.
+        train: the training images; perhaps with extra ones behind them, see `data.extra`.
+        rows: (n,) int64, those of `train` that are trained on, of extra ones none.
         select: what the best checkpoint is chosen on: `train` or `test`.
         select_rows: (m,) int64, which of them; none is among `rows` if `select` is `train`.
         test: the test images.
@@ -227,6 +232,15 @@ def batch_indices(indices: np.ndarray, batch_size: int, seed: int, stream: str,
     epoch, position = divmod(step, steps_per_epoch(len(indices), batch_size))
     order = _permutation(len(indices), seed, stream, epoch)
     return np.asarray(indices, np.int64)[order[position * batch_size:(position + 1) * batch_size]]
+
+
+def batch_rows(split: Split, indices: np.ndarray, batch_size: int, seed: int, stream: str, step: int) -> np.ndarray:
+    """The rows of `split` that a training step sees, (B,) int64: `batch_indices`; or, if there are extra images, fewer
+    of them, in passes that are as much longer, and then their share. Arguments as `batch_indices`."""
+    if not isinstance(split, Mixed):
+        return batch_indices(indices, batch_size, seed, stream, step)
+    own = batch_indices(indices, batch_size - split.count(batch_size), seed, stream, step)
+    return np.concatenate([own, split.draw(batch_size, seed, stream, step)])
 
 
 def images_of(split: Split, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

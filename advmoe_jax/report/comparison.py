@@ -18,9 +18,10 @@ _COLUMNS = ("method", "config", "seeds", "SA %, best", "RA %, best", "RA %, last
 
 @dataclasses.dataclass
 class Group:
-    """Measurements by one attack of runs that differ only by the seed: {checkpoint: {training seed: entry}}."""
+    """Measurements by one attack of runs that differ only by the seed: {checkpoint: {training seed: entry}}. `run` is
+    the first of these."""
 
-    config: dict[str, Any]
+    run: Run
     label: str = ""
     by_checkpoint: dict[str, dict[int, dict[str, Any]]] = dataclasses.field(
         default_factory=lambda: {name: {} for name in runs.CHECKPOINTS})
@@ -30,8 +31,13 @@ class Group:
         return [e for by_seed in self.by_checkpoint.values() for e in by_seed.values()]
 
     @property
+    def config(self) -> dict[str, Any]:
+        return identity(self.run)
+
+    @property
     def method(self) -> str:
-        return self.label or self.entries[0]["method"]
+        """What the row is called; extra data are part of it."""
+        return runs.named(self.label, self.run) if self.label else self.entries[0]["method"]
 
     @property
     def seeds(self) -> list[int]:
@@ -57,12 +63,12 @@ def groups_of(found: Sequence[Run], labels: Mapping[str, str] = MappingProxyType
     """
     groups: dict[tuple, dict[tuple, Group]] = {}
     for run in found:
-        config, label = identity(run), labels.get(str(run.folder), "")
+        label = labels.get(str(run.folder), "")
         counted = {(runs.attack_key(entry), entry["checkpoint"]): entry for entry in run.entries}
         for (attack, checkpoint), entry in counted.items():
             if checkpoint in runs.CHECKPOINTS:
-                same = (label,) if label else (entry["method"], *entry["macs"].values(), *config.items())
-                group = groups.setdefault(attack, {}).setdefault(same, Group(config, label))
+                same = (runs.named(label, run),) if label else (entry["method"], *entry["macs"].values(), *identity(run).items())
+                group = groups.setdefault(attack, {}).setdefault(same, Group(run, label))
                 group.by_checkpoint[checkpoint].setdefault(entry["train_seed"], entry)
     return {attack: sorted(groups[attack].values(), key=lambda g: g.robust[0] / max(g.robust[1], 1), reverse=True)
             for attack in sorted(groups)}
@@ -106,7 +112,8 @@ def _table(groups: list[Group], paper: Mapping[str, Mapping[str, float]]) -> Tab
                        tables.NOTHING for kind in told)))
     notes = ("Mean ± sample standard deviation over training seeds. " + runs.attack_settings(entries)
              + f" Evaluated in {runs.circumstances(entries)}.",
-             *runs.warnings(entries), *filter(None, [_ties(groups, names)]))
+             *runs.warnings(entries), *filter(None, [_ties(groups, names)]),
+             *runs.tracks((group.method, group.run) for group in groups))
     return Table(runs.attack_title(entries[0]), (*_COLUMNS[:-1], *([runs.ADAPTIVE] if shown else []), _COLUMNS[-1],
                                                *(f"{kind} %, paper" for kind in told)), rows, notes)
 

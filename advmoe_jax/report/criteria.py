@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 
 from advmoe_jax.core import tables
 from advmoe_jax.core.tables import Table
-from advmoe_jax.report import comparison
+from advmoe_jax.report import comparison, runs
 from advmoe_jax.report.runs import Run
 
 BENIGN, SUPERSCORE = "benign", "superscore"
@@ -153,10 +153,10 @@ def compared(found: Sequence[Run], labels: Mapping[str, str] = MappingProxyType(
             key = (config.data.name, config.data.subset, config.train.select_on, config.train.criteria,
                    measured[-1].images, tuple(measured[-1].rates))
             label = labels.get(str(run.folder), "")
-            row = label or (tuple(comparison.identity(run).items()))
+            row = runs.named(label, run) if label else (tuple(comparison.identity(run).items()))
             alike.setdefault(key, {}).setdefault(row, []).append((run, measured))
     return [Compared(next(iter(rows.values()))[0][0], tuple(
-        Group(row if isinstance(row, str) else of[0][0].config.run or of[0][0].config.name,
+        Group(row if isinstance(row, str) else runs.named(of[0][0].config.run or of[0][0].config.name, of[0][0]),
               tuple(measured for _, measured in of))
         for row, of in rows.items())) for rows in alike.values()]
 

@@ -84,11 +84,13 @@ def _matrix(key, columns, oracles, paper) -> Matrix:
     lines = [(title, *(cell(label, i) for label in shown)) for i, title in enumerate(titles)]
     rates = np.array([[100 * np.mean(cells[label][i]) if cells[label][i] else np.nan for label in shown]
                       for i in range(len(order))])
-    notes = [_NOTE, *runs.warnings([entry for _, entry in measured])]
+    names = {label: runs.named(label, pairs[0][0]) for label, pairs in columns.items()}
+    notes = [_NOTE, *runs.warnings([entry for _, entry in measured]),
+             *runs.tracks((names[label], pairs[0][0]) for label, pairs in columns.items())]
     if told := [label for label, rates_of in made.items() if rates_of]:
         notes.append(_ORACLE.format(labels=", ".join(told)))
     title = f"{key[0]}, {key[2]} test images of {key[1]}"
-    return Matrix(Table(title, ("attack", *shown), lines, tuple(notes)), titles, tuple(shown), rates)
+    return Matrix(Table(title, ("attack", *(names.get(label, label) for label in shown)), lines, tuple(notes)), titles, tuple(shown), rates)
 
 
 def _rates(entry: dict[str, Any]) -> dict[_Row, float]:

@@ -7,7 +7,7 @@ import numpy as np
 from advmoe_jax.core import tables
 from advmoe_jax.core.recipe import Line, Printed
 from advmoe_jax.core.tables import Table
-from advmoe_jax.report import criteria
+from advmoe_jax.report import criteria, runs
 from advmoe_jax.report.criteria import Group
 from advmoe_jax.report.runs import Run
 
@@ -31,7 +31,7 @@ def table(of: Printed, found: Mapping[str, Run]) -> tuple[Table, dict[str, dict[
     """
     groups = {(line.label, line.best): group for line in of.lines if (group := _group(line, found))}
     if of.is_of_ranks:
-        return _ranks(of, groups), {}
+        return _ranks(of, groups, found), {}
     rows = [(line.label if line.runs or line.ours else f"{line.label} (paper's)", line.best,
              *(_cell(line, column, groups.get((line.label, line.best)), found) for column in of.columns))
             for line in of.lines]
@@ -40,7 +40,7 @@ def table(of: Printed, found: Mapping[str, Run]) -> tuple[Table, dict[str, dict[
         rows, names = [(row[0], *row[2:]) for row in rows], (names[0], *names[2:])
     measured = [found[name] for line in of.lines for name in line.runs if (line.label, line.best) in groups]
     notes = (_READ, *([_COUNTED] if any(MACS in line.printed for line in of.lines) else ()),
-             *([criteria.how(measured[0])] if measured else ()), *of.notes)
+             *([criteria.how(measured[0])] if measured else ()), *of.notes, *_tracks(of, found))
     scores = {label: {name: rate for name, rate in group.means().items() if name in of.columns}
               for (label, _), group in groups.items()}
     alike = next((scored.keys() for scored in scores.values() if scored), ())
@@ -52,6 +52,11 @@ def _group(line: Line, found: Mapping[str, Run]) -> Group | None:
     """The evaluations of the runs of a line that have any."""
     measured = [tuple(criteria.evaluations(found[name])) for name in line.runs if name in found]
     return Group(line.label, tuple(filter(None, measured))) if any(measured) else None
+
+
+def _tracks(of: Printed, found: Mapping[str, Run]) -> tuple[str, ...]:
+    return runs.tracks((runs.named(line.label, found[name]), found[name])
+                       for line in of.lines for name in line.runs if name in found)
 
 
 def _cell(line: Line, column: str, group: Group | None, found: Mapping[str, Run]) -> str:
@@ -89,7 +94,7 @@ def _of_best(run: Run, column: str) -> float | None:
     return max(found, key=lambda entry: entry["n"])[kind] if found else None
 
 
-def _ranks(of: Printed, groups: Mapping[tuple[str, str], Group]) -> Table:
+def _ranks(of: Printed, groups: Mapping[tuple[str, str], Group], found: Mapping[str, Run]) -> Table:
     """A row for each label: its mean rank in each column among the lines that were measured there, and in all."""
     ours: dict[str, dict[str, float]] = {}
     for column in of.columns:
@@ -98,14 +103,14 @@ def _ranks(of: Printed, groups: Mapping[tuple[str, str], Group]) -> Table:
             for label, rank in zip(measured, criteria.mean_ranks(list(measured.values()))):
                 ours.setdefault(label, {})[column] = float(rank)
     ranked = [column for column in of.columns if column != "all"]
-    for found in ours.values():
-        if all(column in found for column in ranked):
-            found["all"] = float(np.mean([found[column] for column in ranked]))
+    for of_label in ours.values():
+        if all(column in of_label for column in ranked):
+            of_label["all"] = float(np.mean([of_label[column] for column in ranked]))
     rows = [(label if any(line.runs for line in lines) else f"{label} (paper's)", *(
         _rank_cell(ours.get(label, {}).get(column), lines, column) for column in of.columns))
         for label, lines in _by_label(of.lines).items()]
     few = f"Our ranks are among the {len(ours)} methods that were measured, the paper's among {len(rows)}."
-    return Table(of.title, ("method", *of.columns), rows, (_READ, criteria.RANKED, few, *of.notes))
+    return Table(of.title, ("method", *of.columns), rows, (_READ, criteria.RANKED, few, *of.notes, *_tracks(of, found)))
 
 
 def _by_label(lines: Sequence[Line]) -> dict[str, list[Line]]:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import files, tables
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.data import extra
 from advmoe_jax.evaluation import results
 from advmoe_jax.train import checkpoint
 
@@ -106,6 +107,17 @@ def adaptive(entries: Sequence[dict[str, Any]]) -> str:
         return "not measured"
     counts = sorted({e["n"] for e in found} - {entries[0]["n"]})
     return tables.mean_and_deviation([e["ra"] for e in found], len(entries)) + "".join(f" (n={n})" for n in counts)
+
+
+def named(label: str, run: Run) -> str:
+    """What to call a row of a run: its label, and the extra data that it had, if any."""
+    return extra.marked(label, extra.about(run.config.data))
+
+
+def tracks(rows: Iterable[tuple[str, Run]]) -> tuple[str, ...]:
+    """A note below a table, or none: which of its rows had extra data. Rows are names as shown, each with a run."""
+    found = dict.fromkeys(name for name, run in rows if extra.about(run.config.data))
+    return (f"A track of its own, trained on more than the data set's images: {'; '.join(found)}.",) if found else ()
 
 
 def shows_adaptive(entries: Sequence[dict[str, Any]]) -> bool:

@@ -14,7 +14,7 @@ from advmoe_jax.core import find, units
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import setting
-from advmoe_jax.data import pipeline
+from advmoe_jax.data import extra, pipeline
 from advmoe_jax.evaluation import criteria, measure
 from advmoe_jax.evaluation.suites import Suite
 from advmoe_jax.models import model as models
@@ -70,7 +70,8 @@ def assemble(config: ConfigDict, starts: bool = True, workdir: epath.Path | None
 
     Args:
         config: checked.
-        starts: whether it is to be trained; for what is evaluated alone, the runs that it started from may be gone.
+        starts: whether it is to be trained; for what is evaluated alone, the runs that it started from may be gone, and
+            extra images too.
         workdir: of the run. A system that chooses something before it trains names the file of it in KEEPS, and gets
             what an earlier start left there as `kept`.
     Raises:
@@ -81,6 +82,8 @@ def assemble(config: ConfigDict, starts: bool = True, workdir: epath.Path | None
     meshes.check_batch_size(mesh, config.data.batch_size // parts,
                             "data.batch_size / train.accumulate" if parts > 1 else "data.batch_size")
     data = pipeline.load(config.data, config.train.select_on, config.train.select_examples, config.seed)
+    if starts:
+        data = dataclasses.replace(data, train=extra.mixed(config.data, data.train, data.num_classes))
     runs = sources.load(config, data.image_shape, data.num_classes) if starts else {}
     model = models.make(config.model, data.image_shape, data.num_classes, mesh)
     module = find.module("systems", config.system.name, defines="make", kind="system.name")
@@ -88,6 +91,7 @@ def assemble(config: ConfigDict, starts: bool = True, workdir: epath.Path | None
     kept = {"kept": _kept(workdir / module.KEEPS)} if starts and workdir and hasattr(module, "KEEPS") else {}
     system = module.make(config, model, data, mesh, runs, **kept)
     _check_system(config.system.name, system)
+    system = dataclasses.replace(system, describe=extra.marked(system.describe, extra.about(config.data)))
     suite, more = _selection(config), criteria.asked(config)
     for asked in filter(None, (suite, more)):
         measure.check(asked, model)

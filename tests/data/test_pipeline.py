@@ -19,7 +19,7 @@ def test_unknown_name_gives_the_nearest():
 
 
 @pytest.mark.parametrize("name", ["pipeline", "prepare", "raw", "source", "split", "cifar_files", "images", "feed",
-                                  "records", "shards", "class_folders"])
+                                  "records", "shards", "class_folders", "extra"])
 def test_the_other_modules_are_no_sources(name):
     with pytest.raises(UserError, match="unknown data.name"):
         pipeline.open_dataset(name, "")

@@ -141,3 +141,22 @@ def test_rows_are_keyed_by_fields_and_not_by_names(tmp_path):
     argument = workdir(tmp_path / "fourth", [entry(train_seed=3)], seed=3, argument="at_moe")
     table, = compare([*same, argument])
     assert sorted(row[1:3] for row in table.rows) == [("small", "2 (0, 1)"), ("small:at_moe", "1 (3)")]
+
+
+def test_extra_data_are_a_track_of_their_own(tmp_path):
+    """Its rows are named so, with a label and without, and a note below says it; a tie names them too."""
+    fields = {"data.extra": "data/1m.npz", "data.extra_share": 0.7}
+    mark = "(extra data: 1m.npz 70 %)"
+    plain = workdir(tmp_path / "plain", [entry(ra=0.42, routed=False)], name="plain")
+    more = workdir(tmp_path / "more", [entry(ra=0.44, routed=False, method=f"AT(Dense) by trades {mark}")],
+                   name="more", **fields)
+    for labels, names in (({}, ["AT(Dense) by trades", "AT(Dense) by trades"]),
+                          ({str(plain): "AT", str(more): "AT"}, ["AT", "AT"])):
+        table, = comparison.compare([runs.load(folder) for folder in (plain, more)], labels)
+        assert [row[0] for row in table.rows] == [f"{names[0]} {mark}", names[1]]
+        assert f"Best RA: {names[0]} {mark}" in table.notes[-2] and f"a tie with {names[1]}" in table.notes[-2]
+        assert table.notes[-1] == f"A track of its own, trained on more than the data set's images: {names[0]} {mark}."
+    table, = compare([plain])
+    assert not any("track" in note for note in table.notes)
+    reports.write([workdir(tmp_path / "new", [], name="new", **fields)])
+    assert (tmp_path / "new" / "report.md").read_text().startswith(f"# new {mark}\n")

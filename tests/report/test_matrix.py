@@ -85,6 +85,14 @@ def test_an_oracle_takes_the_best_run_for_each_attack(root):
     assert _table(root, {"late": ("a-s0", "late")}).columns == ("A", "B"), "not all of its runs were measured"
 
 
+def test_extra_data_are_told(tmp_path):
+    for name, config in (("a", {"data.extra": "1m.npz"}), ("b", {})):
+        _measured(tmp_path, name, **config)
+    [found] = matrix.of([runs.load(tmp_path / name) for name in ("a", "b")])
+    assert found.columns == ("a", "b") and found.table.columns == ("attack", "a (extra data: 1m.npz 70 %)", "b")
+    assert found.table.notes[-1].endswith("the data set's images: a (extra data: 1m.npz 70 %).")
+
+
 def test_unions_are_no_larger_than_their_rows(root):
     rates = _table(root).rates
     assert np.all(rates[4] <= rates[1:3].min(0)) and np.all(rates[5] <= rates[:5].min(0))

@@ -7,7 +7,7 @@ from test_criteria import RATES, B, _lines
 from advmoe_jax.core import recipe, status
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.recipe import Line, Printed, Recipe
-from advmoe_jax.report import printed, reports, runs
+from advmoe_jax.report import criteria, printed, reports, runs
 
 A = "fgsm-0.01sd"
 COLUMNS = ("benign", A, B, printed.MACS, printed.PARAMS)
@@ -41,6 +41,16 @@ def test_ours_stand_before_the_papers(tmp_path):
     assert rows["random filters", B] == ("-", "-", "-", "-", "-"), "not run yet"
     assert scores["Unpruned"] == {"benign": 0.93, A: 0.70, B: 0.32} and set(scores) == {"Unpruned", "SR-GKP"}
     assert any("images held out of training" in note for note in table.notes) and table.notes[-1] == "A note."
+
+
+def test_extra_data_are_told(tmp_path):
+    found = _found(tmp_path)
+    folder = workdir(tmp_path / "c", [entry(routed=False)], name="c", lines=_lines(RATES),
+                     **{"train.criteria": f"{A} {B}", "data.extra": "1m.npz"})
+    table, _ = printed.table(Printed("Table 2: R", COLUMNS, LINES), found | {"a": runs.load(folder)})
+    assert table.notes[-1].endswith("Unpruned (extra data: 1m.npz 70 %); SR-GKP (extra data: 1m.npz 70 %).")
+    shown, = criteria.compared([found["b"], runs.load(folder)], {str(folder): "SR-GKP"})
+    assert [group.label for group in shown.groups] == ["b", "SR-GKP (extra data: 1m.npz 70 %)"]
 
 
 def test_a_table_without_runs_or_criteria(tmp_path):
