@@ -67,7 +67,8 @@ def groups_of(found: Sequence[Run], labels: Mapping[str, str] = MappingProxyType
         counted = {(runs.attack_key(entry), entry["checkpoint"]): entry for entry in run.entries}
         for (attack, checkpoint), entry in counted.items():
             if checkpoint in runs.CHECKPOINTS:
-                same = (runs.named(label, run),) if label else (entry["method"], *entry["macs"].values(), *identity(run).items())
+                same = (runs.named(label, run),) if label else (
+                    entry["method"], *entry["macs"].values(), *identity(run).items())
                 group = groups.setdefault(attack, {}).setdefault(same, Group(run, label))
                 group.by_checkpoint[checkpoint].setdefault(entry["train_seed"], entry)
     return {attack: sorted(groups[attack].values(), key=lambda g: g.robust[0] / max(g.robust[1], 1), reverse=True)

@@ -90,7 +90,8 @@ def _matrix(key, columns, oracles, paper) -> Matrix:
     if told := [label for label, rates_of in made.items() if rates_of]:
         notes.append(_ORACLE.format(labels=", ".join(told)))
     title = f"{key[0]}, {key[2]} test images of {key[1]}"
-    return Matrix(Table(title, ("attack", *(names.get(label, label) for label in shown)), lines, tuple(notes)), titles, tuple(shown), rates)
+    columns = ("attack", *(names.get(label, label) for label in shown))
+    return Matrix(Table(title, columns, lines, tuple(notes)), titles, tuple(shown), rates)
 
 
 def _rates(entry: dict[str, Any]) -> dict[_Row, float]:

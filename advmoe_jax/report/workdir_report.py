@@ -86,7 +86,8 @@ def _team(run: Run) -> list[str]:
 def _head(run: Run) -> str:
     config = run.config
     if not run.entries:
-        return f"# {runs.named(config.name, run)}\n\nNot evaluated yet. Config {config.name}, training seed {config.seed}.\n"
+        return (f"# {runs.named(config.name, run)}\n\nNot evaluated yet. Config {config.name}, training seed "
+                f"{config.seed}.\n")
     lines = [f"# {run.entries[0]['method']}",
              f"Config {config.name}, data {config.data.name}, training seed {config.seed}; "
              f"evaluated in {runs.circumstances(run.entries)}.",
