@@ -9,6 +9,7 @@ import pytest
 
 import advmoe_jax
 from advmoe_jax.bench import __main__ as bench
+from advmoe_jax.bench import compile as compiling
 from advmoe_jax.bench import edge, ensemble, growth, layers, nets, pruning, reference, routing, train
 from advmoe_jax.core import config
 from advmoe_jax.core.errors import UserError
@@ -88,6 +89,17 @@ def test_pruning(monkeypatch):
     assert search["what"] == "search, ResNet-8" and search["ms"] > 0
     assert dense["by MACs"] == 1 < others[0]["by MACs"] < 16 / 9
     assert all(row["dense / this"] == dense["ms"] / row["ms"] for row in others)
+
+
+@pytest.mark.slow
+def test_compile(monkeypatch):
+    for name, value in dict(_MODEL={"model.depth": 10, "model.width": 8}, _SHAPE=(8, 8, 3), _BATCH=8,
+                            _CASES={"AdvMoE": ("advmoe", {})}).items():
+        monkeypatch.setattr(compiling, name, value)
+    rows = compiling.measure(1)
+    assert [row["program"] for row in rows] == ["attack", "lower", "upper"]
+    assert all(row["GiB in all"] > row["GiB of temporaries"] > 0 and row["compiling s"] > 0 for row in rows)
+    assert jax.config.jax_enable_compilation_cache
 
 
 @pytest.mark.slow

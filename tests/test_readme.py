@@ -21,6 +21,7 @@ from tiny import FIELDS, fields_of
 from advmoe_jax import main
 from advmoe_jax.bench import __main__ as bench
 from advmoe_jax.bench import attacks as attacks_bench
+from advmoe_jax.bench import compile as compile_bench
 from advmoe_jax.bench import conv, edge, growth, layers, mixture, nets, reference, routing
 from advmoe_jax.bench import input as input_bench
 from advmoe_jax.bench import pruning as pruning_bench
@@ -187,6 +188,9 @@ def short_benchmarks(monkeypatch):
     monkeypatch.setattr(reference, "_TRAINING", 8)
     monkeypatch.setattr(reference, "_FORWARD", 8)
     monkeypatch.setattr(mixture, "_CASES", ((2, 8),))
+    for name, value in dict(_MODEL={"model.depth": 10, "model.width": 4}, _SHAPE=(8, 8, 3), _BATCH=8,
+                            _CASES={"natural": ("natural", {})}).items():
+        monkeypatch.setattr(compile_bench, name, value)
     for name, value in dict(_RATES={"4x": "1/4"}, _UNITS={"filter": "filter"}, _EXPERTS=2).items():
         monkeypatch.setattr(edge, name, value)
     for name in ("_SEARCHED", "_TIMED"):

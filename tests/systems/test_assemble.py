@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from advmoe_jax.core import config as configs
@@ -56,3 +57,17 @@ def test_what_is_no_data_set(config, monkeypatch):
     monkeypatch.setattr(digits, "dataset", lambda root, variant: ())
     with pytest.raises(UserError, match="dataset.. of advmoe_jax/data/digits.py returns tuple: expected a Dataset"):
         assemble.assemble(config)
+
+
+def test_extra_data_are_read_for_training_alone(config, tmp_path):
+    """They are none of the images that choose the best checkpoint, nor of an epoch; a run that is evaluated may have
+    lost them, and is named by them all the same."""
+    configs.override_all(config, [f"data.extra={tmp_path}/made.npz", "data.batch_size=16"])
+    with pytest.raises(UserError, match="data.extra .*made.npz: there is no such file"):
+        assemble.assemble(config)
+    assert assemble.assemble(config, starts=False).system.describe.endswith(" (extra data: made.npz 70 %)")
+    own = digits.dataset("").train
+    np.savez(tmp_path / "made.npz", image=own.images[:7], label=own.labels[:7])
+    experiment = assemble.assemble(config)
+    assert len(experiment.data.train) == len(own) + 7 and len(experiment.data.select) == len(own)
+    assert experiment.system.rows.max() < len(own) and len(experiment.system.rows) < len(own)
