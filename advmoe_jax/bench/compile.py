@@ -2,13 +2,14 @@
 
 Nothing is trained: programs are compiled for arrays that have shapes alone. TRADES with a PGD of two steps; `attack`
 makes a batch ready, the others are updates. A program holds its arguments (state and batch), its results where they
-take no argument's place, and temporaries; the largest of an iteration's programs is its peak. CPU seconds are of all
-threads: on idle cores the clock shows less.
+take no argument's place, and temporaries; the largest of an iteration's programs is its peak. What an update's forward
+pass keeps for its gradient, weights included, does not depend on the compiler. CPU seconds are of all threads: on idle
+cores the clock shows less.
 """
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from advmoe_jax.core import mesh as meshes
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.split import Arrays
 from advmoe_jax.models import network
-from advmoe_jax.systems import methods
+from advmoe_jax.systems import adversarial, methods
 from advmoe_jax.train import loop
 
 _SHAPE, _CLASSES, _BATCH = (32, 32, 3), 10, 128
@@ -36,8 +37,8 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     that is timed is run twice."""
     del rounds
     with _nothing_cached():
-        return [{"what": name, "program": program, **_compiled(lowered)}
-                for name, (method, fields) in _CASES.items() for program, lowered in _programs(method, fields)]
+        return [{"what": name, "program": program, **_compiled(lower), "GiB kept": kept() / 2**30}
+                for name, (method, fields) in _CASES.items() for program, lower, kept in _programs(method, fields)]
 
 
 @contextlib.contextmanager
@@ -55,8 +56,8 @@ def _use_cache(is_on: bool) -> None:
     compilation_cache.reset_cache()  # or it stays as it was when the first program was compiled
 
 
-def _programs(method: str, fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name, () -> lowered) of the attack, and of each update."""
+def _programs(method: str, fields: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any], Callable[[], int]]]:
+    """(name, () -> lowered, () -> bytes that the forward pass of the loss keeps) of the attack, and of each update."""
     cfg = configs.default(model="wide_resnet")
     methods.choose(cfg, method)
     cfg.update_from_flattened_dict(_MODEL | fields | {"data.batch_size": _BATCH})
@@ -74,12 +75,21 @@ def _programs(method: str, fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
     ready = jax.tree.map(lambda of: jax.ShapeDtypeStruct(of.shape, of.dtype, sharding=by_example),
                          jax.eval_shape(attack, state, batch))
-    yield "attack", lambda: jax.jit(attack).lower(state, batch)
+    def kept(step):
+        loss = adversarial.objective(net.in_training(cfg.train), cfg, router_loss=step.name == "lower")
+
+        def forward(owned, state, batch):
+            return jax.vjp(lambda owned: loss(state.replace(params=state.params | owned), batch)[0], owned)[1]
+
+        owned = {group: state.params[group] for group in step.owns}
+        return sum(of.size * of.dtype.itemsize for of in jax.tree.leaves(jax.eval_shape(forward, owned, state, ready)))
+
+    yield "attack", lambda: jax.jit(attack).lower(state, batch), lambda: 0
     for step in system.steps:
-        yield step.name, lambda step=step: step.update.lower(state, ready)
+        yield step.name, lambda step=step: step.update.lower(state, ready), lambda step=step: kept(step)
 
 
-def _compiled(lower: Any) -> dict[str, float]:
+def _compiled(lower: Callable[[], Any]) -> dict[str, float]:
     times = [_clocks()]
     lowered = lower()
     times.append(_clocks())
