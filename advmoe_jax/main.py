@@ -34,13 +34,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--checkpoint", default="", help="best, last, ema or a step, for evaluate; unless given, those "
                                                          "that have names")
     parser.add_argument("--only", default="", metavar="PATTERN", help="runs of a recipe: 'at_*,advmoe-s0'")
+    parser.add_argument("--wait", action="store_true", help="of a recipe: take over what other processes leave")
     parser.add_argument("--list", action="store_true", help="show the runs of a recipe: state, needs, time")
     parser.add_argument("--list-fields", action="store_true", help="show the fields of the config")
     parser.add_argument("--strict", action="store_true", help="exit code 3 if an evaluation cannot be trusted")
     parser.add_argument("--coordinator", default="", metavar="HOST:PORT",
-                        help="process 0 of a run of several; auto on a TPU pod")
-    parser.add_argument("--num_processes", type=int, metavar="N", help="processes of the run")
-    parser.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
+                        help="process 0 of a run of several; auto on TPU, under Slurm or Open MPI 4")
+    parser.add_argument("--num_processes", type=int, metavar="N", help="processes of the run; Slurm, Open MPI know it")
+    parser.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0; they know it too")
     parser.add_argument("--join_timeout", type=int, default=300, metavar="S", help="seconds to wait for them; 300")
     flags, rest = parser.parse_known_args(argv)
     return flags, parser.overrides(rest)

@@ -3,7 +3,6 @@
 import argparse
 import glob
 import hashlib
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,12 +11,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import advmoe_jax
+from advmoe_jax import recipes
 from advmoe_jax import run as runs
 from advmoe_jax.core import config as configs
-from advmoe_jax.core import console, locks, paths, recipe, status, stop, tables
 from advmoe_jax.core import mesh as meshes
-from advmoe_jax.core.errors import NoSpace, Preempted, UnreliableError, UserError, one_of
-from advmoe_jax.core.recipe import Planned, Recipe
+from advmoe_jax.core import paths, recipe, status, stop, tables
+from advmoe_jax.core.errors import UnreliableError, UserError, one_of
+from advmoe_jax.core.recipe import Recipe
 from advmoe_jax.report import reports
 from advmoe_jax.train import checkpoint
 
@@ -38,8 +38,8 @@ def _start(flags: argparse.Namespace, overrides: list[str]) -> None:
     config = configs.checked(loaded, overrides)
     if flags.list_fields:
         return list_fields(config)
-    if flags.list or flags.only:
-        raise UserError(f"--{'list' if flags.list else 'only'} is for a recipe: expected a --config with get_recipe, "
+    if given := [name for name in ("list", "only", "wait") if getattr(flags, name)]:
+        raise UserError(f"--{given[0]} is for a recipe: expected a --config with get_recipe, "
                         f"and {flags.config or 'this run'} is one run")
     workdir = paths.path(flags.workdir or f"runs/{config.name}")
     runs.check_workdir(config, workdir, exists=flags.mode == "evaluate")
@@ -75,7 +75,7 @@ def of_recipe(flags: argparse.Namespace, chosen: Recipe, overrides: list[str]) -
         return list_fields(first)
     taken = [run for run in recipe.plan(chosen, root) if run.name in names]
     if flags.list:
-        return tables.show([_states(taken)])
+        return tables.show([recipes.states(taken)])
     if not (root / recipe.FILE).exists():
         runs.refuse_foreign(root, chosen.runs)
     for run in taken:
@@ -84,7 +84,7 @@ def of_recipe(flags: argparse.Namespace, chosen: Recipe, overrides: list[str]) -
         if jax.process_index() == 0:
             recipe.write(chosen, root)
         if flags.mode == "train":
-            reliable, failed = _carry_out(taken)
+            reliable, failed = recipes.carry_out(taken, flags.wait)
         else:
             finished = [run for run in taken if status.read(run.workdir).is_trained]
             which = [(flags.checkpoint,)] if flags.checkpoint else []
@@ -95,69 +95,6 @@ def of_recipe(flags: argparse.Namespace, chosen: Recipe, overrides: list[str]) -
         raise UserError(f"{len(failed)} of {len(taken)} runs failed ({', '.join(failed)}); each is tried again by the "
                         "same command")
     _end(flags, reliable)
-
-
-def _carry_out(taken: list[Planned]) -> tuple[bool, list[str]]:
-    """Trains and evaluates what is left to do, until nothing more can be done by this process.
-
-    A run waits for those that it needs; one that fails does not stop those that do not need it; one that another
-    process holds is left alone.
-
-    Returns:
-        Whether all evaluations can be trusted; and the names of the runs that failed in this process.
-    """
-    reliable, failed, done, held = True, [], set(), set()
-    while ready := [run for run in taken if run.name not in done | held | set(failed) and all(
-            meshes.agree(status.read(run.workdir.parent / need).is_trained) for need in run.needs)]:
-        run = ready[0]
-        if meshes.agree(status.read(run.workdir).state == "finished"):
-            reliable &= runs.was_reliable(run.workdir)
-            done.add(run.name)
-            continue
-        if meshes.agree(locks.holder(run.workdir) is not None):
-            held.add(run.name)
-            continue
-        try:
-            reliable &= runs.train(run.config, run.workdir)
-            done.add(run.name)
-            held.clear()  # they may be free by now
-        except locks.Held:
-            held.add(run.name)
-        except (Preempted, NoSpace):
-            raise
-        except UserError as error:
-            failed.append(run.name)
-            console.alarm(f"{run.name} failed: {error}")
-        except Exception:
-            failed.append(run.name)
-            console.alarm(f"{run.name} failed:\n{traceback.format_exc()}")
-        jax.clear_caches()  # every run compiles programs of its own
-    for run in taken:
-        if run.name not in done | set(failed):
-            waits = [need for need in run.needs if not status.read(run.workdir.parent / need).is_trained]
-            if holder := _holder(run):
-                console.say(f"{run.name}: left to {holder}")
-            elif waits:
-                console.say(f"{run.name}: waits for {', '.join(waits)}")
-    return reliable, failed
-
-
-def _holder(run: Planned) -> str:
-    """"process 12 on host-a", which trains or evaluates a run; empty if none does."""
-    holder = locks.holder(run.workdir)
-    return f"process {holder['pid']} on {holder['host']}" if holder else ""
-
-
-def _states(planned: list[Planned]) -> tables.Table:
-    """State, needs and time of each run."""
-    rows = []
-    for run in planned:
-        of, holder = status.read(run.workdir), _holder(run)
-        state = f"{of.state}: {of.why}" if of.why else "stopped" if of.state == "training" and not holder else of.state
-        if holder:
-            state = f"running, {holder}"
-        rows.append((run.name, state, ", ".join(run.needs), tables.duration(of.seconds) if of.seconds else ""))
-    return tables.Table("Runs", ("run", "state", "needs", "time"), rows)
 
 
 def list_fields(config: ConfigDict) -> None:
@@ -200,6 +137,7 @@ def _facts(flags: argparse.Namespace, workdir: epath.Path, planned: Mapping[str,
     facts = {"advmoe_jax": f"{advmoe_jax.__version__} ({hashlib.sha256(code).hexdigest()[:8]})", "jax": jax.__version__,
              "--workdir": str(workdir.resolve())}
     facts |= {f"--{name}": getattr(flags, name) for name in ("mode", "checkpoint", "only")}
+    facts["--wait"] = str(flags.wait)
     for where, config in planned.items():
         facts |= {f"{where}{name}": str(value) for name, value in configs.flatten(config).items()
                   if name not in configs.OF_A_HOST}

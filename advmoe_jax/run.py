@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import jax
 from etils import epath
@@ -36,7 +36,7 @@ def check_workdir(config: ConfigDict, workdir: epath.Path, exists: bool) -> None
     A run of which nothing is saved may begin anew with another config, unless it `exists` for an evaluation.
     """
     if paths.is_remote(workdir):
-        paths.path(workdir)
+        files.check_rights(paths.path(workdir), "--workdir")
     else:
         standing = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
         if not standing.is_dir():
@@ -111,9 +111,19 @@ def evaluate(config: ConfigDict, workdir: epath.Path, which: tuple[str, ...] = (
     return _evaluate(experiment, workdir, which or _all(config), trust=False)
 
 
-def _held(folder: epath.Path):
-    """The lock of a folder, which one process of a cluster takes for all."""
-    return locks.hold(folder) if jax.process_index() == 0 else contextlib.nullcontext()
+@contextlib.contextmanager
+def _held(folder: epath.Path) -> Iterator[None]:
+    """The lock of a folder, which one process of a cluster takes for all, or all are refused."""
+    with contextlib.ExitStack() as stack:
+        refused = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(locks.hold(folder))
+            except locks.Held as error:
+                refused = error
+        if meshes.agree(refused is not None):
+            raise refused or locks.Held(f"{folder} is in use by another process")
+        yield
 
 
 def _set_status(workdir: epath.Path, state: str, seconds: float = 0.0, why: str = "") -> None:

@@ -13,7 +13,7 @@ import advmoe_jax
 
 ROOT = pathlib.Path(advmoe_jax.__file__).parent
 FLOORS = {"core": 0, "ops": 1, "models": 2, "attacks": 2, "pruning": 2, "data": 2, "train": 3, "evaluation": 3,
-          "systems": 4, "report": 4, "interop": 4, "bench": 5, "run": 5, "modes": 6, "main": 7,
+          "systems": 4, "report": 4, "interop": 4, "bench": 5, "run": 5, "recipes": 6, "modes": 7, "main": 8,
           "_version": 0, "__init__": 0, "__version__": 0}
 MODULES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
 

@@ -1,10 +1,15 @@
 """MoL as a recipe, made small: an expert that is pruned, one that is not, their gate, and the report over them."""
 
+import contextlib
+import json
+import signal
+
 import numpy as np
 import pytest
-from tiny import FIELDS, REPO, arrays, entries
+from tiny import FIELDS, REPO, TIMEOUT, arrays, entries, process, saved_steps, wait_until
 
 from advmoe_jax import main
+from advmoe_jax.core import locks, status
 from advmoe_jax.evaluation import flags as suspicions
 
 pytestmark = [pytest.mark.usefixtures("tiny_resnet"), pytest.mark.slow]
@@ -74,3 +79,35 @@ def test_the_report_has_the_matrix(root):
     assert "### tiny, 16 test images of digits" in text and (root / "matrix.png").exists()
     [header] = [line for line in text.splitlines() if line.startswith("| attack")]
     assert header.split() == "| attack | clean | pruned | fog | mol | oracle |".split()
+
+
+@pytest.mark.multiprocess
+def test_two_workers_share_it_and_one_is_killed(tmp_path):
+    """In the middle of a run. The other takes it from where it was saved, and finishes the recipe."""
+    steps, names = 200, ("clean", "pruned", "fog", "mol")
+    small = SMALL | {"model.depth": 10, "train.length": f"{steps} steps", "train.save_every": "5 steps",
+                     "eval.attacks": "fgsm"}
+    (tmp_path / "small_mol.py").write_text(FILE.format(fields=repr(small)).replace("depth=4", "depth=10"))
+    (tmp_path / "digits_r18.py").symlink_to(REPO / "configs/digits_r18.py")
+    root = tmp_path / "root"
+    command = ["--config", str(tmp_path / "small_mol.py"), "--workdir", str(root), "--wait"]
+    with contextlib.ExitStack() as stack:
+        one, two = (stack.enter_context(process(command, folder=tmp_path, name=name)) for name in ("one", "two"))
+
+        def held():
+            return [name for name in names if (locks.holder(root / name) or {}).get("pid") == one.pid
+                    and 0 < max(saved_steps(root / name), default=0) < steps // 2]
+
+        wait_until(held, one, "a save of its own")
+        [name] = held()
+        one.send_signal(signal.SIGKILL)
+        one.wait()
+        assert saved_steps(root / name)[-1] < steps and status.read(root / name).state == "training"
+        assert two.wait(TIMEOUT) == 0, (tmp_path / "two.err").read_text()
+    said = {name: (tmp_path / f"{name}.out").read_text() for name in ("one", "two")}
+    assert "continuing from the checkpoint of step" in said["two"]
+    for name in names:
+        assert status.read(root / name).state == "finished"
+        logged = [json.loads(line)["step"] for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+        assert logged == sorted(logged) and logged[-1] == steps
+    assert "### tiny, 16 test images of digits" in (root / "report.md").read_text()

@@ -9,7 +9,6 @@ import pytest
 from tiny import TIMEOUT, assert_same_bits, entries, flags, logged, metrics, process, saved_steps, wait_until
 
 from advmoe_jax import main, modes
-from advmoe_jax.core import mesh
 from advmoe_jax.core.paths import path
 
 pytestmark = pytest.mark.multiprocess
@@ -122,12 +121,6 @@ def test_what_must_be_the_same_in_every_process(change, name, tmp_path):
 
     ours, theirs = facts(), facts(*change)
     assert [key for key in ours if ours[key] != theirs[key]] == ([name] if name else [])
-
-
-def test_auto_under_slurm(monkeypatch):
-    for name, value in dict(JOB_ID="7", STEP_NODELIST="node[03-05]", NTASKS="3", PROCID="2", LOCALID="0").items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    assert mesh._place("auto", None, None, 1) == ("node03", 61447, 3, 2)
 
 
 def compare(ours, theirs, updates):

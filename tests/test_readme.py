@@ -1,6 +1,7 @@
 """Every command of the READMEs runs, in a folder like a fresh clone, made small; and what they say of files holds."""
 
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ from PIL import Image
 from test_floors import FLOORS
 from tiny import FIELDS, fields_of
 
-from advmoe_jax import main
+from advmoe_jax import main, modes
 from advmoe_jax.bench import __main__ as bench
 from advmoe_jax.bench import attacks as attacks_bench
 from advmoe_jax.bench import compile as compile_bench
@@ -39,9 +40,10 @@ from advmoe_jax.systems import mask_search
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 ROOT = Path(__file__).parent.parent
-README, CONFIGS, BENCH, ATTACKS, PRUNING = NAMES = (
+README, CONFIGS, BENCH, ATTACKS, PRUNING, LAUNCH = NAMES = (
     "README.md", "configs/README.md", "advmoe_jax/bench/README.md", "advmoe_jax/attacks/README.md",
-    "advmoe_jax/pruning/README.md")
+    "advmoe_jax/pruning/README.md", "launch/README.md")
+LAUNCHERS = "sky", "kubectl", "sbatch", "gcluster"
 SMALL_EVAL = ("--config.eval.n=8", "--config.eval.batch_size=16")
 # Another AdvMoE would be another minute of compiling.
 DENSE = ("--config.system.name=standard", "--config.system.loss=natural", "--config.model.num_experts=1")
@@ -87,6 +89,7 @@ def small(words):
 
 
 def run_main(words):
+    words = [word.replace("/shared/", "shared/") for word in words]
     assert main.main([*words, *small(words)]) in ((0, 3) if "--strict" in words else (0,)), words
 
 
@@ -141,12 +144,22 @@ def count(words):
     assert macs.main(words) == 0, words
 
 
-def run_script(words):
-    words = [*words, "-n"] if words[0] == "make" else words
-    result = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    if words[0] == "launch/tpu_pod.sh":
-        assert result.stdout.splitlines()[-1].startswith("gcloud compute tpus tpu-vm"), result.stdout
+def run_make(words):
+    subprocess.run(["make", *words, "-n"], check=True, capture_output=True, timeout=60)
+
+
+def check_launch(program, words):
+    """What a tool that is not here is given: files that are here, and of the program flags that it has."""
+    files = [word for word in words if word.startswith("launch/")]
+    assert program == "gcluster" or len(files) == 1 and (ROOT / files[0]).is_file(), words
+    if program == "sky":
+        known = re.findall(r"^  ([A-Z]+): ", (ROOT / files[0]).read_text(), re.MULTILINE)
+        assert {word.partition("=")[0] for flag, word in itertools.pairwise(words) if flag == "--env"} <= {*known}
+    elif program != "kubectl":
+        inner = (shlex.split(words[words.index("--command") + 1])[4:] if program == "gcluster" else
+                 words[words.index(files[0]) + 1:])
+        flags, fields = main.parse(inner)
+        modes._with(modes._load(flags), fields)
 
 
 RUN = {"advmoe_jax.main": run_main, "advmoe_jax.data.prepare": prepare_tiny, "advmoe_jax.bench": run_bench,
@@ -212,22 +225,23 @@ def short_suites(monkeypatch):
 @pytest.mark.parametrize("names", [(README,), pytest.param(NAMES, marks=pytest.mark.slow)], ids=["README", "all"])
 def test_commands(names, clone, short_benchmarks, short_suites, monkeypatch, capsys):
     """A command that a README shows and the program refuses fails here."""
-    monkeypatch.setenv("DRY_RUN", "1")
     seen, all_of = set(), {
         (README, "make"), (README, "advmoe_jax.main"), (README, "advmoe_jax.data.prepare"),
-        (README, "launch/tpu_pod.sh"), (CONFIGS, "advmoe_jax.main"), (BENCH, "advmoe_jax.bench"),
-        (CONFIGS, "advmoe_jax.interop.torch_import"), (CONFIGS, "advmoe_jax.report.macs"), (ATTACKS, "advmoe_jax.main"),
-        (ATTACKS, "advmoe_jax.bench"), (PRUNING, "advmoe_jax.main")}
+         *((README, tool) for tool in LAUNCHERS[:3]), (LAUNCH, "gcluster"),
+         (CONFIGS, "advmoe_jax.main"), (BENCH, "advmoe_jax.bench"), (CONFIGS, "advmoe_jax.interop.torch_import"),
+         (CONFIGS, "advmoe_jax.report.macs"), (ATTACKS, "advmoe_jax.main"), (ATTACKS, "advmoe_jax.bench"),
+         (PRUNING, "advmoe_jax.main")}
     for name in names:
         for program, *rest in commands(name):
-            if program == "python":
+            if program == "python" and rest[1] != "venv":
                 program, rest = rest[1], rest[2:]
                 RUN[program](rest)
-            elif program == "export":
-                assert all("=" in word for word in rest)
+            elif program == "make":
+                run_make(rest)
+            elif program in LAUNCHERS:
+                check_launch(program, rest)
             else:
-                assert program in ("make", "launch/tpu_pod.sh"), (name, program)
-                run_script([program, *rest])
+                assert name == LAUNCH and program in ("python", "pip", "git", "docker"), (name, program)
             seen.add((name, program))
     assert seen >= {of for of in all_of if of[0] in names}
     for path in ("digits_r18/report.md", "dense/report.md", "longer/report.md", "digits_table/report.md",
@@ -314,7 +328,8 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("name", NAMES)
 def test_named_files_exist(name):
     """In code, from the root of the repository; in links, from the file, and with the heading behind the #."""
-    named = re.findall(r"`((?:advmoe_jax|configs|launch|tests)/[\w/.]*\w\.(?:py|sh|md))(?::\w+)?`", text(name))
+    named = re.findall(r"`((?:advmoe_jax|configs|launch|tests)/[\w/.]*\w\.(?:py|md|yaml|sbatch))(?::\w+)?`",
+                       text(name))
     rooms = "attacks", "models", "data", "pruning", "systems"
     for path in {*named} - {*(f"advmoe_jax/{room}/NAME.py" for room in rooms), "configs/NAME.py", "configs/sweep.py"}:
         assert (ROOT / path).exists(), path

@@ -1,14 +1,11 @@
 """Recipes: runs that start from others, taken in parts, by several processes at once, and reported together."""
 
-import contextlib
-import json
 import os
-import signal
 
 import pytest
-from tiny import FIELDS, REPO, arrays, entries, listing, process, saved_steps, wait_until
+from tiny import FIELDS, REPO, arrays, entries, listing
 
-from advmoe_jax import main
+from advmoe_jax import main, recipes
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import locks, recipe, status
 from advmoe_jax.core.errors import UserError
@@ -218,34 +215,21 @@ def test_sources_must_be_finished_runs_of_the_same_architecture(carried_out, fil
         assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.slow
-def test_two_workers_of_which_one_is_killed(file, tmp_path):
-    """Each run is trained once; what the killed one held is continued by the other, or by itself started again."""
-    text = FILE.replace("{fields}", repr(SMALL | {"model.depth": 10, "train.length": "60 steps",
-                                                 "train.save_every": "5 steps"}))
-    path = tmp_path / "mine.py"
-    path.write_text(text.replace("bad=run(2, optim__backbone__learning_rate=1e4, optim__backbone__warmup=\"0%\"),",
-                                 "bad=run(2),"))
-    root = tmp_path / "root"
-    command = ["--config", str(path), "--workdir", str(root), "--only", "a,b,bad,further"]
-    with contextlib.ExitStack() as stack:
-        one, two = (stack.enter_context(process(command, folder=tmp_path, name=name)) for name in ("one", "two"))
+def test_who_waits_takes_over_what_another_process_leaves(file, tmp_path, monkeypatch, capsys):
+    """The holder goes away in the middle of the first look, and at the second one finishes nothing."""
+    root, looks = tmp_path / "root", []
+    holding = locks.hold(root / "a")
+    holding.__enter__()
 
-        def held():
-            return [n for n in ("a", "b", "bad") if (h := locks.holder(root / n)) and h["pid"] == one.pid]
+    def pause(seconds):
+        looks.append(capsys.readouterr().out)
+        holding.__exit__(None, None, None)
 
-        wait_until(lambda: any(saved_steps(root / n) for n in held()), one, "it trains")
-        name = held()[0]
-        one.send_signal(signal.SIGKILL)
-        one.wait()
-        assert locks.holder(root / name) is None
-        again = stack.enter_context(process(command, folder=tmp_path, name="again"))
-        assert two.wait() == 0 and again.wait() == 0
-    assert all(status.read(root / n).state == "finished" for n in ("a", "b", "bad", "further"))
-    assert json.loads((root / "recipe.json").read_text())["runs"]
-    for n in ("a", "b", "bad", "further"):
-        steps = [json.loads(line)["step"] for line in (root / n / "metrics.jsonl").read_text().splitlines()]
-        assert steps == sorted(steps) and steps[-1] == 60
+    monkeypatch.setattr(recipes, "_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(recipes.time, "sleep", pause)
+    assert main.main(["--config", file, "--workdir", str(root), "--only", "a,further", "--wait"]) == 0
+    assert len(looks) == 1 and f"waits for a (process {os.getpid()} on " in looks[0]
+    assert [status.read(root / name).state for name in ("a", "further")] == ["finished"] * 2
 
 
 def test_the_contract_of_a_recipe(tmp_path):

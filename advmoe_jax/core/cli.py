@@ -8,16 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from advmoe_jax.core.errors import (
-    EXIT_BUG,
-    EXIT_INTERRUPTED,
-    EXIT_NO_SPACE,
-    EXIT_OK,
-    EXIT_PIPE_CLOSED,
-    FULL,
-    UserError,
-    unknown_name,
-)
+from advmoe_jax.core.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_PIPE_CLOSED, UserError, outcome, unknown_name
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,20 +39,15 @@ def ending(action: Callable[[], None]) -> int:
     try:
         action()
         sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from what is saved", file=sys.stderr)
-        return EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of it once more
         return EXIT_PIPE_CLOSED
-    except OSError as error:
-        if error.errno is None:
+    except (UserError, KeyboardInterrupt, OSError) as error:
+        code, line = outcome(error)
+        if code == EXIT_BUG:
             raise
-        print(f"error: {error.filename or 'standard output or a file'}: {error.strerror}", file=sys.stderr)
-        return EXIT_NO_SPACE if error.errno in FULL else UserError.exit_code
+        print(line if code == EXIT_INTERRUPTED else f"error: {line}", file=sys.stderr)
+        return code
     return EXIT_OK
 
 

@@ -49,6 +49,19 @@ class Preempted(UserError):
     exit_code = EXIT_PREEMPTED
 
 
+def outcome(error: BaseException) -> tuple[int, str]:
+    """The exit code of an error, and the line that a person reads of it."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, UserError):
+        return error.exit_code, line
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, "interrupted; the same command continues from what is saved"
+    if isinstance(error, OSError) and error.errno is not None:  # of the system; a library's have no number
+        return (EXIT_NO_SPACE if error.errno in FULL else EXIT_BAD_INPUT,
+                f"{error.filename or 'standard output or a file'}: {error.strerror}")
+    return EXIT_BUG, line
+
+
 def shown(value: Any) -> str:
     """A value in one short line, whatever it is."""
     try:

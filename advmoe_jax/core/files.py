@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import uuid
 import zipfile
 from collections.abc import Iterator, Set
 from typing import Any
@@ -127,6 +128,15 @@ def write_figure(path: epath.PathLike, figure: Any) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
     write_bytes(path, content.getvalue())
+
+
+def check_rights(folder: epath.PathLike, what: str) -> None:
+    """Raises UserError unless files in a bucket's folder, `what` it is, can be written, read and deleted."""
+    probe = epath.Path(folder) / f".rights-{uuid.uuid4().hex}"
+    with paths.reached(folder, what):
+        probe.write_text("probe")
+        probe.read_text()
+        probe.unlink()
 
 
 def remove_folder(path: epath.PathLike) -> None:

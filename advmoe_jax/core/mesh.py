@@ -1,6 +1,9 @@
 """The cluster and the mesh: the one place that starts processes and lays out devices."""
 
 import contextlib
+import os
+import socket
+import sys
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
@@ -9,11 +12,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from advmoe_jax.core import peers
+from advmoe_jax.core import peers, place
 from advmoe_jax.core.errors import Preempted, UserError
 
 AXIS = "data"
 _PATIENCE = 60  # seconds in which processes that have met join, and leave
+_MOMENT = 10  # seconds in which all come that were asked to stop
 
 
 @contextlib.contextmanager
@@ -22,72 +26,40 @@ def cluster(coordinator: str = "", num_processes: int | None = None, process_id:
     """Joins the other processes of a run, and leaves with them. Nothing may ask for devices before.
 
     Args:
-        coordinator: "host:port" of process 0; "auto" on a TPU pod or under SLURM, which know it and the two numbers;
-            "" for a process that runs alone.
-        num_processes: how many processes there are.
-        process_id: which one this is.
+        coordinator, num_processes, process_id: as of `place.find`; without all three a process runs alone.
         facts: {name: value} that must be the same in every process.
         patience: seconds to wait for the others.
     Raises:
         UserError: the arguments make no cluster, a process does not come or differs, or there is no device.
     """
     with contextlib.ExitStack() as stack:
+        ours = None
         if coordinator or (num_processes, process_id) != (None, None):
-            host, port, count, index = _place(coordinator, num_processes, process_id, patience)
-            if count > 1:
-                stack.enter_context(peers.together(host, port, count, index, facts, patience))
+            ours = place.find(coordinator, num_processes, process_id, patience)
+            if ours.count > 1:
+                stack.enter_context(peers.together(*ours[:4], facts, patience))
         try:
-            if coordinator:
-                jax.distributed.initialize(f"{host}:{port}", count, index, initialization_timeout=_PATIENCE,
+            if ours:
+                jax.distributed.initialize(f"{ours.host}:{ours.port}", ours.count, ours.index, ours.devices,
+                                           cluster_detection_method="deactivate", initialization_timeout=_PATIENCE,
                                            shutdown_timeout_seconds=_PATIENCE)
-            jax.devices()
+            devices = jax.devices()
         except (RuntimeError, ValueError, AssertionError) as error:  # asserted: what JAX_PLATFORMS names is there
             platforms = jax.config.jax_platforms or "any"
             reason = (str(error) or "it is not installed, or has no device").splitlines()[0]
             raise UserError(f"jax cannot start its backend (JAX_PLATFORMS: {platforms}): {reason}") from None
+        if ours:
+            print(f"process {ours.index} of {ours.count}: {jax.local_device_count()} of {len(devices)} devices "
+                  f"({devices[0].device_kind}), process {os.getpid()} on {socket.gethostname()}", file=sys.stderr,
+                  flush=True)
         try:
             yield
         except Preempted:
-            _leave()
-            raise
+            if jax.process_count() > 1 and all_come("stopped", _MOMENT):  # together, as training is stopped
+                jax.distributed.shutdown()
+            raise  # alone: the others may be waiting for this process in a computation, and end by `peers`
         else:
             _leave()  # after an error there is no barrier: the others may wait where this process will not come
-
-
-def _place(coordinator: str, num_processes: int | None, process_id: int | None, patience: int
-           ) -> tuple[str, int, int, int]:
-    """Host and port of process 0, the number of processes, and which one this is."""
-    if coordinator in ("", "auto"):
-        if (num_processes, process_id) != (None, None):
-            raise UserError(f"--num_processes is {num_processes} and --process_id {process_id}: expected both with "
-                            "--coordinator host:port, and none of them without it or with auto")
-        coordinator, num_processes, process_id = _detect(patience)
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise UserError(f"--coordinator is {coordinator!r}: expected host:port with a port of 1 to 65535, or auto on a "
-                        "TPU pod or under SLURM")
-    if num_processes is None or process_id is None:
-        raise UserError(f"--coordinator is {coordinator}, --num_processes {num_processes} and --process_id "
-                        f"{process_id}: expected all three")
-    for name, value in (("num_processes", num_processes), ("join_timeout", patience)):
-        if value < 1:
-            raise UserError(f"--{name} is {value}: expected 1 or more")
-    if not 0 <= process_id < num_processes:
-        raise UserError(f"--process_id is {process_id}: expected 0 to {num_processes - 1} (--num_processes)")
-    return host, int(port), num_processes, process_id
-
-
-def _detect(patience: int) -> tuple[str, int, int]:
-    """What a TPU pod or SLURM knows: "host:port" of process 0, the number of processes, and which one this is."""
-    from jax._src import clusters  # public jax looks for them only as it joins
-
-    try:
-        *found, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, patience)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"--coordinator auto: the cluster cannot be read ({error}); expected host:port") from None
-    if None in found:
-        raise UserError("--coordinator auto: this is no TPU pod and no SLURM job; expected host:port")
-    return tuple(found)
 
 
 def _leave():
@@ -126,6 +98,22 @@ def agree(answer: bool) -> bool:
     if jax.process_count() == 1:
         return answer
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(answer)))
+
+
+def all_come(what: str, patience: int = 60) -> bool:
+    """Whether every process of the cluster comes here within so many seconds; `what` is said once in a program.
+
+    For what may have happened in one process alone, after which others may wait for it somewhere else.
+    """
+    if jax.process_count() == 1:
+        return True
+    from jax._src import distributed  # public jax has no barrier with a time-out
+
+    try:
+        distributed.global_state.client.wait_at_barrier(what, 1000 * patience)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def fetch(tree):

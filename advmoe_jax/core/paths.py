@@ -1,7 +1,9 @@
 """Folders and files by name, on this machine or in Google Cloud Storage."""
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -46,6 +48,20 @@ def source(name: str) -> tuple[str, str]:
 
 def _is_there(name: str) -> bool:
     return "://" not in name and os.path.exists(name)
+
+
+@contextlib.contextmanager
+def reached(where: str | os.PathLike, what: str) -> Iterator[None]:
+    """For work in a bucket: what its libraries raise when it is not there, or the rights are missing, becomes a
+    UserError that says `what` the path is. What a local path raises passes."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not is_remote(where):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what} {where} cannot be used ({reason}): expected a bucket that exists, and the rights to "
+                        "list, read, write and delete what is in it") from None
 
 
 def is_remote(where: str | os.PathLike) -> bool:

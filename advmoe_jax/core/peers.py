@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from advmoe_jax.core import stop
-from advmoe_jax.core.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, UserError
+from advmoe_jax.core.errors import EXIT_OK, EXIT_PREEMPTED, UserError, outcome
 
 _BETWEEN_LINES = 30  # seconds
 _BETWEEN_LOOKS = 1  # at most so many seconds until a signal is seen
@@ -62,8 +62,8 @@ def together(host: str, port: int, count: int, index: int, facts: Mapping[str, s
     except BaseException as error:
         if not isinstance(error, (UserError, KeyboardInterrupt)):
             time.sleep(2 * _GRACE)  # it may be what jax says of a process that is gone: the watch ends this one then
-        say(EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", EXIT_BUG),
-            f"process {index}: {(str(error) or type(error).__name__).splitlines()[0]}")
+        code, line = outcome(error)
+        say(code, f"process {index}: {line}")
         if index == 0:
             watch.join(2 * _GRACE)  # jax aborts the others if process 0 goes first
         raise

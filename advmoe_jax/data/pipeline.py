@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.core import find
+from advmoe_jax.core import find, paths
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import Only, setting
@@ -103,7 +103,8 @@ def load(cfg: Any, select_on: str, select_examples: int, seed: int = 0) -> Data:
     Raises:
         UserError: see `open_dataset` and `holdout`.
     """
-    dataset = open_dataset(cfg.name, cfg.dir, cfg.subset, cfg)
+    with paths.reached(cfg.dir, "data.dir"):
+        dataset = open_dataset(cfg.name, cfg.dir, cfg.subset, cfg)
     train, test = dataset.train, dataset.test
     if select_on == "test":
         rows, select, select_rows = np.arange(len(train)), test, np.arange(len(test))

@@ -85,7 +85,8 @@ class Checkpoints:
         What is newer than the state that was read is deleted, in "best" too: the run will come to it again.
 
         Raises:
-            UserError: none can be read, or it is of another architecture; nothing is deleted.
+            UserError: none can be read, it is of another architecture, or there is no memory for it on these devices;
+                nothing is deleted.
         """
         state, restored = None, -1
         source = self.last if self.steps("last") else self.best
@@ -96,6 +97,7 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # orbax raises whatever its storage raised
+                _check_memory(error, source, step, abstract)
                 warn(f"checkpoint {step} cannot be read and is skipped: {_first_line(error)}")
         if state is None and source.all_steps():
             raise UserError(f"no checkpoint in {source.directory} can be read: "
@@ -157,6 +159,7 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:  # orbax raises whatever its storage raised
+            _check_memory(error, manager, step, abstract)
             before = manager.all_steps()
             manager.reload()
             kind = UserError if manager.all_steps() == before else Gone
@@ -164,8 +167,12 @@ class Checkpoints:
         for group, masks in (found.get("masks") or {}).items():  # a run may zero what goes now and then
             found["params"][group] = jax.tree.map(np.asarray, masking.apply(found["params"][group], masks))
         if sharding is not None:
-            found = jax.tree.map(lambda leaf: jax.make_array_from_callback(
-                leaf.shape, sharding, lambda index, leaf=leaf: leaf[index]), found)
+            try:
+                found = jax.tree.map(lambda leaf: jax.make_array_from_callback(
+                    leaf.shape, sharding, lambda index, leaf=leaf: leaf[index]), found)
+            except jax.errors.JaxRuntimeError as error:
+                _check_memory(error, manager, step, abstract)
+                raise
         # An empty tree is no entry of a checkpoint.
         stats = {group: found.get("batch_stats", {}).get(group, {}) for group in found["params"]}
         return Trained({"params": found["params"], "batch_stats": stats}, found.get("masks") or {})
@@ -269,6 +276,15 @@ def _check_architecture(manager, step, params):
         name, ours, theirs = different
         raise UserError(f"checkpoint {manager.directory}/{step} is of another architecture: "
                         f"{name} is {theirs} there, the config's model has {ours}")
+
+
+def _check_memory(error: BaseException, manager, step: int, abstract) -> None:
+    """Raises UserError if a checkpoint could not be read for want of memory, which says nothing against it."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+        raise UserError(f"checkpoint {manager.directory}/{step} does not fit: every device holds all of its {size:,} "
+                        f"bytes, and there is no memory for them on these {jax.device_count()} devices "
+                        f"({_first_line(error)}); expected devices with more of it, or nothing else on them") from None
 
 
 def _first_line(error: Exception) -> str:
