@@ -159,7 +159,7 @@ def check_launch(program, words):
         inner = (shlex.split(words[words.index("--command") + 1])[4:] if program == "gcluster" else
                  words[words.index(files[0]) + 1:])
         flags, fields = main.parse(inner)
-        modes._with(modes._load(flags), fields)
+        configs.checked(modes._load(flags), fields)
 
 
 RUN = {"advmoe_jax.main": run_main, "advmoe_jax.data.prepare": prepare_tiny, "advmoe_jax.bench": run_bench,
