@@ -12,7 +12,7 @@ from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import NoSpace, Preempted, UserError
 from advmoe_jax.core.recipe import Planned
 
-_BETWEEN_LOOKS = 5  # seconds, at what other processes have finished
+_LOOKS, _PAUSE = 20, 0.25  # at signals, and the seconds between, before a look at what other processes have finished
 
 
 def carry_out(taken: list[Planned], is_to_wait: bool) -> tuple[bool, list[str]]:
@@ -81,10 +81,9 @@ def _wait(others: str, told: str) -> str:
     """Waits a moment for what other processes hold; says so when it is not what was told last, and returns it."""
     if others and others != told:
         console.say(f"waits for {others}")
-    end = time.monotonic() + _BETWEEN_LOOKS
-    while time.monotonic() < end:
+    for _ in range(_LOOKS):
         stop.check()
-        time.sleep(0.2)
+        time.sleep(_PAUSE)
     return others
 
 

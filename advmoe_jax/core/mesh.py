@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from advmoe_jax.core import peers, place
+from advmoe_jax.core import peers, place, stop
 from advmoe_jax.core.errors import Preempted, UserError
 
 AXIS = "data"
@@ -52,12 +52,14 @@ def cluster(coordinator: str = "", num_processes: int | None = None, process_id:
             print(f"process {ours.index} of {ours.count}: {jax.local_device_count()} of {len(devices)} devices "
                   f"({devices[0].device_kind}), process {os.getpid()} on {socket.gethostname()}", file=sys.stderr,
                   flush=True)
+        if ours and ours.count > 1:
+            stack.enter_context(stop.shared(multihost_utils.reached_preemption_sync_point))
         try:
             yield
         except Preempted:
-            if jax.process_count() > 1 and all_come("stopped", _MOMENT):  # together, as training is stopped
+            if all_come("stopped", _MOMENT) and jax.process_count() > 1:
                 jax.distributed.shutdown()
-            raise  # alone: the others may be waiting for this process in a computation, and end by `peers`
+            raise  # or alone, as by a signal before all have met: the others end by `peers`
         else:
             _leave()  # after an error there is no barrier: the others may wait where this process will not come
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from advmoe_jax.core import config as configs
@@ -117,7 +116,7 @@ def run(config: ConfigDict, workdir: epath.Path, system: System, train: Split, s
                 window, window_start = [], time.perf_counter()
             if step == total:
                 break
-            if _is_to_stop(step):
+            if stop.is_asked(step):
                 _settle(window, pending, system, saved)
                 if step not in saved.steps("last"):
                     saved.save("last", step, state, {})
@@ -164,13 +163,6 @@ def _count(state: State) -> State:
 
 
 _next = jax.jit(lambda step: step + 1, donate_argnums=0)
-
-
-def _is_to_stop(step: int) -> bool:
-    """Whether to save and stop before iteration `step`; every process asks at every step. In a cluster all learn of it
-    at the same one, whoever was asked."""
-    is_asked = stop.is_asked()
-    return is_asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
 
 def _begin(config: ConfigDict, system: System, saved: Checkpoints, metrics: log.Metrics, mesh) -> tuple[State, bool]:

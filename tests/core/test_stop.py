@@ -48,6 +48,20 @@ def test_work_that_saves_first_asks():
         stop.check()
 
 
+def test_in_a_cluster_all_stop_at_the_same_call():
+    """Of two processes one is asked: both calls number 7 are answered, and every later one."""
+    numbers = []
+    with stop.noted(), pytest.raises(Preempted), stop.shared(lambda number: numbers.append(number) or number == 7):
+        with stop.saved_first():
+            assert not stop.is_asked(4)
+            stop.check()  # of a selection, which training does not count
+            assert not stop.is_asked(5)
+        stop.check()
+        assert numbers == [4, 5, 6]
+        stop.check()
+    assert numbers == [4, 5, 6, 7] and not stop._asked
+
+
 def test_in_a_thread_nothing_is_noted():
     def work():
         with stop.noted():
