@@ -51,7 +51,7 @@ def test_work_that_saves_first_asks():
 def test_in_a_cluster_all_stop_at_the_same_call():
     """Of two processes one is asked: both calls number 7 are answered, and every later one."""
     numbers = []
-    with stop.noted(), pytest.raises(Preempted), stop.shared(lambda number: numbers.append(number) or number == 7):
+    with pytest.raises(Preempted), stop.noted(), stop.shared(lambda number: numbers.append(number) or number == 7):
         with stop.saved_first():
             assert not stop.is_asked(4)
             stop.check()  # of a selection, which training does not count
