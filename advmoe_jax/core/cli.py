@@ -8,7 +8,15 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from advmoe_jax.core.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_PIPE_CLOSED, UserError, outcome, unknown_name
+from advmoe_jax.core.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_PIPE_CLOSED,
+    UserError,
+    outcome,
+    unknown_name,
+)
 
 
 class Parser(argparse.ArgumentParser):

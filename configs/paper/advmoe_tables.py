@@ -55,7 +55,7 @@ DATA = {"cifar10": ("CIFAR-10", cifar10_r18), "cifar100": ("CIFAR-100", cifar100
         "tiny_imagenet": ("Tiny-ImageNet", tiny_imagenet_r18), "imagenet": ("ImageNet", imagenet_r18),
         "digits": ("digits", digits_r18)}
 NETS = {"r18": ("ResNet-18", dict(name="resnet")), "wrn": ("WRN-28-10", dict(name="wide_resnet")),
-        "vgg": ("VGG-16", dict(name="vgg")), "densenet": ("DenseNet", dict(name="densenet")),
+        "vgg": ("VGG-16", dict(name="vgg", form="released")), "densenet": ("DenseNet", dict(name="densenet")),
         "deit": ("DeiT-Tiny", dict(name="vit"))}
 """Backbones, with the fields of `config.model` that are not at their defaults."""
 STANDARD = {"dense": "Dense", "sdense": "S-Dense", "moe": "MoE"}
