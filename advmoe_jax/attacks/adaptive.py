@@ -97,10 +97,7 @@ def _task(outputs, y):
 
 
 def _other_choice(outputs, y):
-    """How far the best other score is above that of the clean choice, mean over the layers."""
-    scores = outputs[0][1]["router_logits"]
-    flat = losses.margin(scores.reshape(-1, scores.shape[-1]), y["clean"].reshape(-1))
-    return jnp.mean(flat.reshape(scores.shape[:2]), -1)
+    return routing.other_choice(outputs[0][1]["router_logits"], y["clean"])
 
 
 def _both(outputs, y):

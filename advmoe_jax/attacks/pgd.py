@@ -49,8 +49,9 @@ def make(config: Config = Config()) -> build.Attack:
 
     `logits_fn` is best a `jax.tree_util.Partial(apply, variables)`. A closure works too, but its weights become
     constants, and other weights compile again. `key` is one key or one per example. `y` is (B,) labels, or what the
-    objective takes in their place. x_adv and all computations beside the model are in float32, or float64 as `x` is,
-    whatever float type the logits have. Like `make` of every attack, this one checks its settings.
+    objective takes in their place. A `route`, an array with leading B, is what the model takes beside the images. x_adv
+    and all computations beside the model are in float32, or float64 as `x` is, whatever float type the logits have.
+    Like `make` of every attack, this one checks its settings.
 
     Raises:
         UserError: a setting is out of range. From the attack: images, labels, keys or model cannot be, see
@@ -64,9 +65,11 @@ def make(config: Config = Config()) -> build.Attack:
     program = Search(config.norm, config.start, objectives.get(config.loss), config.keep == "best", config.early_stop,
                      looks_at_last=looks_at_last, share=config.l1_share)
 
-    def attack(logits_fn, key, x, y):
+    def attack(logits_fn, key, x, y, route=None):
         inputs = build.inputs_of(logits_fn, key, x, y, takes=objectives.takes(config.loss), eps=config.eps,
                                  step_size=step_size)
+        if route is not None:
+            inputs.rows["route"] = route
 
         def one(inputs, restart):
             started = inputs._replace(scalars=inputs.scalars | {"restart": restart})

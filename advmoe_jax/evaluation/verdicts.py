@@ -235,9 +235,14 @@ def _clean(judge, source, rows, size):
     return _judged(judge, batch, batch["image"], None, mask)
 
 
+def attack_key(key: jax.Array, name: str) -> jax.Array:
+    """The key of an attack by the name of its module, into which the index of each image is folded."""
+    return jax.random.fold_in(rng.stream(key, f"attack_eval/{name}"), 0)
+
+
 def _attack(spec, number, view, model, judge, source, key, rows, size):
     """A record and arrays of one batch."""
-    root = jax.random.fold_in(rng.stream(key, f"attack_eval/{spec.name}"), 0)
+    root = attack_key(key, spec.name)
     start = time.perf_counter()
     with driver.counted() as passes, driver.real_rows(len(rows), size):
         batch, mask = _batch(source, rows, size)

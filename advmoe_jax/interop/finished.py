@@ -30,7 +30,8 @@ def free(out: str) -> epath.Path:
     return where
 
 
-def write(where: epath.Path, config: ConfigDict, variables: dict[str, Any], meta: dict[str, Any]) -> None:
+def write(where: epath.Path, config: ConfigDict, variables: dict[str, Any], meta: dict[str, Any],
+          masks: dict[str, Any] | None = None) -> None:
     """Makes a folder the workdir of a run whose best and last checkpoint, of step 0, holds these variables.
 
     Args:
@@ -38,8 +39,9 @@ def write(where: epath.Path, config: ConfigDict, variables: dict[str, Any], meta
         config: of the run.
         variables: of its model.
         meta: {name: what JSON holds}, kept beside the checkpoints: where they come from.
+        masks: {group: tree} of what is pruned; None: nothing is.
     """
-    state = states.fresh(variables, {})
+    state = states.fresh(variables, {}, masks)
     with _appearing(where) as folder:
         with checkpoints.opened(folder, about={"config": configs.to_json(config)}) as saved:
             for which in ("best", "last"):

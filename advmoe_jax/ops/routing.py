@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from advmoe_jax.core.errors import one_of
+from advmoe_jax.ops import losses
 
 ROUTER_GRADS = ("none", "ste_full", "ste_selected", "scaled")
 VIEWS = ("none", "ste_selected", "ste_full")
@@ -135,6 +136,19 @@ def mix(y: jax.Array, gate: jax.Array, starts: tuple[int, ...], width: int) -> j
     """
     gate = gate.astype(y.dtype)
     return sum(gate[:, e, None, None, None] * y[..., start:start + width] for e, start in enumerate(starts))
+
+
+def other_choice(scores: jax.Array, ids: jax.Array) -> jax.Array:
+    """How far the best other score is above that of a choice, mean over the layers.
+
+    Args:
+        scores: (B, L, E) router logits.
+        ids: (B, L) choices.
+    Returns:
+        (B,), negative where no layer would choose otherwise.
+    """
+    flat = losses.margin(scores.reshape(-1, scores.shape[-1]), ids.reshape(-1))
+    return jnp.mean(flat.reshape(scores.shape[:2]), -1)
 
 
 def load(ids: jax.Array, num_experts: int, mask: jax.Array | None = None) -> jax.Array:

@@ -9,7 +9,6 @@ for every score and run; and ranks.png, how alike two of them rank the weights o
 A node is an output channel; it matters what the weights that enter it score in the mean. L layers.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,34 +19,20 @@ from etils import epath
 from scipy.stats import rankdata
 
 from advmoe_jax.attacks import parse
-from advmoe_jax.core import cli, files, find, paths, status, tables, tree
+from advmoe_jax.core import cli, files, find, paths, tables
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.core.layer_spec import dotted
 from advmoe_jax.core.tables import Table
 from advmoe_jax.data import pipeline
-from advmoe_jax.models import model as models
-from advmoe_jax.models.model import Model
 from advmoe_jax.pruning import pruned
-from advmoe_jax.report import plots
-from advmoe_jax.train import checkpoint as checkpoints
+from advmoe_jax.report import plots, trained
+from advmoe_jax.report.trained import Trained
 
 SCORES, ROOM = "nis,erm,ase,bnsf", ("pruning", "score")
 ATTACK = "pgd(num_steps=10)"
-CHECKPOINTS = ("best", "last")
 _RATE = "1/2"  # nothing is pruned
 _NOTE = ("Spearman's correlation of the ranks that two of them give the weights of a layer, mean over the layers: 1 is "
          "the same order, 0 none in common.")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """A finished run: its checkpoint of a step, and the model whose variables these are."""
-
-    workdir: str
-    config: Any
-    model: Model
-    variables: dict[str, Any]
-    step: int
 
 
 def measure(workdirs: Sequence[str], scores: Sequence[str], *, which: str = "best", count: int = 256,
@@ -68,9 +53,9 @@ def measure(workdirs: Sequence[str], scores: Sequence[str], *, which: str = "bes
         UserError: a run is not there, has not finished, or is of another architecture or on other data; an unknown
             score or attack.
     """
-    one_of("--checkpoint", which, CHECKPOINTS)
+    one_of("--checkpoint", which, trained.CHECKPOINTS)
     modules = {name: find.module(ROOM[0], name, defines=ROOM[1:], kind="--scores") for name in scores}
-    found = _runs(workdirs, which)
+    found = trained.alike(workdirs, which)
     first = next(iter(found.values()))
     data, budget = None, first.config.attack
     spec = parse.on_one_network(attack, "--attack", ATTACK, norm=budget.norm, eps=budget.eps)
@@ -96,29 +81,7 @@ def measure(workdirs: Sequence[str], scores: Sequence[str], *, which: str = "bes
         "scores_alike": {name: alike(lambda score, name=name: (name, score), modules) for name in found}}
 
 
-def _runs(workdirs: Sequence[str], which: str) -> dict[str, _Run]:
-    found: dict[str, _Run] = {}
-    for workdir in workdirs:
-        folder, said = paths.path(workdir), f"--workdir names {workdir}"
-        config = status.config_of_trained(folder, said)
-        first = next(iter(found.values()), None)
-        if first and config.data.name != first.config.data.name:
-            raise UserError(f"{said}, a run on {config.data.name}: expected {first.config.data.name}, as the first is")
-        dataset = pipeline.open_dataset(config.data.name, config.data.dir, view=config.data)
-        model = models.make(config.model, dataset.image_shape, dataset.num_classes)
-        if first and (different := tree.first_difference(first.model.shapes, model.shapes)):
-            path, ours, theirs = different
-            raise UserError(f"{said}, of another architecture: {path} is {theirs} there, {ours} in the first run")
-        if folder.name in found:
-            raise UserError(f"{said}, and another run of that name: expected folders of different names, which tell "
-                            "runs apart")
-        with checkpoints.opened(folder, create=False) as saved:
-            found[folder.name] = _Run(workdir, config, model, saved.restore_trained(which, model.shapes).variables,
-                                      saved.step(which))
-    return found
-
-
-def _scored(run: _Run, modules: Mapping[str, Any], data: pipeline.Data | None, count: int, spec: parse.Spec
+def _scored(run: Trained, modules: Mapping[str, Any], data: pipeline.Data | None, count: int, spec: parse.Spec
             ) -> dict[str, dict[str, np.ndarray]]:
     """{score: {layer: sizes like its kernel}}."""
     x = y = None

@@ -8,11 +8,11 @@ import numpy as np
 
 from advmoe_jax.core import files
 from advmoe_jax.evaluation import results
+from advmoe_jax.report.figures import COLOURS as _COLOURS
+from advmoe_jax.report.figures import GREY as _GREY
+from advmoe_jax.report.figures import RA as _RA
+from advmoe_jax.report.figures import SA as _SA
 from advmoe_jax.report.runs import Run
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
-_SA, _RA, _GREY = *_COLOURS[:2], "#777777"
 
 
 def write(run: Run) -> tuple[str, ...] | None:

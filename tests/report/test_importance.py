@@ -5,30 +5,15 @@ import json
 import jax
 import numpy as np
 import pytest
+from random_runs import DENSE, random_run
 from scipy.stats import spearmanr
 
-from advmoe_jax.core import config as configs
 from advmoe_jax.core import status, tree
 from advmoe_jax.core.layer_spec import dotted
-from advmoe_jax.interop import finished
-from advmoe_jax.models import model as models
 from advmoe_jax.report import importance
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 NAMES = ("clean", "attacked", "both")
-
-
-def _run(folder, seed, **fields):
-    """A finished run of random weights."""
-    config = configs.default(data="digits")
-    for name, value in {"model.num_experts": 1, "model.model_scale": 1.0, "model.depth": 4, "model.width": 4,
-                        "attack.eps": "0.1", **fields}.items():
-        configs.override(config, f"{name}={value}")
-    config = configs.complete(config)
-    config.name = folder.name
-    model = models.make(config.model, (8, 8, 1), 10)
-    finished.write(folder, config, jax.device_get(jax.jit(model.init)(jax.random.key(seed))), {})
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +21,7 @@ def made(tmp_path_factory):
     """Three runs, of which the last has the weights of the first, what was found in them, and one of their models."""
     root = tmp_path_factory.mktemp("importance")
     for seed, name in zip((0, 1, 0), NAMES):
-        model = _run(root / name, seed)
+        model, _ = random_run(root / name, seed, **DENSE)
     code = importance.main(["--workdir", *(str(root / name) for name in NAMES), "--out", str(root / "out"), "--images",
                             "4", "--attack", "fgsm"])
     return root, code, json.loads((root / "out" / "importance.json").read_text()), model
@@ -84,8 +69,8 @@ def test_bad_input_is_one_line(made, capsys, tmp_path, flags, said):
 
 def test_runs_that_cannot_be_compared(made, capsys, tmp_path):
     root, *_ = made
-    _run(tmp_path / "wide", 0, **{"model.width": 8})
-    _run(tmp_path / "clean", 0)
+    random_run(tmp_path / "wide", **DENSE, **{"model.width": 8})
+    random_run(tmp_path / "clean", **DENSE)
     for other, said in (("wide", "of another architecture"), ("clean", "another run of that name")):
         assert importance.main(["--workdir", str(root / "clean"), str(tmp_path / other), "--out", str(tmp_path)]) == 2
         assert said in (error := capsys.readouterr().err) and error.count("\n") == 1
