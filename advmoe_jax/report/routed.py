@@ -93,9 +93,12 @@ class _Network:
             at = driver.filled(rows, driver.bucket(len(rows), size))
             with driver.real_rows(len(rows), size):
                 made = work(*pipeline.images_of(self.run.dataset.test, at), at)
-            return jax.tree.map(lambda array: np.asarray(array)[:len(rows)], made)
+            return {name: {what: np.asarray(array)[:len(rows)] for what, array in found.items()}
+                    for name, found in made.items()}
 
-        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *self.fits.batches(rows, part))
+        first, *more = self.fits.batches(rows, part)
+        return {name: {what: np.concatenate([array, *(of[name][what] for of in more)]) for what, array in found.items()}
+                for name, found in first.items()}
 
     def answers(self, x: Any, route: Any = None) -> dict[str, jax.Array]:
         """{"labels": (B,), "experts": (B, L)}, on the network's own routes or on those given (B, L)."""

@@ -58,9 +58,9 @@ def _dissection(found):
         axes.set(title=name, yticks=np.arange(len(start)), yticklabels=list(run["attacks"]), xlim=(0, 100),
                  ylim=(len(start) - 0.5, -0.5))
         figures.bare(axes, "")
-    panels[-1].set_xlabel(f"share of {found['images']} test images (%) of which the attack has broken ...")
+    panels[-1].set_xlabel(f"share of {found['images']} test images (%)")
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize="small", ncols=len(CATEGORIES),
-                  loc="outside upper center")
+                  title="What the attack has broken", title_fontsize="small", loc="outside upper center")
     return figure
 
 
@@ -106,6 +106,7 @@ def _layers(found):
                          color=figures.COLOURS[number], label={routed.WORST: "whole network"}.get(attack, attack))
         line[2].set(title=f"{name}: other expert\nthan when clean", xlabel="share of images (%)", xlim=(0, 100),
                     yticks=place, yticklabels=[], ylim=(len(layers) - 0.5, -0.5))
+        line[2].tick_params("y", length=0)
         figures.bare(line[2], "x")
     figure.colorbar(shown, ax=lines[:, :2], label="share of images (%)", location="left", shrink=0.8)
     figure.legend(*lines[0, 2].get_legend_handles_labels(), frameon=False, fontsize="small", ncols=2,

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from random_runs import DENSE, random_run
@@ -18,21 +17,20 @@ NAMES = ("clean", "attacked", "both")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Three runs, of which the last has the weights of the first, what was found in them, and one of their models."""
+    """Three runs, of which the last has the weights of the first, what was found in them, and the runs by name."""
     root = tmp_path_factory.mktemp("importance")
-    for seed, name in zip((0, 1, 0), NAMES):
-        model, _ = random_run(root / name, seed, **DENSE)
+    runs = {name: random_run(root / name, seed, **DENSE) for seed, name in zip((0, 1, 0), NAMES)}
     code = importance.main(["--workdir", *(str(root / name) for name in NAMES), "--out", str(root / "out"), "--images",
                             "4", "--attack", "fgsm"])
-    return root, code, json.loads((root / "out" / "importance.json").read_text()), model
+    return root, code, json.loads((root / "out" / "importance.json").read_text()), runs
 
 
 def test_nodes_and_ranks_are_those_of_the_scores(made):
-    root, code, found, model = made
+    root, code, found, runs = made
     assert code == 0 and list(found["runs"]) == list(NAMES) and found["runs"]["both"]["step"] == 0
     assert found["scores"] == ["nis", "erm", "ase", "bnsf"] and found["images"] == 4
-    leaves = [tree.named_leaves(jax.device_get(model.init(jax.random.key(seed))["params"])) for seed in (0, 1)]
-    kernels = [{dotted(spec.path): np.abs(of[f"{spec.path}/kernel"]) for spec in model.layers} for of in leaves]
+    kernels = [{dotted(spec.path): np.abs(tree.named_leaves(variables["params"])[f"{spec.path}/kernel"])
+                for spec in model.layers} for model, variables in list(runs.values())[:2]]
     assert found["layers"] == {layer: of.size for layer, of in kernels[0].items()}
     for layer, of in kernels[0].items():
         means = of.reshape(-1, of.shape[-1]).mean(0)
