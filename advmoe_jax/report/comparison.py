@@ -1,7 +1,7 @@
 """Tables of several runs: one row for runs that differ only by the seed, and which differences are ties."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -127,9 +127,14 @@ def _config_names(groups: list[Group]) -> list[str]:
     names = []
     for group in groups:
         others = [g.config for g in groups if file(g) == file(group)]
-        told = [f"{k}={v}" for k, v in group.config.items() if any(other.get(k) != v for other in others)]
-        names.append(" ".join((file(group), *(told if not group.label else ()))))
+        names.append(" ".join((file(group), *(differing(group.config, others) if not group.label else ()))))
     return names
+
+
+def differing(config: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> list[str]:
+    """"name=value" of the fields of a config that another has not, or with another value."""
+    others = list(others)
+    return [f"{name}={value}" for name, value in config.items() if any(of.get(name) != value for of in others)]
 
 
 def _ties(groups: list[Group], names: list[str]) -> str:

@@ -43,12 +43,12 @@ class Evaluation:
 
 def evaluations(run: Run) -> list[Evaluation]:
     """All of a run that have criteria, oldest first; none if it has no criteria."""
-    per_step = next((r["epoch"] / r["step"] for r in reversed(run.metrics) if r["split"] == "train" and r["step"]), 0.0)
     found = []
     for record in run.metrics:
         attacked = {name.removeprefix(_PREFIX): rate for name, rate in record.items() if name.startswith(_PREFIX)}
         if record["split"] != "train" and attacked:
-            found.append(Evaluation(record["step"], record["step"] * per_step, record.get("images", 0), record["ra"],
+            epoch = record["step"] * run.epochs_per_step
+            found.append(Evaluation(record["step"], epoch, record.get("images", 0), record["ra"],
                                     {BENIGN: record["sa"], **attacked}))
     return [evaluation for evaluation in found if evaluation.rates.keys() == found[-1].rates.keys()]
 

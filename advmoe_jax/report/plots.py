@@ -144,19 +144,18 @@ def _training(figure_class, run: Run, train: list[dict[str, Any]]):
     for update, colour in zip(updates, _COLOURS[2:]):
         losses.plot(*_series(train, "loss", update), color=colour, label=f"{update} update")
     losses.set(ylabel="training loss (nats per image)", title="Loss")
-    epochs_per_step = train[-1]["epoch"] / train[-1]["step"]
     select = [record for record in run.metrics if record["split"] != "train"]
     for name, colour in (("sa", _SA), ("ra", _RA)):
         series = _series(train, name)
         if series is not None:
             accuracies.plot(series[0], 100 * series[1], color=colour, alpha=0.45, label=f"training {name.upper()}")
         if select:
-            accuracies.plot([r["step"] * epochs_per_step for r in select], [100 * r[name] for r in select], "o-",
+            accuracies.plot([r["step"] * run.epochs_per_step for r in select], [100 * r[name] for r in select], "o-",
                             color=colour, markersize=3.5, clip_on=False, label=f"{select[0]['split']} {name.upper()}")
     accuracies.set(ylabel="accuracy (%)", title="Standard (SA) and robust accuracy (RA)", ylim=(0, None))
     best = {entry["step"] for entry in run.entries if entry["checkpoint"] == "best"}
     if len(best) == 1:
-        accuracies.axvline(best.pop() * epochs_per_step, color=_GREY, linestyle=":", label="best checkpoint")
+        accuracies.axvline(best.pop() * run.epochs_per_step, color=_GREY, linestyle=":", label="best checkpoint")
     for axes in (losses, accuracies):
         axes.set(xlabel="epoch", xlim=(0, train[-1]["epoch"]))
         axes.grid(alpha=0.25, linewidth=0.6)

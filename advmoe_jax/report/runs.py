@@ -37,6 +37,12 @@ class Run:
     entries: tuple[dict[str, Any], ...]
     metrics: tuple[dict[str, Any], ...]
 
+    @property
+    def epochs_per_step(self) -> float:
+        """0 where nothing was trained."""
+        last = next((r for r in reversed(self.metrics) if r["split"] == "train" and r["step"]), None)
+        return last["epoch"] / last["step"] if last else 0.0
+
 
 def is_run(folder: epath.Path) -> bool:
     """Whether there is a config.json."""
