@@ -4,6 +4,7 @@ Zhang et al., ICCV 2023, section 3 and figures 3 to 5: of a mixture that was tra
 trained robustly (theta-bar), and then the backbone (theta-double-bar), each by TRADES with the other part frozen.
 
 Command:  python -m advmoe_jax.main --config configs/digits_dissection.py
+          python -m advmoe_jax.report.routing --out runs/fig4 --workdir runs/digits_dissection/{router,backbone}
           at the paper's size: --config configs/paper/advmoe_tables.py:fig3
 Hardware: 2 CPU cores.
 Time:     6 minutes.

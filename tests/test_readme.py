@@ -35,7 +35,8 @@ from advmoe_jax.evaluation import autoattack, flags, suites
 from advmoe_jax.interop import torch_import
 from advmoe_jax.models import network
 from advmoe_jax.pruning import pruned
-from advmoe_jax.report import macs
+from advmoe_jax.report import curves, macs
+from advmoe_jax.report import routing as routing_report
 from advmoe_jax.systems import mask_search
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
@@ -162,8 +163,17 @@ def check_launch(program, words):
         configs.checked(modes._load(flags), fields)
 
 
+def look_into_routing(words):
+    assert routing_report.main([*words, "--images", "8", "--attack", "pgd(num_steps=1)"]) == 0, words
+
+
+def draw_curves(words):
+    assert curves.main(words) == 0, words
+
+
 RUN = {"advmoe_jax.main": run_main, "advmoe_jax.data.prepare": prepare_tiny, "advmoe_jax.bench": run_bench,
-       "advmoe_jax.interop.torch_import": import_tiny, "advmoe_jax.report.macs": count}
+       "advmoe_jax.interop.torch_import": import_tiny, "advmoe_jax.report.macs": count,
+       "advmoe_jax.report.routing": look_into_routing, "advmoe_jax.report.curves": draw_curves}
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +239,8 @@ def test_commands(names, clone, short_benchmarks, short_suites, monkeypatch, cap
         (README, "make"), (README, "advmoe_jax.main"), (README, "advmoe_jax.data.prepare"),
          *((README, tool) for tool in LAUNCHERS[:3]), (LAUNCH, "gcluster"),
          (CONFIGS, "advmoe_jax.main"), (BENCH, "advmoe_jax.bench"), (CONFIGS, "advmoe_jax.interop.torch_import"),
-         (CONFIGS, "advmoe_jax.report.macs"), (ATTACKS, "advmoe_jax.main"), (ATTACKS, "advmoe_jax.bench"),
-         (PRUNING, "advmoe_jax.main")}
+         *((CONFIGS, f"advmoe_jax.report.{name}") for name in ("macs", "routing", "curves")),
+         (ATTACKS, "advmoe_jax.main"), (ATTACKS, "advmoe_jax.bench"), (PRUNING, "advmoe_jax.main")}
     for name in names:
         for program, *rest in commands(name):
             if program == "python" and rest[1] != "venv":

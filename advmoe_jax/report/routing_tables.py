@@ -93,8 +93,8 @@ def _layers(found, name, run) -> Table:
 
 
 def _iou(found) -> Table:
-    rows = [(name, images, *(tables.decimals(of_images[part]) for part in ("mean", "deviation", "least", "most")),
-             str(of_images["values"]), tables.decimals(run["iou"]["chance"]), tables.decimals(run["iou"]["common"]))
+    rows = [(name, images, *(f"{of_images[part]:.3f}" for part in ("mean", "deviation", "least", "most")),
+             str(of_images["values"]), f"{run['iou']['chance']:.3f}", f"{run['iou']['common']:.3f}")
             for name, run in found["runs"].items() for images, of_images in (
                 (images, run["iou"][images]) for images in ("clean", "attacked"))]
     return Table(f"Pathways against the mask of {found['against']}", (

@@ -103,7 +103,8 @@ def test_the_scale_of_what_was_pruned(tmp_path):
     """Of searched filters what stays, in the run that trains them too, wherever the recipe has moved."""
     searched, given = {"unit": "filter", "rate": "4/5"}, {"method": "given"}
     cases = {"search": ("mask_search", searched, 0.2), "weights": ("mask_search", searched | {"unit": "weight"}, None),
-             "left": ("prune", given, 0.2), "l1norm": ("prune", {"method": "l1norm"}, None), "whole": ("standard", {}, 1)}
+             "left": ("prune", given, 0.2), "l1norm": ("prune", {"method": "l1norm"}, None),
+             "whole": ("standard", {}, 1)}
     for name, (system, fields, expected) in cases.items():
         config = configs.default()
         configs.choose(config, system=system)
