@@ -14,6 +14,8 @@ from advmoe_jax.report import figures
 _MARKERS = "osD^vPX"
 _ACROSS = 3  # panels beside each other
 _DENSE = 1.0  # model scale
+_HEIGHT = 3.8  # inches, at least
+_MOST_TICKS = 10
 
 
 def write(out: epath.Path, found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -45,74 +47,96 @@ def _means(points: Mapping[float, list[float]]) -> tuple[list[float], list[float
     return list(points), means, deviations if any(deviations) else None
 
 
-def _axes(label: str):
-    if (figure := figures.new(7.2, 3.8)) is None:
+def _panels(across: int, width: float, names: int):
+    """A figure of a row of panels of RA, as high as the names at its right need; (None, None) without matplotlib."""
+    if (figure := figures.new(width, max(_HEIGHT, 0.6 + 0.2 * names))) is None:
         return None, None
-    axes = figure.subplots()
-    axes.set(xlabel=label, ylabel="robust accuracy (%)")
-    figures.bare(axes)
-    return figure, axes
+    panels = figure.subplots(1, across, squeeze=False)[0]
+    for axes in panels:
+        axes.set_ylabel("robust accuracy (%)")
+        figures.bare(axes)
+    return figure, panels
 
 
-def _legend(figure):
-    figure.legend(frameon=False, fontsize="small", loc="outside right upper")
+def _named(figure, title: str, handles: Mapping[str, Any], is_told: bool):
+    """The figure with a title, with names at its right, and with what hollow marks are, if there are any."""
+    figure.suptitle(title, fontsize="medium")
+    if is_told:
+        handles = {**handles, "hollow: the paper's": figure.axes[0].plot(
+            [], [], "o", color=figures.GREY, markerfacecolor="white", markersize=7, linestyle="")[0]}
+    figure.legend(list(handles.values()), list(handles), frameon=False, fontsize="small", loc="outside right upper")
     return figure
+
+
+def _hollow(axes, x, y, colour, marker):
+    axes.plot(x, y, marker, color=colour, markerfacecolor="white", markersize=8, linestyle="")
 
 
 def _eps(found):
     """RA over eps, a line for each method; in grey levels where all are whole ones."""
-    levels = 255 * np.array([eps for points in found["eps"].values() for eps in points])
+    every = sorted({eps for points in found["eps"].values() for eps in points})
+    levels = 255 * np.array(every)
     unit, name = (255, "eps (/255)") if np.allclose(levels, np.round(levels)) else (1, "eps (of images in [0, 1])")
-    figure, axes = _axes(name)
+    figure, panels = _panels(1, 7.2, len(found["eps"]))
     if figure is None:
         return None
+    handles = {}
     for (label, points), (colour, marker) in zip(found["eps"].items(), _looks()):
         x, y, error = _means(points)
-        axes.errorbar(unit * np.array(x), y, error, color=colour, marker=marker, markersize=4, capsize=2, label=label)
-    axes.set(title=found["attack"], ylim=(0, None))
-    axes.title.set_fontsize("medium")
-    return _legend(figure)
+        handles[label] = panels[0].errorbar(unit * np.array(x), y, error, color=colour, marker=marker, markersize=4,
+                                            capsize=2)
+    ticks = {"xticks": unit * np.array(every)} if len(every) <= _MOST_TICKS else {}
+    panels[0].set(xlabel=name, ylim=(0, None), **ticks)
+    return _named(figure, found["attack"], handles, False)
 
 
 def _scale(found):
     """RA over model scale; a method that was measured at r = 1 alone is a dashed line; a paper's numbers are hollow."""
-    figure, axes = _axes("model scale r")
+    figure, panels = _panels(1, 7.2, len(found["scale"]) + 1)
     if figure is None:
         return None
+    handles, axes, theirs = {}, panels[0], found["paper"]["scale"]
     for (line, points), (colour, marker) in zip(found["scale"].items(), _looks()):
         x, y, error = _means(points)
         if x == [_DENSE]:
-            axes.axhline(y[0], color=colour, linestyle="--", label=line)
+            handles[line] = axes.axhline(y[0], color=colour, linestyle="--")
         else:
-            axes.errorbar(x, y, error, color=colour, marker=marker, markersize=4, capsize=2, label=line)
-        if theirs := found["paper"]["scale"].get(line):
-            axes.plot(list(theirs), [100 * ra for ra in theirs.values()], marker, color=colour, markerfacecolor="white",
-                      markersize=7, linestyle="", label=f"{line}, paper's")
-    axes.set(title=f"{found['attack']}, eps {found['at']}")
-    axes.title.set_fontsize("medium")
-    return _legend(figure)
+            handles[line] = axes.errorbar(x, y, error, color=colour, marker=marker, markersize=4, capsize=2)
+        of_paper = theirs.get(line, {})
+        _hollow(axes, list(of_paper), [100 * ra for ra in of_paper.values()], colour, marker)
+    axes.set_xlabel("model scale r")
+    return _named(figure, f"{found['attack']}, eps {found['at']}", handles, bool(theirs))
 
 
 def _overview(found):
-    """RA and SA over the multiply-accumulates of an image: a mark for each method; a paper's RA is hollow."""
-    if (figure := figures.new(10, 3.8)) is None:
+    """RA and SA over the multiply-accumulates of an image: a mark for each method, those that differ in model scale
+    alone being joined; a paper's RA is hollow."""
+    lines: dict[str, dict[str, Any]] = {}
+    for label, of in found["overview"].items():
+        lines.setdefault(of["line"], {})[label] = of
+    figure, panels = _panels(2, 10, len(lines) + 1)
+    if figure is None:
         return None
-    panels = figure.subplots(1, 2)
+    handles, theirs = {}, found["paper"]["overview"]
     for axes, kind, name in zip(panels, ("ra", "sa"), ("robust", "standard")):
-        for (label, of), (colour, marker) in zip(found["overview"].items(), _looks()):
-            rates = 100 * np.array(of[kind])
-            error = np.std(rates, ddof=1) if len(rates) > 1 else None
-            axes.errorbar(of["macs"] / 1e6, rates.mean(), error, color=colour, marker=marker, markersize=8, capsize=2,
-                          linestyle="", label=label if kind == "ra" else None)
-            theirs = found["paper"]["overview"].get(label)
-            if kind == "ra" and theirs is not None:
-                axes.plot(of["macs"] / 1e6, 100 * theirs, marker, color=colour, markerfacecolor="white", markersize=8,
-                          linestyle="", label=f"{label}, paper's")
+        for (line, of_line), (colour, marker) in zip(lines.items(), _looks()):
+            x, y, error = _means(_by_macs(of_line, kind))
+            handles[line] = axes.errorbar(x, y, error, color=colour, marker=marker, markersize=7, capsize=2,
+                                          linewidth=0.8)
+            told = {of["macs"] / 1e6: 100 * theirs[label] for label, of in of_line.items()
+                    if kind == "ra" and label in theirs}
+            _hollow(axes, list(told), list(told.values()), colour, marker)
         axes.set(xlabel="MACs of an image, pathway and router (millions)", ylabel=f"{name} accuracy (%)",
                  xlim=(0, None))
-        figures.bare(axes)
-    figure.suptitle(f"{found['attack']}, eps {found['at']}", fontsize="medium")
-    return _legend(figure)
+    return _named(figure, f"{found['attack']}, eps {found['at']}", handles, bool(theirs))
+
+
+def _by_macs(of_line: Mapping[str, Mapping[str, Any]], kind: str) -> dict[float, list[float]]:
+    """{millions of MACs: rates}, rising."""
+    found: dict[float, list[float]] = {}
+    for of in sorted(of_line.values(), key=lambda of: of["macs"]):
+        found.setdefault(of["macs"] / 1e6, []).extend(of[kind])
+    return found
 
 
 def _trajectory(found):

@@ -40,9 +40,9 @@ def measure(folders: Sequence[epath.Path], attack: str = "") -> dict[str, Any]:
     Returns:
         {"attack": as tables name it without eps; "at": the eps, as text, that most runs were trained for and measured
         at, which all but the first figure show; "eps": {label: {eps: [RA of each run]}} of labels that were measured at
-        several; "scale": {line: {model scale: [RA]}}, if there are several scales; "overview": {label: {"macs", "ra":
-        [RA], "sa": [SA]}}; "trajectory": {label: [{"epochs", "sa", "ra", "on": which images} of each run]}; "paper":
-        {"scale", "overview": the paper's RA in the same places}}. Rates are fractions.
+        several; "scale": {line: {model scale: [RA]}}, if there are several scales; "overview": {label: {"line", "macs",
+        "ra": [RA], "sa": [SA]}}; "trajectory": {label: [{"epochs", "sa", "ra", "on": which images} of each run]};
+        "paper": {"scale", "overview": the paper's RA in the same places}}. Rates are fractions.
     Raises:
         UserError: a folder holds neither, a file is damaged, or nothing was measured by that attack.
     """
@@ -118,18 +118,23 @@ def _lines(points: Iterable[tuple[str, float, float]]) -> dict[str, dict[float, 
     return {line: dict(sorted(of.items())) for line, of in found.items()}
 
 
+def line_of(label: str) -> str:
+    """"AdvMoE, N=2" of "AdvMoE, N=2, r=0.5"."""
+    return _SCALE.sub("", label).replace("()", "").strip(" ,") or label
+
+
 def _scales(at: Measured, paper: Mapping[str, Mapping[str, float]]
             ) -> tuple[dict[str, dict[float, list[float]]], dict[str, dict[float, float]]]:
     """RA by model scale, a line for each label without its scale, and the paper's RA; ({}, {}) for a single scale."""
-    placed = [(label, _SCALE.sub("", label).strip(" ,"), scale, run, entry) for label, run, entry in at
+    placed = [(label, line_of(label), scale, run, entry) for label, run, entry in at
               if (scale := model_scale(run)) is not None]
     if len({scale for *_, scale, _, _ in placed}) < 2:
         return {}, {}
-    ours = _lines((line, scale, entry["ra"]) for _, line, scale, _, entry in placed)
+    ours = _lines((of, scale, entry["ra"]) for _, of, scale, _, entry in placed)
     theirs: dict[str, dict[float, float]] = {}
-    for label, line, scale, *_ in placed:
+    for label, of, scale, *_ in placed:
         if "RA" in paper.get(label, ()):
-            theirs.setdefault(line, {})[scale] = paper[label]["RA"] / 100
+            theirs.setdefault(of, {})[scale] = paper[label]["RA"] / 100
     return ours, theirs
 
 
@@ -151,7 +156,7 @@ def model_scale(run: Run) -> float | None:
 def _overview(at: Measured) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for label, _, entry in at:
-        of = found.setdefault(label, {"macs": entry["macs"]["total"], "ra": [], "sa": []})
+        of = found.setdefault(label, {"line": line_of(label), "macs": entry["macs"]["total"], "ra": [], "sa": []})
         of["ra"].append(entry["ra"])
         of["sa"].append(entry["sa"])
     return found

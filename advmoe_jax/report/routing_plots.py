@@ -99,7 +99,7 @@ def _layers(found):
             shown = _map(axes, run["pathways"][images]["load"], layers if images == "clean" else [],
                          [str(e) for e in range(found["experts"])])
             axes.set(title=f"{name}: load,\n{images} images", xlabel="expert")
-        line[0].set_ylabel("routed layer")
+        line[0].set_ylabel("layer")
         place = np.arange(len(layers))
         for number, attack in enumerate((routed.WORST, routed.ROUTER)):
             line[2].barh(place + 0.4 * number - 0.2, 100 * np.array(run["attacks"][attack]["flip_rate"]), height=0.38,
