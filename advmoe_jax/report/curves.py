@@ -10,6 +10,7 @@ scale; overview.png, RA and SA over multiply-accumulates; trajectory.png. Beside
 
 import collections
 import json
+import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,10 +21,10 @@ from advmoe_jax.core import cli, files, paths, recipe, shares, tables
 from advmoe_jax.core import config as configs
 from advmoe_jax.core.errors import UserError, unknown_name
 from advmoe_jax.core.tables import Table
-from advmoe_jax.report import comparison, curve_plots, runs
+from advmoe_jax.report import comparison, curve_plots, printed, runs
 from advmoe_jax.report.runs import Run
 
-_SCALE = re.compile(r",?\s*\br\s*=\s*[\d./]+")  # in a label, which is then of a line
+_SCALE = re.compile(r"[,:]?\s*\br\s*=\s*[\d./]+")  # in a label, which is then of a line
 _MEANS = "Percent, best checkpoint, mean ± sample standard deviation over training seeds."
 
 Measured = list[tuple[str, Run, dict[str, Any]]]
@@ -46,9 +47,8 @@ def measure(folders: Sequence[epath.Path], attack: str = "") -> dict[str, Any]:
     Raises:
         UserError: a folder holds neither, a file is damaged, or nothing was measured by that attack.
     """
-    found, labels, paper = _runs(folders)
-    names = _labels(found, labels)
-    every = [(names[run.folder], run, entry) for run in found for entry in run.entries
+    found, labels, recipes = _runs(folders)
+    every = [("", run, entry) for run in found for entry in run.entries
              if entry["checkpoint"] == "best" and entry["norm"]]
     known = dict.fromkeys(entry["attack"] for _, _, entry in every)
     if attack and attack not in known:
@@ -56,43 +56,63 @@ def measure(folders: Sequence[epath.Path], attack: str = "") -> dict[str, Any]:
     if not every:
         raise UserError(f"nothing was measured in {', '.join(map(str, folders))}: expected runs whose best checkpoint "
                         "was evaluated by an attack with a budget")
-    of_attack = _most(every, lambda entry: _key(entry) if attack in ("", entry["attack"]) else None)
+    measured = _most(every, lambda entry: _key(entry) if attack in ("", entry["attack"]) else None)
+    names = _labels([run for run in found if any(run is of for _, of, _ in measured)], labels)
+    of_attack = [(names[run.folder], run, entry) for _, run, entry in measured]
     trained = [of for of in of_attack if of[2]["eps"] == of[1].config.attack.eps]
     at = _most(trained or of_attack, lambda entry: entry["eps_value"])
+    paper = _paper(at, labels, recipes)
     lines, theirs = _scales(at, paper)
     return {
         "attack": "{attack}, {norm}, {n} test images of {data}".format(**of_attack[0][2]), "at": at[0][2]["eps"],
         "eps": {label: of for label, of in _lines(
             (label, entry["eps_value"], entry["ra"]) for label, _, entry in of_attack).items() if len(of) > 1},
-        "scale": lines, "overview": _overview(at), "trajectory": _trajectories(found, names),
-        "paper": {"scale": theirs, "overview": {label: numbers["RA"] / 100 for label, numbers in paper.items()
-                                                if "RA" in numbers}}}
+        "scale": lines, "overview": _overview(at),
+        "trajectory": _trajectories([run for run in found if run.folder in names], names),
+        "paper": {"scale": theirs, "overview": paper}}
 
 
-def _runs(folders: Sequence[epath.Path]) -> tuple[list[Run], dict[str, str], dict[str, Mapping[str, float]]]:
-    """Runs, the labels that recipes give them, and a paper's numbers by label."""
-    found, labels, paper = [], {}, {}
+def _runs(folders: Sequence[epath.Path]) -> tuple[list[Run], dict[str, str], dict[epath.Path, dict[str, Any]]]:
+    """Runs, the labels that recipes give them, and the recipes by their folders."""
+    found, labels, recipes = [], {}, {}
     for folder in folders:
         stored = recipe.read(folder)
         if stored is None:
             found.append(runs.load(folder))
             continue
+        recipes[folder] = stored
         labelled = {name: label for label, names in stored["rows"].items() for name in names}
         found += [runs.load(folder / name) for name in labelled or stored["runs"] if runs.is_run(folder / name)]
         labels |= {str(folder / name): label for name, label in labelled.items()}
-        paper |= stored["paper"]
-    return found, labels, paper
+    return found, labels, recipes
+
+
+def _paper(at: Measured, labels: Mapping[str, str], recipes: Mapping[epath.Path, Mapping[str, Any]]
+           ) -> dict[str, float]:
+    """{label: RA, a fraction}, that a paper has of runs by the attack: beside a row of a recipe, or in its tables."""
+    column, told = f"{printed.RA}{at[0][2]['attack']}", {}
+    for folder, stored in recipes.items():
+        told |= {str(folder / name): numbers["RA"] for label, numbers in stored["paper"].items() if "RA" in numbers
+                 for name in stored["rows"].get(label, ())}
+        told |= {str(folder / name): line.printed[column] for table in stored["tables"] for line in table.lines
+                 if column in line.printed for name in line.runs}
+    numbers = {label: re.match(r"\s*[\d.]+", str(told[str(run.folder)])) for label, run, _ in at
+               if str(run.folder) in told}
+    return {label: float(of[0]) / 100 for label, of in numbers.items() if of}
 
 
 def _labels(found: Sequence[Run], labels: Mapping[str, str]) -> dict[epath.Path, str]:
-    """Of each run: what a recipe says, or its method and the fields that tell it from others of that method."""
+    """Of each run: what a recipe says, or its method and the fields that tell it from others of that method; without a
+    heading, "Figure 8: ", that all of them share."""
     methods = {run.folder: run.entries[0]["method"] if run.entries else run.config.name for run in found}
     alike = collections.defaultdict(list)
     for run in found:
         alike[methods[run.folder]].append(comparison.identity(run))
-    return {run.folder: labels.get(str(run.folder)) or ", ".join((
+    names = {run.folder: labels.get(str(run.folder)) or ", ".join((
         methods[run.folder], *comparison.differing(comparison.identity(run), alike[methods[run.folder]])))
         for run in found}
+    heading = os.path.commonprefix(list(names.values())).rpartition(": ")
+    return {folder: name.removeprefix("".join(heading[:2])) for folder, name in names.items()}
 
 
 def _key(entry: Mapping[str, Any]) -> tuple:
@@ -120,10 +140,10 @@ def _lines(points: Iterable[tuple[str, float, float]]) -> dict[str, dict[float, 
 
 def line_of(label: str) -> str:
     """"AdvMoE, N=2" of "AdvMoE, N=2, r=0.5"."""
-    return _SCALE.sub("", label).replace("()", "").strip(" ,") or label
+    return _SCALE.sub("", label).replace("()", "").strip(" ,:") or label
 
 
-def _scales(at: Measured, paper: Mapping[str, Mapping[str, float]]
+def _scales(at: Measured, paper: Mapping[str, float]
             ) -> tuple[dict[str, dict[float, list[float]]], dict[str, dict[float, float]]]:
     """RA by model scale, a line for each label without its scale, and the paper's RA; ({}, {}) for a single scale."""
     placed = [(label, line_of(label), scale, run, entry) for label, run, entry in at
@@ -133,8 +153,8 @@ def _scales(at: Measured, paper: Mapping[str, Mapping[str, float]]
     ours = _lines((of, scale, entry["ra"]) for _, of, scale, _, entry in placed)
     theirs: dict[str, dict[float, float]] = {}
     for label, of, scale, *_ in placed:
-        if "RA" in paper.get(label, ()):
-            theirs.setdefault(of, {})[scale] = paper[label]["RA"] / 100
+        if label in paper:
+            theirs.setdefault(of, {})[scale] = paper[label]
     return ours, theirs
 
 

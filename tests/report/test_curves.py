@@ -8,7 +8,7 @@ from fabricated import entry, metrics, workdir
 
 from advmoe_jax.core import config as configs
 from advmoe_jax.core import recipe, status
-from advmoe_jax.core.recipe import Recipe
+from advmoe_jax.core.recipe import Line, Printed, Recipe
 from advmoe_jax.report import curves, runs
 
 EPS = {f"{n}/255": 0.9 - 0.1 * n for n in (2, 4, 8)}
@@ -71,6 +71,20 @@ def test_ra_against_model_scale(by_scale, tmp_path):
     assert grid.columns == ("line", "r = 0.2", "r = 0.5", "r = 1")
     assert grid.rows[0] == ("AdvMoE, N=2", "31.00 ± 1.41", "41.00 ± 1.41", "-")
     assert overview.rows[-1] == ("AT(Dense)", "80.00 ± 0.00", "51.00 ± 1.41", "140.30", "50.13")
+
+
+def test_lines_of_a_paper_s_tables(tmp_path):
+    """Rows are named by a table's title too, and its lines have what the paper prints."""
+    of = {f"Figure 3: r = {r}: {label}": ([_entry(ra)], {"model.model_scale": r}) for r in (0.2, 0.5)
+          for label, ra in (("M1", 0.1), ("M2", r))}
+    root = _recipe(tmp_path / "runs", of)
+    stored = recipe.read(root)
+    line = Line("M2", printed={"RA by pgd-20": "47.68 ± 0.1", "SA": "80"}, runs=tuple(stored["rows"][[*of][-1]]))
+    recipe.write(Recipe(dict.fromkeys(stored["runs"]), "", stored["rows"], tables=(
+        Printed("Figure 3: r = 0.5", ("RA by pgd-20",), (line,)),)), root)
+    found = curves.measure([root])
+    assert list(found["scale"]) == ["M1", "M2"] and list(found["scale"]["M2"]) == [0.2, 0.5]
+    assert found["paper"]["scale"] == {"M2": {0.5: 47.68 / 100}}
 
 
 def test_it_is_written_and_drawn(by_scale, tmp_path, capsys):
