@@ -8,27 +8,21 @@ what the runs have: eps.png, where evaluations of one attack have several eps; s
 scale; overview.png, RA and SA over multiply-accumulates; trajectory.png. Beside them curves.json, and table.md.
 """
 
-import collections
-import json
-import os
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from advmoe_jax.core import cli, files, paths, recipe, shares, tables
+from advmoe_jax.core import cli, files, paths, shares, tables
 from advmoe_jax.core import config as configs
-from advmoe_jax.core.errors import UserError, unknown_name
 from advmoe_jax.core.tables import Table
-from advmoe_jax.report import comparison, curve_plots, printed, runs
+from advmoe_jax.report import curve_plots, runs, selection
 from advmoe_jax.report.runs import Run
+from advmoe_jax.report.selection import Measured
 
 _SCALE = re.compile(r"[,:]?\s*\br\s*=\s*[\d./]+")  # in a label, which is then of a line
 _MEANS = "Percent, best checkpoint, mean ± sample standard deviation over training seeds."
-
-Measured = list[tuple[str, Run, dict[str, Any]]]
-"""Labels, runs and their evaluations."""
 
 
 def measure(folders: Sequence[epath.Path], attack: str = "") -> dict[str, Any]:
@@ -47,87 +41,16 @@ def measure(folders: Sequence[epath.Path], attack: str = "") -> dict[str, Any]:
     Raises:
         UserError: a folder holds neither, a file is damaged, or nothing was measured by that attack.
     """
-    found, labels, recipes = _runs(folders)
-    every = [("", run, entry) for run in found for entry in run.entries
-             if entry["checkpoint"] == "best" and entry["norm"]]
-    known = dict.fromkeys(entry["attack"] for _, _, entry in every)
-    if attack and attack not in known:
-        raise unknown_name("attack in --attack", attack, known)
-    if not every:
-        raise UserError(f"nothing was measured in {', '.join(map(str, folders))}: expected runs whose best checkpoint "
-                        "was evaluated by an attack with a budget")
-    measured = _most(every, lambda entry: _key(entry) if attack in ("", entry["attack"]) else None)
-    names = _labels([run for run in found if any(run is of for _, of, _ in measured)], labels)
-    of_attack = [(names[run.folder], run, entry) for _, run, entry in measured]
-    trained = [of for of in of_attack if of[2]["eps"] == of[1].config.attack.eps]
-    at = _most(trained or of_attack, lambda entry: entry["eps_value"])
-    paper = _paper(at, labels, recipes)
+    chosen = selection.of(folders, attack)
+    of_attack, at, paper = chosen.measured, chosen.at, chosen.paper
     lines, theirs = _scales(at, paper)
     return {
         "attack": "{attack}, {norm}, {n} test images of {data}".format(**of_attack[0][2]), "at": at[0][2]["eps"],
         "eps": {label: of for label, of in _lines(
             (label, entry["eps_value"], entry["ra"]) for label, _, entry in of_attack).items() if len(of) > 1},
         "scale": lines, "overview": _overview(at),
-        "trajectory": _trajectories([run for run in found if run.folder in names], names),
+        "trajectory": _trajectories(of_attack),
         "paper": {"scale": theirs, "overview": paper}}
-
-
-def _runs(folders: Sequence[epath.Path]) -> tuple[list[Run], dict[str, str], dict[epath.Path, dict[str, Any]]]:
-    """Runs, the labels that recipes give them, and the recipes by their folders."""
-    found, labels, recipes = [], {}, {}
-    for folder in folders:
-        stored = recipe.read(folder)
-        if stored is None:
-            found.append(runs.load(folder))
-            continue
-        recipes[folder] = stored
-        labelled = {name: label for label, names in stored["rows"].items() for name in names}
-        found += [runs.load(folder / name) for name in labelled or stored["runs"] if runs.is_run(folder / name)]
-        labels |= {str(folder / name): label for name, label in labelled.items()}
-    return found, labels, recipes
-
-
-def _paper(at: Measured, labels: Mapping[str, str], recipes: Mapping[epath.Path, Mapping[str, Any]]
-           ) -> dict[str, float]:
-    """{label: RA, a fraction}, that a paper has of runs by the attack: beside a row of a recipe, or in its tables."""
-    column, told = f"{printed.RA}{at[0][2]['attack']}", {}
-    for folder, stored in recipes.items():
-        told |= {str(folder / name): numbers["RA"] for label, numbers in stored["paper"].items() if "RA" in numbers
-                 for name in stored["rows"].get(label, ())}
-        told |= {str(folder / name): line.printed[column] for table in stored["tables"] for line in table.lines
-                 if column in line.printed for name in line.runs}
-    numbers = {label: re.match(r"\s*[\d.]+", str(told[str(run.folder)])) for label, run, _ in at
-               if str(run.folder) in told}
-    return {label: float(of[0]) / 100 for label, of in numbers.items() if of}
-
-
-def _labels(found: Sequence[Run], labels: Mapping[str, str]) -> dict[epath.Path, str]:
-    """Of each run: what a recipe says, or its method and the fields that tell it from others of that method; without a
-    heading, "Figure 8: ", that all of them share."""
-    methods = {run.folder: run.entries[0]["method"] if run.entries else run.config.name for run in found}
-    alike = collections.defaultdict(list)
-    for run in found:
-        alike[methods[run.folder]].append(comparison.identity(run))
-    names = {run.folder: labels.get(str(run.folder)) or ", ".join((
-        methods[run.folder], *comparison.differing(comparison.identity(run), alike[methods[run.folder]])))
-        for run in found}
-    heading = os.path.commonprefix(list(names.values())).rpartition(": ")
-    return {folder: name.removeprefix("".join(heading[:2])) for folder, name in names.items()}
-
-
-def _key(entry: Mapping[str, Any]) -> tuple:
-    settings = {name: value for name, value in entry["settings"].items() if name not in ("eps", "driver")}
-    return entry["n"], entry["data"], entry["norm"], entry["attack"], json.dumps(settings), entry["seed"]
-
-
-def _most(measured: Measured, key: Callable[[dict[str, Any]], Hashable | None]) -> Measured:
-    """Those that share the key that most runs have, of several the largest; None is no key."""
-    having = collections.defaultdict(set)
-    for _, run, entry in measured:
-        if (of := key(entry)) is not None:
-            having[of].add(run.folder)
-    chosen = max(having, key=lambda of: (len(having[of]), of))
-    return [of for of in measured if key(of[2]) == chosen]
 
 
 def _lines(points: Iterable[tuple[str, float, float]]) -> dict[str, dict[float, list[float]]]:
@@ -182,12 +105,12 @@ def _overview(at: Measured) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _trajectories(found: Sequence[Run], names: Mapping[epath.Path, str]) -> dict[str, list[dict[str, Any]]]:
+def _trajectories(of_attack: Measured) -> dict[str, list[dict[str, Any]]]:
     """SA and RA of each run on the images that choose its best checkpoint."""
     shown: dict[str, list[dict[str, Any]]] = {}
-    for run in found:
+    for label, run in {run.folder: (label, run) for label, run, _ in of_attack}.values():
         if measured := [record for record in run.metrics if record["split"] != "train"]:
-            shown.setdefault(names[run.folder], []).append({
+            shown.setdefault(label, []).append({
                 "epochs": [record["step"] * run.epochs_per_step for record in measured], "on": measured[0]["split"],
                 **{kind: [record[kind] for record in measured] for kind in ("sa", "ra")}})
     return shown
