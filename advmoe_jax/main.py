@@ -1,10 +1,12 @@
-"""Trains, evaluates and reports robust vision models.
+"""Trains, evaluates, reports and exports robust vision models.
 
   python -m advmoe_jax.main --config configs/digits_r18.py             train, attack, report
   python -m advmoe_jax.main --config configs/digits_r18.py:at_dense    what it is compared to: at_dense,
                                                                        at_sdense, at_moe, natural
   python -m advmoe_jax.main --mode evaluate --workdir runs/digits_r18 --config.eval.suite=standard      AutoAttack
   python -m advmoe_jax.main --mode report --workdir "runs/digits_*"    one table of several runs
+  python -m advmoe_jax.main --mode export --workdir runs/digits_r18 --config.export.format=stablehlo     or safetensors,
+                                                                       torch, onnx
   python -m advmoe_jax.main --config configs/digits_table.py           the runs of a recipe, by one such command or
                                                                        several at once; --list shows how far they are
 
@@ -20,7 +22,7 @@ from collections.abc import Sequence
 
 from advmoe_jax.core import cli
 
-MODES = ("train", "evaluate", "report")
+MODES = ("train", "evaluate", "report", "export")
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -31,8 +33,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", default="", help="config file, with an argument behind a colon")
     parser.add_argument("--mode", default="train", choices=MODES, help="train unless given")
     parser.add_argument("--workdir", default="", help="of the run or recipe; runs/<config name> unless given")
-    parser.add_argument("--checkpoint", default="", help="best, last, ema or a step, for evaluate; unless given, those "
-                                                         "that have names")
+    parser.add_argument("--checkpoint", default="", help="best, last, ema or a step, for evaluate and export; unless "
+                                                         "given, those that have names, and best")
     parser.add_argument("--only", default="", metavar="PATTERN", help="runs of a recipe: 'at_*,advmoe-s0'")
     parser.add_argument("--wait", action="store_true", help="of a recipe: take over what other processes leave")
     parser.add_argument("--list", action="store_true", help="show the runs of a recipe: state, needs, time")

@@ -1,4 +1,4 @@
-"""What the program does in each mode: train, evaluate, report; for one run or for those of a recipe."""
+"""What the program does in each mode: train, evaluate, report, export; for one run or for those of a recipe."""
 
 import argparse
 import glob
@@ -18,6 +18,7 @@ from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import paths, recipe, status, stop, tables
 from advmoe_jax.core.errors import UnreliableError, UserError, one_of
 from advmoe_jax.core.recipe import Recipe
+from advmoe_jax.interop import export
 from advmoe_jax.report import reports
 from advmoe_jax.train import checkpoint
 
@@ -34,6 +35,8 @@ def _start(flags: argparse.Namespace, overrides: list[str]) -> None:
     _check(flags)
     loaded = _load(flags)
     if isinstance(loaded, Recipe):
+        if flags.mode == "export":
+            raise UserError("--mode export is for one run: expected the --workdir of one, and no recipe")
         return of_recipe(flags, loaded, overrides)
     config = configs.checked(loaded, overrides)
     if flags.list_fields:
@@ -42,7 +45,10 @@ def _start(flags: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(f"--{given[0]} is for a recipe: expected a --config with get_recipe, "
                         f"and {flags.config or 'this run'} is one run")
     workdir = paths.path(flags.workdir or f"runs/{config.name}")
-    runs.check_workdir(config, workdir, exists=flags.mode == "evaluate")
+    runs.check_workdir(config, workdir, exists=flags.mode != "train")
+    if flags.mode == "export":
+        export.export_run(config, workdir, flags.checkpoint)
+        return
     with _cluster(flags, workdir, {"": config}):
         if flags.mode == "train":
             reliable = runs.train(config, workdir)
@@ -105,17 +111,20 @@ def list_fields(config: ConfigDict) -> None:
 
 
 def _check(flags: argparse.Namespace) -> None:
-    if flags.checkpoint and flags.mode != "evaluate":
-        raise UserError(f"--checkpoint is for --mode evaluate: expected no such flag with --mode {flags.mode}")
+    if flags.checkpoint and flags.mode == "train":
+        raise UserError("--checkpoint is for --mode evaluate and export: expected no such flag with --mode train")
+    if flags.coordinator and flags.mode == "export":
+        raise UserError("--coordinator is for --mode train and evaluate: expected no such flag with --mode export, "
+                        "which is done by one process")
     if flags.checkpoint and not flags.checkpoint.isdigit():
         one_of("checkpoint", flags.checkpoint, checkpoint.NAMES)
 
 
 def _load(flags: argparse.Namespace) -> ConfigDict | Recipe:
-    """What the flags name: a config file, or for evaluate the config of a workdir."""
+    """What the flags name: a config file, or for evaluate and export the config of a workdir."""
     if flags.config:
         return recipe.load(flags.config)
-    if flags.mode == "evaluate" and flags.workdir:
+    if flags.mode != "train" and flags.workdir:
         stored = paths.path(flags.workdir) / "config.json"
         if not stored.exists():
             raise UserError(f"no run in {flags.workdir}: it has no config.json")
@@ -123,7 +132,7 @@ def _load(flags: argparse.Namespace) -> ConfigDict | Recipe:
     if flags.list_fields:
         return configs.default()
     raise UserError("--config is missing: expected for example --config configs/digits_r18.py, or --mode evaluate "
-                    "with the --workdir of a run")
+                    "or export with the --workdir of a run")
 
 
 def _cluster(flags: argparse.Namespace, workdir: epath.Path, planned: Mapping[str, ConfigDict]):

@@ -17,16 +17,19 @@ from advmoe_jax.core.errors import NoSpace, Preempted, UserError
 from advmoe_jax.evaluation import evaluate as evaluation
 from advmoe_jax.evaluation import results
 from advmoe_jax.evaluation.plan import Checkpoint
+from advmoe_jax.interop import exported
 from advmoe_jax.report import reports
 from advmoe_jax.systems.assemble import Experiment, assemble
-from advmoe_jax.train import checkpoint, ema, loop
+from advmoe_jax.train import checkpoint, ema, loop, weights
 
-_OWN = ("checkpoints", "config.json", "eval", "metrics.jsonl", "pruning.json", "report.md", "results.json",
+_OWN = ("checkpoints", "config.json", "eval", "export", "metrics.jsonl", "pruning.json", "report.md", "results.json",
         "status.json", "team.json")
 
 
-def _all(config: ConfigDict) -> tuple[str, ...]:
-    """The checkpoints that are evaluated unless one is named."""
+def _all(config: ConfigDict, workdir: epath.Path) -> tuple[str, ...]:
+    """The checkpoints that are evaluated unless one is named; of an export the one that it is of."""
+    if weights.is_in(workdir):
+        return (weights.origin(workdir).checkpoint,)
     return tuple(name for name in checkpoint.NAMES if name != ema.NAME or config.train.ema)
 
 
@@ -51,6 +54,9 @@ def check_workdir(config: ConfigDict, workdir: epath.Path, exists: bool) -> None
         raise UserError(f"no run in {workdir}: it has no config.json")
     elif not saved:
         refuse_foreign(workdir, _OWN)
+    if not exists and weights.is_in(workdir):
+        raise UserError(f"{workdir} holds an exported model: expected another --workdir; a run starts from this one by "
+                        "init_from")
     for stored in known.values():
         if changed := configs.differences(config, stored):
             raise UserError(f"{workdir} holds a run of another config: {', '.join(changed)}; "
@@ -96,7 +102,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> bool:
             raise
         if not was_trained:
             _set_status(workdir, "trained", time.time() - begin)
-        return _evaluate(experiment, workdir, _all(config), trust=True)
+        return _evaluate(experiment, workdir, _all(config, workdir), trust=True)
 
 
 def was_reliable(workdir: epath.Path) -> bool:
@@ -108,7 +114,7 @@ def evaluate(config: ConfigDict, workdir: epath.Path, which: tuple[str, ...] = (
     """Evaluates checkpoints of a run and reports; returns whether the results can be trusted."""
     experiment = assemble(config, starts=False)
     evaluation.check(_subject(experiment, workdir))
-    return _evaluate(experiment, workdir, which or _all(config), trust=False)
+    return _evaluate(experiment, workdir, which or _all(config, workdir), trust=False)
 
 
 @contextlib.contextmanager
@@ -190,7 +196,8 @@ def _evaluate_saved(experiment: Experiment, workdir: epath.Path, which: tuple[st
 
 def _subject(experiment: Experiment, workdir: epath.Path) -> evaluation.Subject:
     system = experiment.system
-    return evaluation.Subject(experiment.config, workdir, system.model, system.describe, experiment.data.test,
+    model = exported.of(system.model, workdir)
+    return evaluation.Subject(experiment.config, workdir, model, system.describe, experiment.data.test,
                               experiment.mesh)
 
 

@@ -72,9 +72,10 @@ def test_what_is_imported_is_required_and_what_is_required_imported():
     extras = dict(required["options.extras_require"])
     packages, optional = ({re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in text.split()} for text in (
         required["options"]["install_requires"],
-        " ".join(extras[name] for name in ("images", "quickstart", "tfds", "oracle"))))
+        " ".join(extras[name] for name in ("export", "images", "onnx", "quickstart", "tfds", "oracle"))))
     imported = {name.split(".")[0] for file in MODULES for name in _imports(ROOT / file, of="")}
-    packages_of = {"sklearn": "scikit_learn", "PIL": "pillow", "absl": "absl_py", "orbax": "orbax_checkpoint"}
+    packages_of = {"sklearn": "scikit_learn", "PIL": "pillow", "absl": "absl_py", "orbax": "orbax_checkpoint",
+                   "yaml": "pyyaml"}
     imported = {packages_of.get(name, name) for name in imported}
     assert packages <= imported
     by_hand = {"torchattacks"}  # its own requirements would downgrade others

@@ -33,11 +33,12 @@ _OWNERS = {
     "data": ("data.pipeline:Config",), "model": ("models.model:Config",), "attack": ("systems.adversary:Config",),
     "system": ("systems.assemble:Config",), "train": ("train.loop:Config", "systems.adversary:Training",
               "models.model:Computing", "train.step:Config"),
-    "optim": ("train.optim:Groups",), "eval": ("evaluation.plan:Config",)}
+    "optim": ("train.optim:Groups",), "eval": ("evaluation.plan:Config",), "export": ("interop.export:Config",)}
 """Modules below advmoe_jax and their dataclasses, by group; those of named modules are added."""
 
-# These say where things are, how they are computed and what else is measured, not what is trained.
-_FREE = ("eval.", "data.dir", "name", "file", "argument", "run", "model.dispatch", "data.workers", "train.criteria")
+# These say where things are, how they are computed, what else is measured and exported, not what is trained.
+_FREE = ("eval.", "export.", "data.dir", "name", "file", "argument", "run", "model.dispatch", "data.workers",
+         "train.criteria")
 OF_A_HOST = ("data.dir", "data.workers", "file")
 """Fields that may differ between the hosts of a run: where they find things, and how they read them."""
 _VERSION = 2  # of config.json

@@ -34,6 +34,14 @@ def _fraction(text: str) -> Fraction:
     return Fraction(parts[0]) / Fraction(parts[1])
 
 
+def as_fraction(text: str) -> str:
+    """A number as people write budgets: "8/255" as it is, "1/10" of "0.1"; what is no number as it is."""
+    try:
+        return text if "/" in text else str(Fraction(text))
+    except ValueError:
+        return text
+
+
 def eps(value: str | float, norm: str, what: str = "eps") -> float:
     """Reads an attack budget in pixel units of [0, 1].
 

@@ -16,17 +16,17 @@ from advmoe_jax.train import checkpoint as checkpoints
 from advmoe_jax.train import state as states
 
 
-def free(out: str) -> epath.Path:
-    """The folder, which holds nothing. Raises UserError if it does, or cannot be made."""
+def free(out: str, name: str = "--out") -> epath.Path:
+    """The folder, which holds nothing. Raises UserError if it does, or cannot be made; `name` is that of the flag."""
     where = paths.path(out)
     if where.exists() and not where.is_dir():
-        raise UserError(f"--out {out} is a file: expected a folder that is new or empty")
+        raise UserError(f"{name} {out} is a file: expected a folder that is new or empty")
     if where.exists() and (held := sorted(path.name for path in where.iterdir())):
-        raise UserError(f"--out {out} holds {held[0]}: expected a folder that is new or empty")
+        raise UserError(f"{name} {out} holds {held[0]}: expected a folder that is new or empty")
     if not paths.is_remote(where):
         standing = next(folder for folder in where.absolute().parents if folder.exists())
         if not standing.is_dir():
-            raise UserError(f"--out {out}: {standing} is a file: expected a folder that is new or empty")
+            raise UserError(f"{name} {out}: {standing} is a file: expected a folder that is new or empty")
     return where
 
 
@@ -42,7 +42,7 @@ def write(where: epath.Path, config: ConfigDict, variables: dict[str, Any], meta
         masks: {group: tree} of what is pruned; None: nothing is.
     """
     state = states.fresh(variables, {}, masks)
-    with _appearing(where) as folder:
+    with appearing(where) as folder:
         with checkpoints.opened(folder, about={"config": configs.to_json(config)}) as saved:
             for which in ("best", "last"):
                 saved.save(which, 0, state, meta)
@@ -51,7 +51,7 @@ def write(where: epath.Path, config: ConfigDict, variables: dict[str, Any], meta
 
 
 @contextlib.contextmanager
-def _appearing(where: epath.Path) -> Iterator[epath.Path]:
+def appearing(where: epath.Path) -> Iterator[epath.Path]:
     """A folder beside the one that is wanted, which takes its name in the end, or goes away. In a bucket, where
     nothing can be renamed at once, it is the wanted one."""
     if paths.is_remote(where):

@@ -15,12 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from advmoe_jax.core import tensor_files
 from advmoe_jax.core.errors import UserError
+from advmoe_jax.models import normalisation
 
 _WRAPPERS = ("state_dict", "net", "model", "model_state_dict", "model_state", "state_dict_ema")
 _DEEPEST = 4
 _PREFIXES = ("module.", "_orig_mod.", "model.", "1.")
 _NORMALISATION = {"mean": "mean", "mu": "mean", "new_mean": "mean", "std": "std", "sigma": "std", "new_std": "std"}
+NORMALISED_BY = "normalize.mean", "normalize.std"
+"""Entries of a safetensors file's header: how images are normalised before the model, "" for not at all."""
 _HARMLESS = ("argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath", "numpy.ndarray", "numpy.dtype",
              *(f"numpy.{room}.multiarray.{name}" for room in ("core", "_core") for name in ("scalar", "_reconstruct")),
              *sorted({f"numpy.{np.dtype(code).type.__name__}" for code in np.typecodes["All"]}))
@@ -51,14 +55,15 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     as DataParallel's "module." and torch.compile's "_orig_mod.", are stripped.
 
     Args:
-        path: what `torch.save` wrote (.th, .pth, .pt), which needs PyTorch here too, or an .npz, which does not.
+        path: what `torch.save` wrote (.th, .pth, .pt), which needs PyTorch here too, or an .npz or a .safetensors,
+            which do not.
     Raises:
         UserError: there is no such file, it cannot be read, it holds no state dict, or a tensor of it is not dense.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint file {path}: expected a PyTorch checkpoint or an .npz")
-    content = _read_npz(path) if path.suffix == ".npz" else _read_torch(path)
+        raise UserError(f"no checkpoint file {path}: expected a PyTorch checkpoint, a .safetensors or an .npz")
+    content = {".npz": _read_npz, ".safetensors": _read_safetensors}.get(path.suffix, _read_torch)(path)
     router, ignored = {}, []
     for _ in range(_DEEPEST):
         wrapper = next((name for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
@@ -113,6 +118,13 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             return dict(file)
     except Exception:  # numpy raises what zipfile or its parser raised
         raise UserError(f"{path} cannot be read as a checkpoint: expected an .npz of plain arrays, all of it") from None
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors, and the normalisation that our own exports name beside them, as tensors too."""
+    said = tensor_files.about(path)
+    texts = {name: said[name] for name in NORMALISED_BY if name in said}
+    return tensor_files.read(path) | {name: np.float32(normalisation.means(text, name)) for name, text in texts.items()}
 
 
 class _Skipped:

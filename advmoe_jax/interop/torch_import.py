@@ -63,6 +63,28 @@ def to_variables(network: Network, state_dict: Mapping[str, Any],
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
+def to_state_dict(network: Network, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What `to_variables` reads: {PyTorch name: array}, a router in the model and in every routed convolution, where
+    the released code has it.
+
+    Args:
+        network: any whose layers all have PyTorch names.
+        variables: {"params": ..., "batch_stats": ...} of it.
+    Raises:
+        UserError: a layer has no name, or experts share channels, which they never do in PyTorch.
+    """
+    leaves = {path: np.asarray(leaf) for path, leaf in tree.named_leaves(variables).items()}
+    names, of_layers = _torch_names(network, leaves), layer_names(network)
+    routed = [spec for spec in network.layers if spec.routed]
+    if shared := next((spec for spec in routed if spec.kernel[-1] != network.num_experts * spec.width), None):
+        raise UserError(f"{shared.path} stores {shared.kernel[-1]} channels for {network.num_experts} experts of "
+                        f"{shared.width}: expected model.experts=disjoint, as in the released AdvMoE code")
+    state = {name: leaves[path].transpose(_KERNEL_TO_TORCH[leaves[path].ndim]) if path.endswith("/kernel")
+             else leaves[path] for path, name in names.items()}
+    router = {name: tensor for name, tensor in state.items() if name.startswith(_ROUTER)}
+    return state | {f"{of_layers[spec.path]}.{name}": tensor for spec in routed for name, tensor in router.items()}
+
+
 def norm_name(layer: str) -> str:
     """PyTorch name of the BatchNorm behind a layer: "bn1" of "conv1", "shortcut.1" of "shortcut.0"."""
     head, _, last = layer.rpartition(".")

@@ -95,6 +95,9 @@ class Ensemble:
     def in_training(self, computing) -> "Ensemble":
         return dataclasses.replace(self, member=self.member.in_training(computing))
 
+    def in_program(self) -> "Ensemble":
+        return dataclasses.replace(self, member=self.member.in_program())
+
     def gather(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """As Model.gather: a run for each member."""
         if len(parts) != self.num_members:

@@ -182,6 +182,10 @@ class Mixture:
         return dataclasses.replace(self, experts=tuple(net.in_training(computing) for net in self.experts),
                                    gate=self.gate and self.gate.in_training(computing))
 
+    def in_program(self) -> "Mixture":
+        """As Model.in_program: every expert is computed."""
+        return dataclasses.replace(self, dispatch=Dispatch("all"))
+
     def gather(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """As Model.gather: a run for each expert, the gate starting afresh; or a mixture, whole."""
         if len(parts) == 1 and set(parts[0]) - {"backbone"}:

@@ -80,6 +80,10 @@ class Model(Protocol):
     def in_training(self, computing: Computing) -> "Model":
         """The same model as training computes it."""
 
+    def in_program(self) -> "Model":
+        """The same model as a program computes it that is made for batches of any size: no host sorts its images, and
+        no plan of them can be made."""
+
     def gather(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Trees by group of finished runs (parameters, statistics or masks), in their order, as trees of this model;
         None for a group that starts afresh.

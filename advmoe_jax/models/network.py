@@ -190,6 +190,10 @@ class Network:
         module = self.module.clone(dtype=jnp.dtype(computing.precision))
         return dataclasses.replace(self, module=module, remat=computing.remat)
 
+    def in_program(self) -> "Network":
+        """As Model.in_program: every expert is computed."""
+        return dataclasses.replace(self, module=self.module.clone(dispatch=Dispatch("all")))
+
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh variables {"params": ..., "batch_stats": ...}, each a tree per group."""
         x = jnp.zeros((1, *self.image_shape), jnp.float32)

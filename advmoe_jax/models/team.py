@@ -156,6 +156,10 @@ class Team:
         """All members, since all are trained: also training's attacks are on the answer of all."""
         return dataclasses.replace(self, ensemble=self.ensemble.in_training(computing), rule=None)
 
+    def in_program(self) -> "Team":
+        """As Model.in_program: every member is computed."""
+        return dataclasses.replace(self, ensemble=self.ensemble.in_program(), is_sequential=False)
+
     def gather(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """As Model.gather: a run for each member."""
         return self.ensemble.gather(parts)
@@ -269,7 +273,7 @@ def _answered(team, member_logits, view):
     """The answer that counts, with the gradient of a view, and aux."""
     log_p = jax.nn.log_softmax(member_logits)
     answers = _answers(log_p, team.combiner)
-    used = asked = jnp.full(len(log_p), team.num_members, jnp.int32)
+    used = asked = jnp.full(log_p.shape[0], team.num_members, jnp.int32)
     value, ways = answers[:, -1], []
     if team.rule:
         p = jnp.exp(log_p)

@@ -8,16 +8,18 @@ from advmoe_jax.core import config as configs
 from advmoe_jax.core import recipe
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.report.runs import CHECKPOINTS, Run
-from advmoe_jax.train import checkpoint
+from advmoe_jax.train import checkpoint, weights
 
 _MAIN, _IMPORT = "python -m advmoe_jax.main", "python -m advmoe_jax.interop.torch_import"
 _COMPACT = "python -m advmoe_jax.interop.compact"
 
 
 def train(run: Run) -> str:
-    """The command that trains it: the config file that it came from, and every field that differs. Of what was imported
-    or made compact, the command that did so."""
+    """The command that trains it: the config file that it came from, and every field that differs. Of what was
+    imported, made compact or exported, the command that did so."""
     config, workdir = run.config, run.folder
+    if weights.is_in(workdir):
+        return _exported(workdir, weights.origin(workdir))
     for meta in checkpoint.metas(workdir).values():
         if "imported" in meta:
             return _imported(config, workdir, meta["imported"])
@@ -44,6 +46,12 @@ def _imported(config: ConfigDict, workdir, source: dict[str, str]) -> str:
     if "shortcut_pad" in config.model:
         flags["shortcut-pad"] = config.model.shortcut_pad
     return " ".join((_IMPORT, *(f"--{name} {shlex.quote(value)}" for name, value in flags.items())))
+
+
+def _exported(workdir, origin: weights.Origin) -> str:
+    fields = origin.export | {"out": str(workdir)}
+    return " ".join((f"{_MAIN} --mode export --workdir {shlex.quote(origin.workdir)} --checkpoint {origin.checkpoint}",
+                     *(f"--config.export.{name}={shlex.quote(value)}" for name, value in fields.items())))
 
 
 def _base(config: ConfigDict) -> ConfigDict | None:

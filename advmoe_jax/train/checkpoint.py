@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,8 +20,9 @@ from etils import epath
 from advmoe_jax.core import files, paths, tree
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.ops import masks as masking
-from advmoe_jax.train import ema
-from advmoe_jax.train.state import State
+from advmoe_jax.train import ema, weights
+from advmoe_jax.train.state import State, Trained
+from advmoe_jax.train.weights import Weights
 
 NAMES = ("best", "last", ema.NAME)
 
@@ -30,18 +31,6 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it then 
 
 class Gone(UserError):
     """A checkpoint went away while it was read, since the run saved newer ones."""
-
-
-class Trained(NamedTuple):
-    """What a checkpoint holds of a model.
-
-    Attributes:
-        variables: {"params": {group: tree}, "batch_stats": {group: tree}}.
-        masks: {group: tree}, as of State.
-    """
-
-    variables: dict[str, Any]
-    masks: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,16 +155,14 @@ class Checkpoints:
             raise kind(f"checkpoint {manager.directory}/{step} cannot be read: {_first_line(error)}") from None
         for group, masks in (found.get("masks") or {}).items():  # a run may zero what goes now and then
             found["params"][group] = jax.tree.map(np.asarray, masking.apply(found["params"][group], masks))
-        if sharding is not None:
-            try:
-                found = jax.tree.map(lambda leaf: jax.make_array_from_callback(
-                    leaf.shape, sharding, lambda index, leaf=leaf: leaf[index]), found)
-            except jax.errors.JaxRuntimeError as error:
-                _check_memory(error, manager, step, abstract)
-                raise
         # An empty tree is no entry of a checkpoint.
         stats = {group: found.get("batch_stats", {}).get(group, {}) for group in found["params"]}
-        return Trained({"params": found["params"], "batch_stats": stats}, found.get("masks") or {})
+        trained = Trained({"params": found["params"], "batch_stats": stats}, found.get("masks") or {})
+        try:
+            return weights.placed(trained, sharding)
+        except jax.errors.JaxRuntimeError as error:
+            _check_memory(error, manager, step, abstract)
+            raise
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk."""
@@ -191,8 +178,12 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def opened(workdir: epath.PathLike, create: bool = True, about: dict[str, Any] | None = None) -> Iterator[Checkpoints]:
-    """`open_checkpoints`, closed at the end."""
+def opened(workdir: epath.PathLike, create: bool = True, about: dict[str, Any] | None = None
+           ) -> Iterator[Checkpoints | Weights]:
+    """`open_checkpoints`, closed at the end; to read, also the weights of an export."""
+    if not create and weights.is_in(workdir):
+        yield Weights(epath.Path(workdir))
+        return
     saved = open_checkpoints(workdir, create, about)
     try:
         yield saved

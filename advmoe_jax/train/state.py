@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,18 @@ class State:
     def replace(self, **changes: Any) -> "State":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+class Trained(NamedTuple):
+    """What of a state is the model.
+
+    Attributes:
+        variables: {"params": {group: tree}, "batch_stats": {group: tree}}.
+        masks: {group: tree}, as of State.
+    """
+
+    variables: dict[str, Any]
+    masks: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
