@@ -1,14 +1,19 @@
 """What launch/ starts is a command of the program, once on every host, and again after exit code 75 alone."""
 
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import yaml
+from exporting import run_of
 
 from advmoe_jax import main, modes
+from advmoe_jax.core import config as configs
 from advmoe_jax.core import errors
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +37,7 @@ def accepted(words):
     """The flags of a command that the program takes whole, with its config fields."""
     assert words[:2] == ["-m", "advmoe_jax.main"]
     flags, fields = main.parse(words[2:])
-    modes._with(modes._load(flags), fields)
+    configs.checked(modes._load(flags), fields)
     return flags
 
 
@@ -105,3 +110,29 @@ def test_shellcheck(tmp_path):
     for name in ("setup", "run"):
         (tmp_path / name).write_text(f"#!/bin/bash\n{SKY[name]}")
     subprocess.run(["shellcheck", "-e", "SC2086", ROOT / "launch/slurm.sbatch", *tmp_path.iterdir()], check=True)
+
+
+@pytest.mark.usefixtures("tiny_resnet")
+def test_requests_are_answered_in_batches(tmp_path, capsys):
+    """With the host's dispatch, in threads: every client gets the class of its own image."""
+    serve = runpy.run_path(ROOT / "launch/serve_example.py")
+    config, model, variables = run_of(tmp_path / "run", "global")
+    words = ["--clients", "1,3", "--requests", "4", "--most", "2"]
+    assert serve["main"](["--workdir", str(tmp_path / "run"), *words]) == 0
+    said = capsys.readouterr().out
+    assert "experts: model.dispatch=host" in said
+    counts = {int(size): int(count) for size, count in re.findall(r"^\| (\d+) +\| (\d+) +\| \d", said, re.MULTILINE)}
+    assert sum(counts.values()) == 4 + 12 and set(counts) <= {1, 2} and "of 16 answers were right" in said
+    answer, x, _ = serve["load"](str(tmp_path / "run"), "best")
+    found = serve["measure"](answer, x[:8], [3], 4, 2)
+    expected = np.argmax(jax.jit(model.in_program().outputs_fn(variables))(x[:8])[0], -1)
+    assert {row for row, *_ in found} == set(range(8))
+    assert all(guess == expected[row] for row, guess, *_ in found)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--clients", "0"], "--clients is '0': expected numbers from 1 to 1024"),
+    (["--most", "0"], "--most is 0: expected 1 to 65536"), ([], "expected the workdir of a run")])
+def test_serving_bad_input(words, said, tmp_path, capsys):
+    assert runpy.run_path(ROOT / "launch/serve_example.py")["main"](["--workdir", str(tmp_path), *words]) == 2
+    assert said in capsys.readouterr().err

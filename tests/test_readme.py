@@ -41,9 +41,9 @@ from advmoe_jax.systems import mask_search
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 ROOT = Path(__file__).parent.parent
-README, CONFIGS, BENCH, ATTACKS, PRUNING, LAUNCH = NAMES = (
+README, CONFIGS, BENCH, ATTACKS, PRUNING, LAUNCH, INTEROP = NAMES = (
     "README.md", "configs/README.md", "advmoe_jax/bench/README.md", "advmoe_jax/attacks/README.md",
-    "advmoe_jax/pruning/README.md", "launch/README.md")
+    "advmoe_jax/pruning/README.md", "launch/README.md", "advmoe_jax/interop/README.md")
 LAUNCHERS = "sky", "kubectl", "sbatch", "gcluster"
 SMALL_EVAL = ("--config.eval.n=8", "--config.eval.batch_size=16")
 # Another AdvMoE would be another minute of compiling.
@@ -67,7 +67,7 @@ def commands(name):
 
 def small(words):
     """What makes a command of advmoe_jax.main small."""
-    if {"report", "--list", "--list-fields"} & {*words}:
+    if {"report", "export", "--list", "--list-fields"} & {*words}:
         return ()
     evaluation = SMALL_EVAL if "evaluate" in words else ("--config.eval.attacks=fgsm",)
     if "--config" not in words:
@@ -90,8 +90,24 @@ def small(words):
 
 
 def run_main(words):
+    """An export in a format whose package is not there says so; two READMEs show the same one."""
     words = [word.replace("/shared/", "shared/") for word in words]
-    assert main.main([*words, *small(words)]) in ((0, 3) if "--strict" in words else (0,)), words
+    allowed = (0, 3) if "--strict" in words else (0,)
+    if "export" in words:
+        given = dict(word.removeprefix("--config.export.").split("=") for word in words if "=" in word)
+        form = given.get("format", "stablehlo")
+        shutil.rmtree(given.get("out") or Path(words[words.index("--workdir") + 1]) / "export" / form,
+                      ignore_errors=True)
+        if form == "onnx" and importlib.util.find_spec("jax2onnx") is None:
+            allowed = (2,)
+    assert main.main([*words, *small(words)]) in allowed, words
+
+
+def serve(words):
+    spec = importlib.util.spec_from_file_location("serve_example", ROOT / "launch/serve_example.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.main([*words, "--requests", "2", "--most", "2"]) == 0
 
 
 def run_bench(words):
@@ -173,7 +189,8 @@ def draw_curves(words):
 
 RUN = {"advmoe_jax.main": run_main, "advmoe_jax.data.prepare": prepare_tiny, "advmoe_jax.bench": run_bench,
        "advmoe_jax.interop.torch_import": import_tiny, "advmoe_jax.report.macs": count,
-       "advmoe_jax.report.routing": look_into_routing, "advmoe_jax.report.curves": draw_curves}
+       "advmoe_jax.report.routing": look_into_routing, "advmoe_jax.report.curves": draw_curves,
+       "launch/serve_example.py": serve}
 
 
 @pytest.fixture(scope="module")
@@ -240,18 +257,19 @@ def test_commands(names, clone, short_benchmarks, short_suites, monkeypatch, cap
          *((README, tool) for tool in LAUNCHERS[:3]), (LAUNCH, "gcluster"),
          (CONFIGS, "advmoe_jax.main"), (BENCH, "advmoe_jax.bench"), (CONFIGS, "advmoe_jax.interop.torch_import"),
          *((CONFIGS, f"advmoe_jax.report.{name}") for name in ("macs", "routing", "curves")),
-         (ATTACKS, "advmoe_jax.main"), (ATTACKS, "advmoe_jax.bench"), (PRUNING, "advmoe_jax.main")}
+         (ATTACKS, "advmoe_jax.main"), (ATTACKS, "advmoe_jax.bench"), (PRUNING, "advmoe_jax.main"),
+         (INTEROP, "advmoe_jax.main"), (INTEROP, "launch/serve_example.py")}
     for name in names:
         for program, *rest in commands(name):
             if program == "python" and rest[1] != "venv":
-                program, rest = rest[1], rest[2:]
+                program, *rest = rest[1:] if rest[0] == "-m" else rest
                 RUN[program](rest)
             elif program == "make":
                 run_make(rest)
             elif program in LAUNCHERS:
                 check_launch(program, rest)
             else:
-                assert name == LAUNCH and program in ("python", "pip", "git", "docker"), (name, program)
+                assert name in (LAUNCH, INTEROP) and program in ("python", "pip", "git", "docker"), (name, program)
             seen.add((name, program))
     assert seen >= {of for of in all_of if of[0] in names}
     for path in ("digits_r18/report.md", "dense/report.md", "longer/report.md", "digits_table/report.md",
@@ -340,7 +358,7 @@ def test_named_files_exist(name):
     """In code, from the root of the repository; in links, from the file, and with the heading behind the #."""
     named = re.findall(r"`((?:advmoe_jax|configs|launch|tests)/[\w/.]*\w\.(?:py|md|yaml|sbatch))(?::\w+)?`",
                        text(name))
-    rooms = "attacks", "models", "data", "pruning", "systems"
+    rooms = "attacks", "models", "data", "pruning", "systems", "interop/exports"
     for path in {*named} - {*(f"advmoe_jax/{room}/NAME.py" for room in rooms), "configs/NAME.py", "configs/sweep.py"}:
         assert (ROOT / path).exists(), path
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text(name)) if "://" not in link]

@@ -71,7 +71,7 @@ class Exported:
     def outputs_fn(self, variables: Variables, view: str = "none") -> jax.tree_util.Partial:
         """As Model.outputs_fn; weights get no gradient."""
         place = self.views.index(view) if view in self.views else 0
-        return jax.tree_util.Partial(_outputs, self.programs[place], weights.flat(variables))
+        return jax.tree_util.Partial(outputs, self.programs[place], weights.flat(variables))
 
 
 @jax.tree_util.register_static
@@ -103,7 +103,8 @@ def _smooth(outputs):
     return [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
 
-def _outputs(program, tensors, x):
+def outputs(program: Program, tensors: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What a program gives; its weights get no gradient."""
     return _called(program, jax.lax.stop_gradient(tensors), x)
 
 

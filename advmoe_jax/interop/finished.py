@@ -58,6 +58,7 @@ def appearing(where: epath.Path) -> Iterator[epath.Path]:
         yield where
         return
     where = where.absolute()
+    is_first = not where.parent.exists()
     with files.room(where):
         where.parent.mkdir(parents=True, exist_ok=True)
         temporary = epath.Path(tempfile.mkdtemp(prefix=f".{where.name}.", suffix=".part", dir=where.parent))
@@ -67,4 +68,7 @@ def appearing(where: epath.Path) -> Iterator[epath.Path]:
         os.replace(temporary, where)
     except BaseException:
         files.remove_folder(temporary)
+        if is_first:
+            with contextlib.suppress(OSError):  # others may have put something there
+                where.parent.rmdir()
         raise

@@ -273,7 +273,7 @@ def _answered(team, member_logits, view):
     """The answer that counts, with the gradient of a view, and aux."""
     log_p = jax.nn.log_softmax(member_logits)
     answers = _answers(log_p, team.combiner)
-    used = asked = jnp.full(log_p.shape[0], team.num_members, jnp.int32)
+    used = asked = jnp.broadcast_to(jnp.int32(team.num_members), log_p.shape[:1])
     value, ways = answers[:, -1], []
     if team.rule:
         p = jnp.exp(log_p)
@@ -282,7 +282,7 @@ def _answered(team, member_logits, view):
         weights = jnp.log(jnp.maximum(found.p, 1e-30) / jnp.maximum(jnp.sum(found.p, -1, keepdims=True), 1e-30))
         ways = [jax.nn.logsumexp(weights[..., None] + answers, 1), answers[:, -1]]
     ways = jnp.concatenate([jnp.stack([value, *ways], 1), log_p], 1)
-    logits = _with_gradient_of(jax.lax.stop_gradient(value), jnp.take(ways, view, 1))
+    logits = _with_gradient_of(jax.lax.stop_gradient(value), jnp.take(ways, view, axis=1))
     return logits, {"member_logits": member_logits, "members_asked": asked, "members_used": used}
 
 

@@ -116,12 +116,12 @@ def _gathered(x, channels, back):
     """x[..., channels]. `back`, (I, r), says where each channel of x went; behind the last for none: so the gradient
     is a gather too, not a scatter, which is slow."""
     del back
-    return jnp.take(x, channels, -1, mode="clip")
+    return jnp.take(x, channels, axis=-1, mode="clip")
 
 
 def _gathered_bwd(back, slope):
     padded = jnp.pad(slope, ((0, 0),) * 3 + ((0, 1),))
-    return jnp.sum(jnp.take(padded, back, -1, mode="clip"), -1), None, None
+    return jnp.sum(jnp.take(padded, back, axis=-1, mode="clip"), -1), None, None
 
 
 _gathered.defvjp(lambda x, channels, back: (_gathered(x, channels, back), back), _gathered_bwd)

@@ -42,8 +42,13 @@ def write(of: Export, folder: epath.Path) -> str:
         return outputs_fn(images if is_float else augment.to_float(images))[0]
 
     images = jax.ShapeDtypeStruct(("b", *model.image_shape), jnp.float32 if is_float else jnp.uint8)
-    proto = jax2onnx.to_onnx(logits, [images], model_name=of.config.name, input_names=["images"],
-                             output_names=["logits"])
+    try:
+        proto = jax2onnx.to_onnx(logits, [images], model_name=of.config.name, input_names=["images"],
+                                 output_names=["logits"])
+    except Exception as error:  # it raises whatever its handler of an operation raised
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"jax2onnx cannot convert this {model.kind} model ({said}): expected export.format=stablehlo "
+                        "or safetensors") from error
     files.write_bytes(folder / FILE, proto.SerializeToString())
     return f"""```python
 import onnxruntime
