@@ -24,6 +24,7 @@ from advmoe_jax.core.fields import setting
 from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.core.tables import Table
 from advmoe_jax.models import gate_facts, mixture
+from advmoe_jax.models.macs import LayerCost
 from advmoe_jax.models.mixture import Mixture
 
 PARTS = ("standard", "robust")
@@ -110,6 +111,10 @@ class Dual:
     def in_training(self, computing) -> "Dual":
         return dataclasses.replace(self, mixture=self.mixture.in_training(computing))
 
+    def in_program(self) -> "Dual":
+        """As Model.in_program: every expert is computed."""
+        return dataclasses.replace(self, mixture=self.mixture.in_program())
+
     def gather(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """As Model.gather: the standard mixture and the robust one; or a dual model, whole."""
         if len(parts) == 1 and set(parts[0]) <= set(self.groups):
@@ -167,12 +172,16 @@ class Dual:
 
     def costs(self, masks: Any = None, facts: Mapping[str, Any] | None = None) -> dict[str, int]:
         """The sums over both."""
-        found = []
-        for part in PARTS:
-            own = {group.removeprefix(f"{part}_"): of for group, of in (masks or {}).items()
-                   if group in self.groups_of(part)}
-            found.append(self.mixture.costs(own, (facts or {}).get(part)))
+        found = [self.mixture.costs(self._own(masks, part), (facts or {}).get(part)) for part in PARTS]
         return {name: sum(of[name] for of in found) for name in found[0]}
+
+    def layer_costs(self, masks: Any = None) -> tuple[LayerCost, ...]:
+        return tuple(dataclasses.replace(cost, path=f"{part}_{cost.path}")
+                     for part in PARTS for cost in self.mixture.layer_costs(self._own(masks, part)))
+
+    def _own(self, masks, part):
+        return {group.removeprefix(f"{part}_"): of for group, of in (masks or {}).items()
+                if group in self.groups_of(part)}
 
 
 def of_part(variables: Mapping[str, Any], part: str) -> dict[str, Any]:
