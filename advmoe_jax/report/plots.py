@@ -14,6 +14,7 @@ from advmoe_jax.report.figures import RA as _RA
 from advmoe_jax.report.figures import SA as _SA
 from advmoe_jax.report.runs import Run
 
+_GROUPS = 12  # of bars, side by side at most
 
 def write(run: Run) -> tuple[str, ...] | None:
     """Draws what the run has to show into its workdir.
@@ -236,7 +237,7 @@ def write_rows(path, labels: list[str], rates: list[tuple[float, float]], paper:
 
 
 def write_superscores(path, labels: list[str], scores: list[Mapping[str, float]]) -> bool:
-    """Draws the superscores of each label as a group of bars, one for each criterion.
+    """Draws the superscores of each label as a group of bars, one for each criterion, in one line or more.
 
     Args:
         path: of the PNG.
@@ -249,16 +250,22 @@ def write_superscores(path, labels: list[str], scores: list[Mapping[str, float]]
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    names = list(scores[0])
-    figure = Figure(figsize=(1.5 + max(5.0, 0.28 * len(names) * len(labels)), 4), layout="constrained")
-    axes, place, width = figure.subplots(), np.arange(len(labels)), 0.84 / len(names)
-    for number, (name, colour) in enumerate(zip(names, itertools.cycle(_COLOURS))):
-        heights = [100 * of[name] for of in scores]
-        bars = axes.bar(place + (number - (len(names) - 1) / 2) * width, heights, width, color=colour, label=name)
-        axes.bar_label(bars, [f"{height:.1f}" for height in heights], fontsize=5, rotation=90, padding=2)
-    axes.set(xticks=place, ylabel="accuracy (%), best of each", ylim=(0, 112), yticks=range(0, 101, 20))
-    axes.set_xticklabels(labels, rotation=40, ha="right", fontsize="small")
-    axes.spines[["top", "right"]].set_visible(False)
+    names, lines = list(scores[0]), -(-len(labels) // _GROUPS)
+    groups = -(-len(labels) // lines)  # in a line, about as many in each
+    figure = Figure(figsize=(1.5 + max(5.0, 0.28 * len(names) * groups), 3.5 * lines + 0.5), layout="constrained")
+    width, colours = 0.84 / len(names), list(itertools.islice(itertools.cycle(_COLOURS), len(names)))
+    for line, axes in enumerate(figure.subplots(lines, squeeze=False)[:, 0]):
+        shown = slice(line * groups, (line + 1) * groups)
+        place = np.arange(len(labels[shown]))
+        for number, (name, colour) in enumerate(zip(names, colours)):
+            heights = [100 * of[name] for of in scores[shown]]
+            bars = axes.bar(place + (number - (len(names) - 1) / 2) * width, heights, width, color=colour,
+                            label="" if line else name)
+            axes.bar_label(bars, [f"{height:.1f}" for height in heights], fontsize=5, rotation=90, padding=2)
+        axes.set(xticks=place, xlim=(-0.6, groups - 0.4), ylabel="accuracy (%), best of each", ylim=(0, 112),
+                 yticks=range(0, 101, 20))
+        axes.set_xticklabels(labels[shown], rotation=40, ha="right", fontsize="small")
+        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize="small", ncols=len(names), loc="outside upper center")
     files.write_figure(path, figure)
     return True
