@@ -296,7 +296,7 @@ def _runs(path, arguments=("",)):
 def _arguments(path):
     content = runpy.run_path(path)
     takes = "get_recipe" not in content and inspect.signature(content["get_config"]).parameters
-    return ("", *methods.METHODS) if takes else ("",)
+    return ("", *content.get("ARGUMENTS", methods.METHODS)) if takes else ("",)
 
 
 BUILT, STEPPED = set(), set()
@@ -339,8 +339,8 @@ def test_config_file(path, monkeypatch):
         _build(config)
     assert len(runs) >= len(arguments)
     if len(arguments) > 1:
-        with pytest.raises(UserError, match="did you mean 'advmoe'"):
-            configs.load(f"{path}:advmo")
+        with pytest.raises(UserError, match=f"did you mean '{arguments[1]}'"):
+            configs.load(f"{path}:{arguments[1][:-1]}")
 
 
 def _system(config, shape, classes):

@@ -19,9 +19,12 @@ from advmoe_jax.core import config as configs
 from advmoe_jax.core.errors import one_of
 from advmoe_jax.systems import methods
 
+ARGUMENTS = ("extra",)  # of --config, in place of a method
+
 
 def get_config(track=""):
-    one_of("argument of the config", track, ("", "extra"))
+    if track:
+        one_of("track in the config's argument", track, ARGUMENTS)
     config = configs.default()
     methods.choose(config, "at_dense")
     config.system.label_smoothing = 0.1
