@@ -275,6 +275,7 @@ def test_a_sparse_network_is_searched_and_then_trained(advmoe):
         assert left.system.method == "given" and {search.train.length, left.train.length} == {"100 epochs"}
         assert search.system.loss == left.system.loss == "trades" and left.model.model_scale == 1
         configs.check(search), configs.check(left)
+    assert runs["cifar100-vgg-at_sparse-s0"].model.form == "released"
 
 
 def test_ablations_of_advmoe_differ_in_what_they_are_about(advmoe):

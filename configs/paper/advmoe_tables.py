@@ -130,7 +130,8 @@ def sparse(cell, system, init_from, **fields):
 
 def add(runs, cell):
     """Adds a run and those that it needs to {name: config}, unless they are there; returns its name."""
-    name, search = cell.name, dict(rate=1 - Fraction(str(cell.scale)), unit="filter", coupled="true")
+    name, search = cell.name, dict(rate=1 - Fraction(str(cell.scale)), unit="filter", coupled="true",
+                                   skip="(^|/)(router/|classifier)")  # VGG's hidden layers have no scale
     if name in runs:
         return name
     if cell.method == "at_sparse":

@@ -60,19 +60,22 @@ def test_what_is_left_costs_what_the_narrower_network_does(name):
         assert ours["params"] == narrow["params"]
 
 
-def test_at_paper_size_the_costs_are_those_of_the_small_dense_network():
-    """ResNet-18 at 32x32, r = 1/2: 139,299,328 multiply-accumulates and 2,797,610 parameters."""
-    cfg = configs.default(model="resnet").model
-    cfg.update(dict(num_experts=1, model_scale=1.0))
+@pytest.mark.parametrize("name, fields, macs, params", [
+    ("resnet", {}, 139_299_328, 2_797_610),
+    pytest.param("vgg", dict(form="released"), 79_071_744, 4_013_034, marks=pytest.mark.slow)])
+def test_at_paper_size_the_costs_are_those_of_the_small_dense_network(name, fields, macs, params):
+    """ResNet-18 and the released VGG-16 at 32x32, r = 1/2, the hidden layers of its head whole."""
+    cfg = configs.default(model=name).model
+    cfg.update(dict(num_experts=1, model_scale=1.0) | fields)
     net = network.make(cfg, (32, 32, 3), 10)
-    paths = {spec.path for spec in net.layers if len(spec.kernel) == 4}
+    paths = {spec.path for spec in net.layers if len(spec.kernel) == 4 and "classifier" not in spec.path}
     kept = {path: np.arange(len_of) < len_of // 2 for path, len_of in (
         (spec.path, spec.width) for spec in net.layers) if path in paths}
     assert {path for of in streams.streams(net.layers, paths).values() for path in of} == paths
     found = {f"{path}/kernel": np.asarray(mask) for path, mask in streams.spanning(net.layers, kept).items()}
     masks = masking.cover_norms(masking.of_leaves(net.shapes["params"], found), net.shapes["params"], net.layers)
     costs = net.costs(masks)
-    assert (costs["pathway"], costs["params"]) == (139_299_328, 2_797_610)
+    assert (costs["pathway"], costs["params"]) == (macs, params)
 
 
 def test_what_is_left_computes_what_the_narrower_network_does():
