@@ -10,8 +10,10 @@ Command:  python -m advmoe_jax.data.prepare cifar10 --out data
           python -m advmoe_jax.main --mode evaluate --config configs/pruning_cifar10.py --checkpoint best
           --config.eval.suite=standard --config.eval.eps="0.5/255,1/255" --config.eval.n=256 (AutoAttack)
 Hardware: 2 CPU cores.
-Time:     not measured yet.
-Expected: not run yet.
+Time:     two hours of one core, or half as long with a second such command beside; training a method takes four
+          minutes of a core, its evaluations three.
+Expected: SA 91.0 unpruned; trained on FPGM 88.4, DepGraph 87.6, L1Norm-B 87.2, LRF 86.6, SR-GKP 86.4, random filters
+          83.2, random kernels 69.6; SR-GKP shares the fifth place by mean rank. The table is in configs/README.md.
 """
 
 import prune_resnet20
