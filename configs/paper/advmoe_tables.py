@@ -13,8 +13,7 @@ is that search from standard training, and nothing after it. The best checkpoint
 RA is the worst case over the gradients of the router.
 
 Command:  python -m advmoe_jax.data.prepare cifar10 --out data  (cifar100, tiny_imagenet, imagenet)
-          python -m advmoe_jax.main --config configs/paper/advmoe_tables.py:table1
-          python -m advmoe_jax.main --config configs/paper/advmoe_tables.py:digits
+          python -m advmoe_jax.main --config configs/paper/advmoe_tables.py:digits  (table1 and all others likewise)
           --only "cifar10-r18-*" takes a part. With one --workdir for several arguments they share their runs, and
           --mode evaluate then measures what another table has of them. In pieces of 25 minutes on one GPU:
           until timeout --preserve-status 25m python -m advmoe_jax.main \
