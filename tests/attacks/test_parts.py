@@ -31,7 +31,7 @@ def test_the_router_is_turned_whatever_the_answer():
     np.testing.assert_array_equal(_choices(routed_fn, few), clean)
 
 
-@pytest.mark.parametrize("early_stop", [False, True])
+@pytest.mark.parametrize("early_stop", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_routes_are_held(early_stop):
     """Each image's route is its own, in the order of the batch, also where rows leave it: what comes back is what the
     attack gives where all take that route."""

@@ -10,16 +10,21 @@ import numpy as np
 import pytest
 from random_runs import DENSE, random_run
 
+from advmoe_jax.core import config as configs
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core import status
+from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
 from advmoe_jax.evaluation import measure, suites
+from advmoe_jax.models import model as models
+from advmoe_jax.ops import masks as masking
 from advmoe_jax.ops import routing as routes
-from advmoe_jax.report import routed, routing, routing_tables
+from advmoe_jax.report import overlap, routed, routing, routing_tables
 from advmoe_jax.report.pathways import CATEGORIES
+from advmoe_jax.report.trained import Trained
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
-COUNT, ATTACK = 12, "pgd(num_steps=2,eps=0.3)"
+COUNT, ATTACK = 12, "pgd(num_steps=2,eps=0.3,driver=host)"
 ROUTED = {"model.expert_init": "independent", "model.router_width": 4}
 FILTERS = {"backbone/layer1_0/conv1/kernel": np.array([1, 0, 0, 1], bool).reshape(1, 1, 1, 4),
            "backbone/layer1_0/conv2/kernel": np.array([0, 1, 0, 0], bool).reshape(1, 1, 1, 4)}
@@ -112,7 +117,7 @@ def test_iou_is_of_the_channels_that_both_keep(made):
     assert iou["chance"] == pytest.approx(1.5 / (4 + 3 - 1.5))
 
 
-def test_it_is_drawn_and_told(made, capsys):
+def test_it_is_drawn_and_told(made):
     root, _, found, *_ = made
     for name in FIGURES:
         assert (root / "out" / name).read_bytes().startswith(b"\x89PNG")
@@ -125,9 +130,14 @@ def test_it_is_drawn_and_told(made, capsys):
     row = [f"{100 * worst[name] / COUNT:.2f}" for name in CATEGORIES]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in told.splitlines()]
     assert ["moe", routed.WORST, *row] in [line[:6] for line in cells]
-    twice = found | {"runs": {name: found["runs"]["moe"] for name in ("a", "b")}, "against": "", "experts": 2}
-    routing.write(root / "out", twice)
-    assert not (root / "out" / "iou.png").exists(), "of the earlier call"
+
+
+@pytest.mark.slow
+def test_several_runs_are_drawn_and_what_is_old_goes(made, tmp_path, capsys):
+    found = made[2] | {"runs": {name: made[2]["runs"]["moe"] for name in ("a", "b")}, "against": ""}
+    (tmp_path / "iou.png").write_text("of an earlier call")
+    routing.write(tmp_path, found)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == sorted({*FIGURES} - {"iou.png"})
     assert "dissection.png" in capsys.readouterr().out
 
 
@@ -167,18 +177,28 @@ def test_bad_input_is_one_line(made, capsys, tmp_path, flags, said):
 WEIGHTS = np.random.default_rng(0).integers(0, 2, (3, 3, 4, 4)).astype(bool)
 
 
-@pytest.mark.parametrize("masks, fields, said", [
-    (None, {}, "has no masks"),
-    ({"backbone/layer1_0/conv1/kernel": WEIGHTS}, {}, "keeps parts of channels"),
-    ({"backbone/conv1/kernel": np.array([1, 0, 0, 1], bool)}, {}, "keeps every channel of the layers"),
-    ({name: np.ones(8, bool) for name in FILTERS}, {"model.width": 8}, "of another architecture"),
-    (FILTERS, {"data.name": "cifar10"}, "a run on cifar10: expected digits")])
-def test_sparse_runs_that_do_not_fit(made, tmp_path, capsys, masks, fields, said):
-    root, *_ = made
-    random_run(tmp_path / "other", masks=masks, **DENSE, **fields)
-    assert routing.main(["--workdir", str(root / "moe"), "--against", str(tmp_path / "other"), "--out",
-                         str(tmp_path / "out"), "--images", str(COUNT)]) == 2
-    assert said in (error := capsys.readouterr().err) and error.count("\n") == 1
+@pytest.mark.parametrize("masks, width, said", [
+    (None, 4, "has no masks"), ({"backbone/layer1_0/conv1/kernel": WEIGHTS}, 4, "keeps parts of channels"),
+    ({"backbone/conv1/kernel": np.array([1, 0, 0, 1], bool)}, 4, "keeps every channel of the layers"),
+    ({"backbone/layer1_0/conv1/kernel": np.ones(8, bool)}, 8, "of another architecture")])
+def test_sparse_runs_that_do_not_fit(masks, width, said):
+    def run(masks, **fields):
+        config = configs.default(data="digits")
+        configs.override_all(config, [f"model.{name}={value}" for name, value in {"depth": 4, **fields}.items()])
+        model = models.make(configs.complete(config).model, (8, 8, 1), 10)
+        trees = masking.of_leaves(model.shapes["params"], masks or {})
+        return Trained("", "", config, None, model, {}, trees, 0)
+
+    with pytest.raises(UserError, match=f"it, .*{said}|it: .*{said}") as error:
+        overlap.of(run(None, width=4), run(masks, width=width, num_experts=1, model_scale=1.0), "it")
+    assert "\n" not in str(error.value)
+
+
+def test_a_sparse_run_on_other_data(made, tmp_path, capsys):
+    random_run(tmp_path / "other", masks=FILTERS, **DENSE, **{"data.name": "cifar10"})
+    assert routing.main(["--workdir", str(made[0] / "moe"), "--against", str(tmp_path / "other"), "--out",
+                         str(tmp_path / "out")]) == 2
+    assert "a run on cifar10: expected digits" in capsys.readouterr().err
 
 
 def test_runs_that_cannot_be_compared(made, tmp_path, capsys):
