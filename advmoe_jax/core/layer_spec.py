@@ -23,6 +23,8 @@ class LayerSpec:
         routed: whether each image takes one expert's channels.
         groups: of a grouped convolution.
         is_gathered: whether each of the groups reads input channels of its own choice, which may overlap.
+        products: multiply-accumulates of matrix products of its output with what other layers give, such as queries
+            times keys, or attention times values; of those that no layer's output enters as it is, none.
     """
 
     path: str
@@ -36,10 +38,11 @@ class LayerSpec:
     routed: bool = False
     groups: int = 1
     is_gathered: bool = False
+    products: int = 0
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates that one image needs (one expert if routed; bias and norm not counted)."""
+        """Multiply-accumulates of the kernel that one image needs (one expert if routed; bias and norm not counted)."""
         return math.prod(self.kernel[:-1]) * self.width * math.prod(self.out_size)
 
     @property

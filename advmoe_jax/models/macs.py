@@ -1,4 +1,7 @@
-"""Multiply-accumulates per image, counted layer by layer: convolutions and linear layers, without BatchNorm."""
+"""Multiply-accumulates per image, counted layer by layer: convolutions, linear layers, and the two matrix products of
+attention, queries times keys and the softmax times values, in which each token attends to all. Norms, activations,
+softmax, biases and the factors of experts are not.
+"""
 
 import dataclasses
 import math
@@ -16,7 +19,7 @@ class LayerCost:
     Attributes:
         path: as of its LayerSpec.
         macs: multiply-accumulates that one image needs, of a routed layer by one expert; what is masked needs none, of
-            a routed layer in the mean over its stored channels.
+            a routed layer in the mean over its stored channels. With `LayerSpec.products`, which masks do not lessen.
         executed: what is computed, zeros of masks included.
         params: of its kernel and bias that are kept.
     """
@@ -37,8 +40,9 @@ def by_layer(network, masks: Mapping[str, Any] | None = None) -> tuple[LayerCost
         own = [name for name in (f"{path}/kernel", f"{path}/bias") if name in shapes]
         return int(sum(math.prod(shapes[name]) * kept.get(name, 1) for name in own))
 
-    return tuple(LayerCost(spec.path, spec.macs * kept.get(f"{spec.path}/kernel", 1),
-                           min(spec.stored_macs, every * spec.macs), params(spec.path)) for spec in network.layers)
+    return tuple(LayerCost(spec.path, spec.macs * kept.get(f"{spec.path}/kernel", 1) + spec.products,
+                           min(spec.stored_macs, every * spec.macs) + spec.products, params(spec.path))
+                 for spec in network.layers)
 
 
 def count(network, masks: Mapping[str, Any] | None = None) -> dict[str, int]:

@@ -8,6 +8,7 @@ no kernel. Arrays are (B, ..., C).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,11 +34,13 @@ class _Sources:
         paths: of the layers, _IMAGE among them.
         join: as in LayerSpec.
         is_output: whether the value is the output of a layer as it is.
+        is_data: whether the value depends on the image, if by no path, as the weights of attention do.
     """
 
     paths: tuple[str, ...] = ()
     join: str = ""
     is_output: bool = False
+    is_data: bool = False
 
 
 def layers(module: nn.Module, x: Any, *args) -> tuple[LayerSpec, ...]:
@@ -95,11 +98,12 @@ def _traced(function: Callable[[jax.Array], Any], x: Any) -> tuple[tuple[LayerSp
 
     inputs: dict[str, _Sources] = {}
     norms: dict[str, str] = {}
+    products: dict[str, int] = {}
     program, returned = jax.make_jaxpr(outputs, return_shape=True)(x)
-    _follow(program.jaxpr, [_Sources((_IMAGE,))], inputs, norms)
+    _follow(program.jaxpr, [_Sources((_IMAGE,), is_data=True)], inputs, norms, products)
     found = tuple(dataclasses.replace(
         spec, norm=norms.get(path), inputs=tuple(source for source in inputs[path].paths if source != _IMAGE),
-        join=inputs[path].join) for path, spec in specs.items())
+        join=inputs[path].join, products=products.get(path, 0) // x.shape[0]) for path, spec in specs.items())
     return found, returned
 
 
@@ -124,7 +128,8 @@ def _describe(module: nn.Module, path: str, y: jax.Array, is_routed: bool) -> La
                      is_gathered=getattr(module, "is_gathered", False))
 
 
-def _follow(program, given: list[_Sources], inputs: dict[str, _Sources], norms: dict[str, str]) -> list[_Sources]:
+def _follow(program, given: list[_Sources], inputs: dict[str, _Sources], norms: dict[str, str],
+            products: dict[str, int]) -> list[_Sources]:
     """The sources of what a program returns, by those of what it is given.
 
     Args:
@@ -132,6 +137,7 @@ def _follow(program, given: list[_Sources], inputs: dict[str, _Sources], norms: 
         given: of its last arguments; the others come from no layer.
         inputs: what each layer and norm reads, {path: sources}; is filled.
         norms: {path of a layer: that of its norm}; is filled.
+        products: {path of a layer: as in LayerSpec}; is filled.
     """
     known: dict[Var, _Sources] = dict(zip(reversed(program.invars), reversed(given)))
 
@@ -142,7 +148,7 @@ def _follow(program, given: list[_Sources], inputs: dict[str, _Sources], norms: 
         sources, inner = of(equation.invars), _inner_programs(equation)
         name = equation.params["name"] if equation.primitive.name == "name" else ""
         if inner:
-            branches = [_follow(part, sources, inputs, norms) for part in inner]
+            branches = [_follow(part, sources, inputs, norms, products) for part in inner]
             results = [_unite(list(ways)) for ways in zip(*branches)]
         elif name.startswith(_LAYER):
             results = [_Sources((name.removeprefix(_LAYER),), is_output=True)]
@@ -158,8 +164,19 @@ def _follow(program, given: list[_Sources], inputs: dict[str, _Sources], norms: 
                 inputs[path] = _unite([inputs.get(path, _Sources()), *sources])
         else:
             results = [_computed(equation, sources)] * len(equation.outvars) if equation.outvars else []
-        known.update(zip(equation.outvars, results))
+            if equation.primitive.name == "dot_general" and all(source.is_data for source in sources):
+                path = next(path for source in sources for path in source.paths)
+                products[path] = products.get(path, 0) + _macs(equation)
+        is_data = any(source.is_data for source in sources)
+        known.update((value, dataclasses.replace(result, is_data=is_data))
+                     for value, result in zip(equation.outvars, results))
     return of(program.outvars)
+
+
+def _macs(product) -> int:
+    """Multiply-accumulates of a dot_general."""
+    (contracted, _), _ = product.params["dimension_numbers"]
+    return product.outvars[0].aval.size * math.prod(product.invars[0].aval.shape[axis] for axis in contracted)
 
 
 def _inner_programs(equation) -> list:

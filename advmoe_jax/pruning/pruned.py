@@ -135,8 +135,8 @@ def choose(subject: Subject, method: str, cfg: Any) -> Pruned:
     kept = masked.shares(shapes, masks)
     return Pruned(
         module.ABOUT, masks, {**subject.variables, "params": masking.apply(params, masks)}, plan,
-        (sum(spec.macs for spec in subject.layers),
-         int(sum(spec.macs * kept.get(f"{spec.path}/kernel", 1) for spec in subject.layers))),
+        (sum(spec.macs + spec.products for spec in subject.layers),
+         int(sum(spec.macs * kept.get(f"{spec.path}/kernel", 1) + spec.products for spec in subject.layers))),
         (tree.size(params), masked.kept(shapes, masks)))
 
 

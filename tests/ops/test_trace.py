@@ -193,8 +193,10 @@ class Transformer(nn.Module):
 
 
 def test_attention_and_tokens():
-    spread = {f"attention/{name}": LayerSpec(f"attention/{name}", (6, 2, 3), 3, 1, (5, 1), None, ("patches",))
-              for name in ("query", "key", "value")}
+    pairs = 5 * 5 * 6  # each token's query by each key, and so the values
+    spread = {f"attention/{name}": LayerSpec(f"attention/{name}", (6, 2, 3), 3, 1, (5, 1), None, ("patches",),
+                                             products=products)
+              for name, products in (("query", pairs), ("key", 0), ("value", pairs))}
     # Queries and keys weigh tokens; the channels that `out` reads are those of the values.
     assert _by_path(Transformer()) == {
         "patches": LayerSpec("patches", (4, 4, 3, 6), 6, 4, (2, 2), None, ()), **spread,
