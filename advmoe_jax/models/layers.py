@@ -32,7 +32,8 @@ def _kernel(layer: nn.Module, x: jax.Array, init: Callable, shape: tuple[int, ..
 
 
 Choose = Callable[[jax.Array], Choice]
-"""Given the input (B, H, W, I) of a routed layer, what its images take; called once a layer, in order."""
+"""Given the input of a routed layer, (B, H, W, I) or tokens (B, T, I), what its images or tokens take; called once a
+layer, or once for an expert of several layers, in order."""
 
 
 class BatchNorm(nn.Module):

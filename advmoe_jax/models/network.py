@@ -1,7 +1,7 @@
 """The whole network: a backbone and, when it has several experts, a router beside it.
 
 Images are in [0, 1]. A network may normalise them itself, before the backbone and the router.
-params and batch_stats are {"backbone": ..., "router": ...}. B batch, L routed choices, E experts, K classes.
+params and batch_stats are {"backbone": ..., "router": ...}. B batch, L routed choices, T tokens, E experts, K classes.
 """
 
 import dataclasses
@@ -114,9 +114,10 @@ class _Module(nn.Module):
 
 
 def _aux(scores, ids):
-    scores = jnp.stack(scores, 1)
+    scores = jnp.concatenate([of.reshape(len(of), -1, of.shape[-1]) for of in scores], 1)
     best, second = jnp.moveaxis(jax.lax.top_k(scores, 2)[0], -1, 0)
-    return {"router_logits": scores, "expert_ids": jnp.stack(ids, 1), "margins": best - second}
+    ids = jnp.concatenate([of.reshape(len(of), -1) for of in ids], 1)
+    return {"router_logits": scores, "expert_ids": ids, "margins": best - second}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +134,7 @@ class Network:
         kind: "Dense", "S-Dense" or "MoE".
         router_grad: gradient that a router sees in loss passes, as routing.hard takes it.
         remat: whether what a block computes inside is computed again for its gradient, not kept.
+        tokens: T, for each of which an image makes a choice in a routed layer; 1: it makes one choice.
     """
 
     module: nn.Module
@@ -144,6 +146,7 @@ class Network:
     kind: str = ""
     router_grad: str = "none"
     remat: bool = False
+    tokens: int = 1
 
     @property
     def is_routed(self) -> bool:
@@ -214,9 +217,9 @@ class Network:
         if not self._has_pathways(route):
             return self._kept_by_block(lambda *data: self.module.apply(*data, 0))(variables, x, route)
         if self.module.dispatch.kind == "host" and _is_here((variables, x, route)):
-            scores, gate, ids = _choices(_Static(self), variables, x, route)
+            scores, choice, ids = _choices(_Static(self), variables, x, route)
             pathway = jax.tree_util.Partial(_pathway, _Static(self))
-            return dispatch.on_host(pathway, variables, x, gate, np.asarray(ids)), _aux([scores], [ids])
+            return dispatch.on_host(pathway, variables, x, choice, np.asarray(ids)), _aux([scores], [ids])
         scores = self.module.apply(variables, x, method="scores")
         choice, ids = dispatch.choose(scores, route, 0, self.module.dispatch)
         pathway = functools.partial(self.module.apply, method="pathway")
@@ -259,8 +262,8 @@ class Network:
 
     def train_pass(self, variables: dict[str, Any], x: jax.Array
                    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
-        """As Model.train_pass. Routers read their features as constants, see `routing.hard`."""
-        return self.apply_train(variables, x, routing.hard(self.router_grad, detach=True))
+        """As Model.train_pass. A straight-through gradient ends at the router's features, see `routing.hard`."""
+        return self.apply_train(variables, x, routing.hard(self.router_grad, detach=self.router_grad != "none"))
 
     def outputs_fn(self, variables: dict[str, Any], view: str = routing.VIEWS[0]) -> jax.tree_util.Partial:
         """As Model.outputs_fn; a view is a gradient of hard routing."""
@@ -277,7 +280,7 @@ class Network:
         return dict(parts[0])
 
     def metrics(self, passes: Mapping[str, Any]) -> dict[str, jax.Array]:
-        return routing_facts.metrics(passes, self.num_experts) if self.is_routed else {}
+        return routing_facts.metrics(passes, self.num_experts, self.tokens) if self.is_routed else {}
 
     def progress(self, means: Mapping[str, Any]) -> str:
         return routing_facts.progress(means) if self.is_routed else ""
@@ -292,7 +295,7 @@ class Network:
               among: np.ndarray) -> dict[str, Any]:
         if not self.is_routed:
             return {}
-        return routing_facts.facts(clean["experts"], attacked["experts"], among, self.num_experts)
+        return routing_facts.facts(clean["experts"], attacked["experts"], among, self.num_experts, self.tokens)
 
     def fact_tables(self, facts: Mapping[str, Any]) -> list[Table]:
         return [routing_facts.fact_table(facts)] if self.is_routed else []
@@ -325,7 +328,7 @@ def _is_here(tree):
 @jax.jit
 def _choices(static, variables, x, route):
     scores = static.network.module.apply(variables, x, method="scores")
-    return scores, *routing.gates(scores, route, 0)
+    return scores, *dispatch.choose(scores, route, 0, Dispatch("all"))
 
 
 @jax.jit
@@ -336,6 +339,9 @@ def _pathway(static, variables, x, choice):
 def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | None = None, name: str = ""
          ) -> Network:
     """Builds the network that `config.model` describes.
+
+    A backbone whose routed layers ask `choose` with tokens (B, T, C), for each of which a router of the layer then
+    chooses, has a method `tokens(image_shape) -> T`.
 
     Args:
         cfg: name of the backbone's module, its fields and those of `Config`.
@@ -349,24 +355,31 @@ def make(cfg, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh | 
     module = find.module("models", name or cfg.name, defines="backbone", kind="model.name")
     mean, std = normalisation.read(cfg.mean, cfg.std, image_shape[-1])
     net = module.backbone(cfg, num_classes)
+    tokens = net.tokens(image_shape) if hasattr(net, "tokens") else 1
     router = None
     if cfg.num_experts > 1:
-        router = routers.make(cfg, lambda: _num_routed(net, image_shape, cfg.num_experts))
+        router = routers.make(cfg, lambda: _num_choices(net, image_shape, cfg.num_experts))
     every = cfg.num_experts if cfg.experts == "disjoint" else min(cfg.num_experts, 1 / cfg.model_scale)
     one_choice = cfg.routing == "global"
     kind = dispatch.pick(cfg.dispatch, every, one_choice, cfg.width, jax.default_backend())
     label = "MoE" if cfg.num_experts > 1 else "Dense" if cfg.model_scale == 1 else "S-Dense"
     return Network(_Module(net, router, Dispatch(kind, mesh), mean=mean, std=std), name or cfg.name,
                    tuple(image_shape), num_classes, cfg.num_experts, one_choice, label,
-                   cfg.router_grad if cfg.num_experts > 1 else "none")
+                   cfg.router_grad if cfg.num_experts > 1 else "none",
+                   tokens=tokens if cfg.routing == "layer" else 1)
 
 
-def _num_routed(net: nn.Module, image_shape: tuple[int, int, int], num_experts: int) -> int:
-    """How many layers of a backbone are routed."""
+def _num_choices(net: nn.Module, image_shape: tuple[int, int, int], num_experts: int) -> int:
+    """How many choices a backbone asks for."""
+    asked = itertools.count()
+
     def choose(x):
-        return Choice(jnp.ones((len(x), num_experts), x.dtype))
+        next(asked)
+        even = jnp.ones((len(x), num_experts), x.dtype)
+        return Choice(even, shares=even)
 
-    return sum(spec.routed for spec in trace.layers(net, _image(image_shape), choose, 0))
+    jax.eval_shape(lambda x: net.init(jax.random.key(0), x, choose, 0), _image(image_shape))
+    return next(asked)
 
 
 def _image(shape):

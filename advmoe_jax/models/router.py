@@ -1,8 +1,8 @@
 """Routers: what scores the experts. float32 whatever the backbone computes in.
 
-B batch, L routed choices, E experts, C channels.
+B batch, L routed layers, T tokens, E experts, C channels.
 A router module has `scores_image(x, train) -> (B, L, E)` (asked once, before the backbone) or
-`scores_layer(layer, features, train) -> (B, E)` (asked by every routed layer).
+`scores_layer(layer, features, train) -> (B, E)`, of tokens (B, T, E) (asked by every routed layer).
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def make(cfg, num_layers: Callable[[], int]) -> nn.Module:
 
     Args:
         cfg: fields routing, router_width, num_experts.
-        num_layers: counts the routed layers; asked by the router that scores them all at once.
+        num_layers: counts the choices of an image; asked by the router that scores them all at once.
     """
     if cfg.routing == "layer":
         return LayerRouter(cfg.num_experts, cfg.router_width)
@@ -50,9 +50,10 @@ class Head(nn.Module):
 
 
 class LayerRouter(nn.Module):
-    """A router in every routed layer, on the global average pool of the layer's input.
+    """A router in every routed layer: on the global average pool of the layer's input, or on each of its tokens.
 
-    The AdvMoE paper has one in every MoE layer and does not publish its architecture.
+    The AdvMoE paper has one in every MoE layer and does not publish its architecture. That of tokens is V-MoE's
+    (Riquelme et al., NeurIPS 2021), linear.
     """
 
     num_experts: int
@@ -60,7 +61,9 @@ class LayerRouter(nn.Module):
 
     @nn.compact
     def scores_layer(self, layer: int, features: jax.Array, train: int) -> jax.Array:
-        """(B, H, W, C) input of the layer -> (B, E)."""
+        """(B, H, W, C) input of the layer -> (B, E); (B, T, C) tokens -> (B, T, E)."""
+        if features.ndim == 3:
+            return nn.Dense(self.num_experts, use_bias=False, name=f"layer{layer}")(features)
         return Head(self.num_experts, self.hidden, name=f"layer{layer}")(global_average_pool(features), train)
 
 

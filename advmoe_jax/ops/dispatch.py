@@ -1,8 +1,9 @@
-"""The convolution of a routed layer: every image through the filters of its expert, and no others.
+"""What a routed layer computes: every image, or token, through its expert, and through no other.
 
 Inputs and outputs are in the order of the batch.
 
-B batch, H W height and width, I input channels, w channels of an expert, E experts, T images in a block, s stride.
+B batch, or all its tokens, H W height and width, I input channels, w channels of an expert, E experts, T images in a
+block, s stride.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from advmoe_jax.ops.plans import Plan
 DISPATCHES = ("auto", "all", "blocks", "grouped", "host")
 _ENGINES = {"blocks": blocks, "host": blocks, "grouped": grouped}
 _HOST_SIZES = 8  # at most so many compiled sizes
+_TOKENS = 128  # of a block
 _OVERHEAD = {"pathways": 1.4, "wide": 1.9, "narrow": 2.0}  # of blocks on CPU: whole pathways, or layer by layer
 _WIDE = 32
 
@@ -59,20 +61,20 @@ def pick(kind: str, every: float, one_choice: bool, width: int, platform: str) -
     return "blocks" if platform == "cpu" and every > overhead else "all"
 
 
-def block_size(batch: int, num_experts: int) -> int:
-    """T for a batch on one device: 8, 16 for large batches, less where experts have few images."""
-    size = 8 if batch <= 64 else 16
+def block_size(batch: int, num_experts: int, are_tokens: bool = False) -> int:
+    """T for a batch on one device: 8, 16 for large batches, 128 of tokens; less where experts have few."""
+    size = _TOKENS if are_tokens else 8 if batch <= 64 else 16
     while size > 1 and size * num_experts > batch:
         size //= 2
     return size
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("gate", "plan", "expert"),
+    jax.tree_util.register_dataclass, data_fields=("gate", "plan", "expert", "shares"),
     meta_fields=("counterfactual", "dispatch"))
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What a routed layer is told.
+    """What a routed layer is told of B images, or of all their tokens, one image after the other.
 
     Attributes:
         gate: (B, E) weights of the experts; one-hot in value if there is a plan or an expert.
@@ -81,6 +83,7 @@ class Choice:
         counterfactual: as Route.counterfactual; the other experts are computed in the backward pass, if anyone asks
             for that gradient.
         dispatch: how to compute, on the devices that share the plan.
+        shares: (B, E) softmax of the scores, which `experts` weighs by.
     """
 
     gate: jax.Array
@@ -88,17 +91,23 @@ class Choice:
     expert: jax.Array | None = None
     counterfactual: bool = True
     dispatch: Dispatch = Dispatch()
+    shares: jax.Array | None = None
+
+    def of(self, rows: jax.Array, expert: jax.Array) -> "Choice":
+        """That of some images (T,), all of which take one expert ()."""
+        return Choice(self.gate[rows], expert=expert, shares=self.shares[rows])
 
 
 def choose(scores: jax.Array, route: routing.Route, layer: int, dispatch: Dispatch) -> tuple[Choice, jax.Array]:
-    """What a layer is told of its images, and the experts (B,) that they take. Arguments as `routing.gates`."""
+    """What a layer is told, and the experts that are taken, as `routing.gates` gives them. Arguments as there."""
     gate, ids = routing.gates(scores, route, layer)
+    mesh, num_experts, rows = _of(dispatch.mesh, len(ids)), scores.shape[-1], ids.reshape(-1)
+    gate, shares = (weights.reshape(-1, num_experts) for weights in (gate, jax.nn.softmax(scores)))
     if dispatch.kind == "all" or route.kind == "soft":
-        return Choice(gate), ids
-    mesh = _of(dispatch.mesh, len(ids))
-    size = block_size(len(ids) // (mesh.size if mesh else 1), gate.shape[-1])
-    plan = _per_device(functools.partial(plans.make, num_experts=gate.shape[-1], size=size), mesh)(ids)
-    return Choice(gate, plan, None, route.counterfactual, Dispatch(dispatch.kind, mesh)), ids
+        return Choice(gate, shares=shares), ids
+    size = block_size(len(rows) // (mesh.size if mesh else 1), num_experts, scores.ndim > 2)
+    plan = _per_device(functools.partial(plans.make, num_experts=num_experts, size=size), mesh)(rows)
+    return Choice(gate, plan, None, route.counterfactual, Dispatch(dispatch.kind, mesh), shares), ids
 
 
 def conv(x: jax.Array, kernel: jax.Array, choice: Choice, starts: tuple[int, ...], width: int, stride: int
@@ -118,7 +127,7 @@ def conv(x: jax.Array, kernel: jax.Array, choice: Choice, starts: tuple[int, ...
     if choice.expert is not None:
         start = jnp.asarray(starts)[choice.expert]
         y = conv2d(x, jax.lax.dynamic_slice_in_dim(kernel, start, width, 3), stride)
-        return y * jnp.take(choice.gate, choice.expert, axis=1)[:, None, None, None]
+        return y * jnp.take(choice.gate, choice.expert, axis=1).astype(y.dtype)[:, None, None, None]
     windows = [kernel[..., start:start + width] for start in starts]
     if len(starts) * width < kernel.shape[-1]:  # some stored channels belong to no expert
         kernel, starts = jnp.concatenate(windows, -1), tuple(range(0, len(starts) * width, width))
@@ -126,6 +135,32 @@ def conv(x: jax.Array, kernel: jax.Array, choice: Choice, starts: tuple[int, ...
         return routing.mix(conv2d(x, kernel, stride), choice.gate, starts, width)
     return _routed(x, jnp.stack(windows), jax.lax.stop_gradient(kernel), choice.gate, choice.plan, starts, stride,
                    choice.counterfactual, choice.dispatch)
+
+
+def experts(expert: Callable[[Choice], jax.Array], choice: Choice) -> jax.Array:
+    """What whole experts of several layers give, each weighted by its share in the softmax of the scores: of E experts
+    y_e, sum_e gate_e shares_e y_e.
+
+    An expert that is not taken is computed to its end on its own, as its straight-through gradient and soft mixtures
+    need it; a gate at each of its layers would send what one expert computes into the next layer of another.
+
+    Args:
+        expert: computes one by layers that are given the choice which it is called with, (B, ..., C) or (B / T, T, C)
+            of tokens.
+        choice: who takes what.
+    Returns:
+        As `expert`.
+    """
+    weights = choice.gate * choice.shares
+
+    def weighted(y, weight):
+        return y * weight.reshape(len(y), -1, *(1,) * (y.ndim - 2)).astype(y.dtype)
+
+    if choice.expert is not None or (choice.plan is not None and not choice.counterfactual):
+        taken = dataclasses.replace(choice, gate=jax.lax.stop_gradient(choice.gate))
+        return weighted(expert(taken), jnp.sum(weights, -1))
+    ones = jnp.ones_like(choice.gate)
+    return sum(weighted(expert(Choice(ones, expert=jnp.int32(e))), weights[:, e]) for e in range(ones.shape[-1]))
 
 
 def pathways(apply: Callable[[Any, jax.Array, Choice], jax.Array], variables: Any, x: jax.Array, choice: Choice
@@ -140,16 +175,13 @@ def pathways(apply: Callable[[Any, jax.Array, Choice], jax.Array], variables: An
     Returns:
         (B, K).
     """
-    def on_device(variables, x, gate, plan):
-        def block(rows, expert):
-            return apply(variables, x[rows], Choice(gate[rows], expert=expert))
+    def on_device(variables, x, choice):
+        return blocks.pathways(lambda rows, expert: apply(variables, x[rows], choice.of(rows, expert)), choice.plan)
 
-        return blocks.pathways(block, plan)
-
-    return _per_device(on_device, choice.dispatch.mesh, replicated=(0,))(variables, x, choice.gate, choice.plan)
+    return _per_device(on_device, choice.dispatch.mesh, replicated=(0,))(variables, x, choice)
 
 
-def on_host(apply: Callable[[Any, jax.Array, Choice], jax.Array], variables: Any, x: jax.Array, gate: jax.Array,
+def on_host(apply: Callable[[Any, jax.Array, Choice], jax.Array], variables: Any, x: jax.Array, choice: Choice,
             ids: np.ndarray) -> jax.Array:
     """As `pathways`, for arrays: each expert gets its images in one call, filled up to one of a few sizes.
 
@@ -157,7 +189,7 @@ def on_host(apply: Callable[[Any, jax.Array, Choice], jax.Array], variables: Any
         apply: as of `pathways`, compiled.
         variables: of the network.
         x: (B, H, W, C).
-        gate: (B, E), one-hot in value.
+        choice: the same for all layers.
         ids: (B,) the expert of each image.
     Returns:
         (B, K).
@@ -166,7 +198,7 @@ def on_host(apply: Callable[[Any, jax.Array, Choice], jax.Array], variables: Any
     for expert in np.unique(ids):
         rows = np.flatnonzero(ids == expert)
         take = np.resize(rows, -(-len(rows) // step) * step)
-        found[expert] = rows, apply(variables, x[take], Choice(gate[take], expert=jnp.int32(expert)))
+        found[expert] = rows, apply(variables, x[take], choice.of(take, jnp.int32(expert)))
     logits = {expert: np.asarray(y)[:len(rows)] for expert, (rows, y) in found.items()}  # when all of them run
     order = np.argsort(np.concatenate([rows for rows, _ in found.values()]))
     return jnp.asarray(np.concatenate(list(logits.values()))[order])

@@ -1,7 +1,7 @@
 """Plans: which images an expert computes together.
 
 A routed layer computes in blocks of T images that all take one expert. Each expert has as many blocks as its images
-need, the last one filled up; no image is ever left out, whatever the load.
+need, the last one filled up; no image is ever left out, whatever the load. Tokens are planned as images are.
 
 B batch, E experts, T images in a block, n blocks, D devices.
 """
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+_FEW = 1024  # images that are planned by comparing each with each
 
 
 class Plan(NamedTuple):
@@ -55,14 +57,17 @@ def make(ids: jax.Array, num_experts: int, size: int) -> Plan:
     """
     # By comparisons: XLA on CPU makes loops and dozens of kernels of scatters and cumulative sums.
     batch = ids.shape[0]
+    few = batch <= _FEW
     images, experts = (jnp.arange(count, dtype=jnp.int32) for count in (batch, num_experts))
     places = jnp.arange((batch + num_experts * (size - 1)) // size * size, dtype=jnp.int32)
     mine = ids[:, None] == experts[None]
     blocks = -(-_count(mine.T) // size)
     ends = _count(experts[:, None] >= experts[None], blocks)
-    rank = _count((ids[:, None] == ids[None]) & (images[:, None] > images[None]))
+    rank = (_count((ids[:, None] == ids[None]) & (images[:, None] > images[None])) if few else
+            _count(mine, jnp.cumsum(mine, 0, dtype=jnp.int32)) - 1)
     place = rank + size * _count(mine, ends - blocks)
-    image = jnp.min(jnp.where(places[:, None] == place[None], images[None], batch), 1)
+    image = (jnp.min(jnp.where(places[:, None] == place[None], images[None], batch), 1) if few else
+             jnp.full_like(places, batch).at[place].set(images))
     expert = jnp.minimum(_count(places[::size, None] >= size * ends[None]), num_experts - 1)
     return Plan(image.reshape(-1, size), place, expert, ends)
 

@@ -1,11 +1,16 @@
 """Top-1 routing: which expert an image takes, and what gradient its router sees.
 
-B batch, L routed choices, E experts, C stored channels, w channels of an expert.
+An image makes a choice in every routed layer; where a layer chooses for tokens, one for each of its T tokens, and the
+L routed choices of the image are those of the first layer, then those of the second.
+
+B batch, L routed choices, T tokens, E experts, C stored channels, w channels of an expert.
 Source: Zhang et al., "Robust Mixture-of-Expert Training for Convolutional Neural Networks", ICCV 2023.
 """
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +52,9 @@ class Route:
 def hard(grad: str = "none", detach: bool = False) -> Route:
     """Argmax routing, what users get; `grad` changes its gradient and never its value.
 
+    Experts whose output has its share in the softmax of the scores as a factor (`Choice.shares`) have it in y_e: the
+    share itself is differentiated whatever `grad` is, so that "none" is the gradient of the function as it is.
+
     Args:
         grad: with y_e the output of expert e, s its score and g the cotangent of the layer's output,
             "none": the choice is a constant;
@@ -66,7 +74,7 @@ def soft(temperature: float | jax.Array) -> Route:
 
 
 def fixed(ids: jax.Array) -> Route:
-    """Given choices: (B,), the same in every layer, or (B, L)."""
+    """Given choices: (B,), the same in every layer and for every token, or (B, L)."""
     return Route("fixed", ids=ids)
 
 
@@ -76,20 +84,20 @@ def gates(scores: jax.Array, route: Route, layer: int) -> tuple[jax.Array, jax.A
     Ties go to the lowest index, NaN to its own index.
 
     Args:
-        scores: (B, E) router logits.
+        scores: (B, E) router logits, or (B, T, E) of tokens.
         route: how to choose.
-        layer: index of the choice among the L.
+        layer: index of the layer among those that choose.
     Returns:
-        gate: (B, E), exactly one-hot in value for "hard" and "fixed".
-        ids: (B,) int32 of the expert with the largest weight.
+        gate: as `scores`, exactly one-hot in value for "hard" and "fixed".
+        ids: (B,) or (B, T) int32 of the expert with the largest weight.
     """
     num_experts = scores.shape[-1]
     if route.kind == "soft":
         gate = jax.nn.softmax(scores / route.temperature)
         return gate, jnp.argmax(scores, -1).astype(jnp.int32)
     if route.kind == "fixed":
-        ids = route.ids if route.ids.ndim == 1 else route.ids[:, layer]
-        return jax.nn.one_hot(ids, num_experts, dtype=scores.dtype), ids.astype(jnp.int32)
+        ids = _given(route.ids, layer, scores.shape[:-1]).astype(jnp.int32)
+        return jax.nn.one_hot(ids, num_experts, dtype=scores.dtype), ids
     ids = jnp.argmax(scores, -1).astype(jnp.int32)
     choice = jax.nn.one_hot(ids, num_experts, dtype=scores.dtype)
     if route.grad == "ste_full":
@@ -99,6 +107,13 @@ def gates(scores: jax.Array, route: Route, layer: int) -> tuple[jax.Array, jax.A
     if route.grad == "scaled":
         return choice * (1 + _zero(jax.nn.log_softmax(scores))), ids
     return choice, ids
+
+
+def _given(ids: jax.Array, layer: int, shape: tuple[int, ...]) -> jax.Array:
+    """The choices (B,) or (B, L) in one layer, in the shape (B,) or (B, T)."""
+    tokens = math.prod(shape[1:])
+    ids = ids[:, None] if ids.ndim == 1 else ids[:, layer * tokens:(layer + 1) * tokens]
+    return jnp.broadcast_to(ids, (shape[0], tokens)).reshape(shape)
 
 
 def _zero(scores: jax.Array) -> jax.Array:
@@ -151,6 +166,12 @@ def other_choice(scores: jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.mean(flat.reshape(scores.shape[:2]), -1)
 
 
+def by_layer(choices: Any, tokens: int) -> Any:
+    """What is known of choices, (B, layers * T, ...), with a row for each token, (B * T, layers, ...)."""
+    parts = choices.reshape(len(choices), -1, tokens, *choices.shape[2:])
+    return parts.swapaxes(1, 2).reshape(-1, parts.shape[1], *choices.shape[2:])
+
+
 def load(ids: jax.Array, num_experts: int, mask: jax.Array | None = None) -> jax.Array:
     """Images each expert got, per choice.
 
@@ -179,14 +200,15 @@ def load_entropy(counts: jax.Array) -> jax.Array:
     return -jnp.sum(jax.scipy.special.xlogy(p, p), -1) / jnp.log(counts.shape[-1])
 
 
-def balance_loss(scores: jax.Array) -> jax.Array:
+def balance_loss(scores: jax.Array, tokens: int = 1) -> jax.Array:
     """Load-balance loss of Fedus et al., "Switch Transformers", 2022, eq. 4: 1 when even, E when collapsed.
 
     Args:
         scores: (B, L, E) router logits.
+        tokens: T, of which an image makes a choice each in one layer, all under one load.
     Returns:
-        Scalar, mean over the L choices.
+        Scalar, mean over the layers.
     """
-    num_experts = scores.shape[-1]
+    scores, num_experts = by_layer(scores, tokens), scores.shape[-1]
     fraction = jax.nn.one_hot(jnp.argmax(scores, -1), num_experts).mean(0)
     return num_experts * jnp.mean(jnp.sum(fraction * jax.nn.softmax(scores).mean(0), -1))

@@ -81,7 +81,7 @@ def objective(model: Model, cfg, *, router_loss: bool = False) -> step.Objective
         passed = adversarial or [None]
         loss = sum(jnp.mean(per_example(clean, adv, y, target)) for adv in passed) / len(passed)
         if system.balance_loss > 0:
-            balance = [routing.balance_loss(aux["router_logits"]) for _, aux in passes.values()]
+            balance = [routing.balance_loss(aux["router_logits"], model.tokens) for _, aux in passes.values()]
             loss += system.balance_loss * sum(balance) / len(balance)
         return loss, (batch_stats, accuracies(passes, y) | model.metrics(passes))
 

@@ -34,6 +34,16 @@ def test_images_of_an_expert_keep_their_order():
     np.testing.assert_array_equal(plan.image, [[1, 4], [0, 2], [3, 5]])
 
 
+@pytest.mark.parametrize("load", LOADS)
+def test_many_are_planned_as_few_are(load, monkeypatch):
+    """Each with each is not compared where there are as many as the tokens of a batch."""
+    ids = jnp.asarray(LOADS[load](60, 3), jnp.int32)
+    few = plans.make(ids, 3, 8)
+    monkeypatch.setattr(plans, "_FEW", 8)
+    for ours, theirs in zip(plans.make.__wrapped__(ids, 3, 8), few):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_one_plan_for_every_load():
     """The same compiled program, whatever the load."""
     before = plans.make._cache_size()

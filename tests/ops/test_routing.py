@@ -103,6 +103,27 @@ def test_fixed_gates(case):
         np.testing.assert_array_equal(gate, np.eye(3)[ids[:, 0]])
 
 
+def test_tokens_choose_one_by_one():
+    """Scores (B, T, E); of given routes (B, L) each layer has T."""
+    numbers = np.random.default_rng(4)
+    scores, ids = numbers.standard_normal((4, 5, 3)).astype(np.float32), numbers.integers(0, 3, (4, 10))
+    gate, chosen = routing.gates(scores, routing.hard(), 1)
+    np.testing.assert_array_equal(chosen, scores.argmax(-1))
+    np.testing.assert_array_equal(gate, np.eye(3)[scores.argmax(-1)])
+    for given, expected in ((ids, ids[:, 5:]), (ids[:, 0], np.repeat(ids[:, :1], 5, 1))):
+        gate, chosen = routing.gates(scores, routing.fixed(jnp.asarray(given)), 1)
+        np.testing.assert_array_equal(chosen, expected)
+        np.testing.assert_array_equal(gate, np.eye(3)[expected])
+
+
+def test_tokens_of_a_layer_are_rows():
+    choices = np.arange(2 * 6 * 2).reshape(2, 6, 2)  # two images, two layers of three tokens
+    rows = routing.by_layer(choices, 3)
+    assert rows.shape == (6, 2, 2)
+    np.testing.assert_array_equal(rows[4], choices[1, [1, 4]])
+    np.testing.assert_array_equal(routing.by_layer(choices, 1), choices)
+
+
 def test_unknown_gradient():
     with pytest.raises(UserError, match="ste_full"):
         routing.hard("ste_fool")
@@ -175,6 +196,14 @@ def test_balance_loss():
     expected = num_experts * (fraction * p.mean(0)).sum(-1).mean()
     assert routing.balance_loss(jnp.asarray(scores)) == pytest.approx(expected, rel=1e-5)
     assert 0 < expected <= num_experts
+
+
+def test_tokens_share_one_load():
+    """It is even in each image where every token of it always takes the same expert, another one than its neighbour."""
+    scores = 50 * jnp.eye(2)[jnp.arange(8) % 2][None].repeat(16, 0)
+    assert routing.balance_loss(scores, tokens=8) == pytest.approx(1, rel=1e-5)
+    assert routing.balance_loss(scores, tokens=4) == pytest.approx(1, rel=1e-5)
+    assert routing.balance_loss(scores) == pytest.approx(2, rel=1e-5)
 
 
 def test_balance_loss_moves_the_scores_of_a_full_expert_down():
