@@ -20,12 +20,14 @@ class Needs:
         pixels: of a side of an image, at least.
         because: the field that makes it so many, "model.stem=imagenet".
         instead: what takes smaller images, "model.stem=cifar".
+        patch: `model.patch`, of which both sides of an image are multiples.
     """
 
     channels: Mapping[str, int]
     pixels: int = 1
     because: str = ""
     instead: str = ""
+    patch: int = 1
 
 
 def of(cfg) -> Needs:
@@ -42,8 +44,14 @@ def check_channels(cfg) -> None:
 
 
 def check_pixels(cfg, image_shape: tuple[int, int, int]) -> None:
-    """Raises UserError for images (H, W, C) that are too small for what `config.model` describes."""
+    """Raises UserError for images (H, W, C) that are too small for what `config.model` describes, or do not divide into
+    its patches."""
     needs, (height, width, _) = of(cfg), image_shape
     if min(height, width) < needs.pixels:
         raise UserError(f"images of {height}x{width} pixels are too small for {needs.because}, which takes "
                         f"{needs.pixels}x{needs.pixels} or more: expected larger images, or {needs.instead}")
+    if height % needs.patch or width % needs.patch:
+        near = max(size for size in range(1, min(needs.patch, height, width) + 1)
+                   if height % size == 0 and width % size == 0)
+        raise UserError(f"model.patch is {needs.patch}, which does not divide images of {height}x{width} pixels: "
+                        f"expected a divisor, such as {near}")

@@ -36,12 +36,14 @@ from advmoe_jax.train.system import Inputs
 pytestmark = pytest.mark.usefixtures("tiny_resnet")
 COUNT, SHAPE, CLASSES, BATCH = 64, (8, 8, 1), 4, 32
 ADVMOE, DENSE = ("advmoe",), ("standard", "model.num_experts=1")
+VIT = ("advmoe", "model.name=vit", "model.heads=2", "model.patch=4", "model.depth=2", "model.moe_every=1",
+       "system.loss=madry")
 _PRUNES = ("model.num_experts=1", "system.loss=madry", "system.rate=1/2", "init_from=base")
 _GATED = ("model.name=mixture", "model.num_experts=1", "model.num_members=2", "model.gate=linear", "model.serve=top-1",
           "model.expert_norm=training")
 CASES = {
     "admm": [("admm", *_PRUNES)],
-    "advmoe": [ADVMOE, *(
+    "advmoe": [ADVMOE, VIT, *(
         ("advmoe", f"model.routing={name}", "system.loss=madry") for name in ROUTINGS if name != "layer")],
     "eat": [("eat", "model.num_experts=1", "train.attack=rotation pgd(num_steps=1)")],
     "mask_search": [("mask_search", *_PRUNES)],
