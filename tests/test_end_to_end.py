@@ -300,7 +300,8 @@ def _arguments(path):
 
 
 BUILT, STEPPED = set(), set()
-TINY_DEPTHS = {"cifar_resnet": 8, "vgg": 11, "wide_resnet": 10, "densenet": 10, "resnet": 4}
+TINY = {"cifar_resnet": dict(depth=8), "vgg": dict(depth=11), "wide_resnet": dict(depth=10),
+        "densenet": dict(depth=10), "resnet": dict(depth=4), "vit": dict(depth=2, heads=2)}
 BATCH = 8
 
 
@@ -308,7 +309,7 @@ def _tiny(config):
     """Makes a config small, and gives the shape of its images, which have the size of its data set, and classes."""
     backbone = config.model.get("member") or config.model.get("base") or config.model.name
     config.data.batch_size = BATCH
-    config.model.update(dict(depth=TINY_DEPTHS[backbone], width=4) | (
+    config.model.update(dict(width=4) | TINY[backbone] | (
         dict(router_width=4) if config.model.num_experts > 1 else {}))
     shape, classes = pipeline.known(config.data)
     return shape, classes or 10
