@@ -164,8 +164,9 @@ def _follow(program, given: list[_Sources], inputs: dict[str, _Sources], norms: 
                 inputs[path] = _unite([inputs.get(path, _Sources()), *sources])
         else:
             results = [_computed(equation, sources)] * len(equation.outvars) if equation.outvars else []
-            if equation.primitive.name == "dot_general" and all(source.is_data for source in sources):
-                path = next(path for source in sources for path in source.paths)
+            paths = [path for source in sources for path in source.paths]
+            if equation.primitive.name == "dot_general" and paths and all(source.is_data for source in sources):
+                path = paths[0]
                 products[path] = products.get(path, 0) + _macs(equation)
         is_data = any(source.is_data for source in sources)
         known.update((value, dataclasses.replace(result, is_data=is_data))
