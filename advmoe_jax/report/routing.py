@@ -49,7 +49,7 @@ def measure(workdirs: Sequence[str], *, against: str = "", which: str = "best", 
         raise UserError(f"--workdir names {first.workdir}, a {first.model.kind} without routing: expected one network "
                         "with model.num_experts of 2 or more")
     if first.model.tokens > 1:
-        raise UserError(f"--workdir names {first.workdir}, where {first.model.tokens} tokens choose: expected a network "
+        raise UserError(f"--workdir names {first.workdir}, where {first.model.tokens} tokens choose: expected one "
                         "whose images make one choice a layer; results.json has loads and flips of tokens")
     spec = parse.on_one_network(attack, "--attack", ATTACK, norm=first.config.attack.norm, eps=first.config.attack.eps)
     if spec.name != "pgd" or spec.config.loss == "kl":
