@@ -96,7 +96,7 @@ BAD_FIELDS = {
     "eval_attack_of_another_model": ("eval.attacks=exits", "exits", "member_logits", "MoE"),
     "eval_attack_of_other_channels": ("eval.attacks=normalized", "3 numbers in std", "1 channels"),
     "train_attack_of_other_channels": ("train.attack=normalized", "3 numbers in std", "1 channels"),
-    "members_of_a_network": ("model.num_members=2", "model.num_members is a field of model.name=ensemble"),
+    "members_of_a_network": ("model.num_members=2", "model.num_members is a field of", "model.name=ensemble"),
     "trains_of_advmoe": ("system.trains=router", "system.trains is a field of system.name=standard"),
     "init_from_nothing": ("init_from=nowhere", "init_from names nowhere", "config.json"),
     "init_from_what": ("init_from=nowhere@first", "'first'", "best"),

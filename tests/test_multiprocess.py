@@ -12,6 +12,7 @@ from tiny import TIMEOUT, arrays, assert_same_bits, entries, flags, logged, metr
 
 import advmoe_jax
 from advmoe_jax import main, modes
+from advmoe_jax.core import config as configs
 from advmoe_jax.core.paths import path
 
 pytestmark = pytest.mark.multiprocess
@@ -195,7 +196,7 @@ def test_one_line_and_the_exit_code_in_every_process(more, words, tmp_path):
 def test_what_must_be_the_same_in_every_process(change, name, tmp_path, monkeypatch):
     def facts(*more):
         parsed, overrides = main.parse([*flags(tmp_path, model__depth=10), *more])
-        return modes._facts(parsed, path(parsed.workdir), {"": modes._with(modes._load(parsed), overrides)})
+        return modes._facts(parsed, path(parsed.workdir), {"": configs.checked(modes._load(parsed), overrides)})
 
     ours, theirs = facts(), facts(*change)
     monkeypatch.setattr(advmoe_jax, "__version__", "0.0")

@@ -276,9 +276,11 @@ def override_all(config: ConfigDict, texts: list[str]) -> None:
 
 
 def _unknown_field(name: str, known: Mapping[str, Setting]) -> UserError:
-    for chooser, module, _ in _elsewhere(name, known):
-        return UserError(f"{name} is a field of {chooser}={module}, and {chooser} is {known[chooser].default}: "
-                         f"expected no such field, or {chooser}={module}")
+    ways = [f"{chooser}={module}" for chooser, module, _ in _elsewhere(name, known)]
+    if ways:
+        chooser, those = ways[0].partition("=")[0], "one of these" if len(ways) > 1 else ways[0]
+        return UserError(f"{name} is a field of {', '.join(ways)}, and {chooser} is {known[chooser].default}: "
+                         f"expected no such field, or {those}")
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     group = name.rpartition(".")[0]
     siblings = [field for field in known if field.rpartition(".")[0] == group]

@@ -114,9 +114,9 @@ class _Module(nn.Module):
 
 
 def _aux(scores, ids):
-    scores = jnp.concatenate([of.reshape(len(of), -1, of.shape[-1]) for of in scores], 1)
+    scores = jnp.concatenate([of.reshape(of.shape[0], -1, of.shape[-1]) for of in scores], 1)
     best, second = jnp.moveaxis(jax.lax.top_k(scores, 2)[0], -1, 0)
-    ids = jnp.concatenate([of.reshape(len(of), -1) for of in ids], 1)
+    ids = jnp.concatenate([of.reshape(of.shape[0], -1) for of in ids], 1)
     return {"router_logits": scores, "expert_ids": ids, "margins": best - second}
 
 

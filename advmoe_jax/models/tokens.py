@@ -94,7 +94,7 @@ class RoutedDense(nn.Module):
         kernel = self.param("kernel", self._init, (x.shape[-1], stored), jnp.float32).astype(x.dtype)
         bias = self.param("bias", nn.initializers.zeros, (stored,), jnp.float32).astype(x.dtype)
         starts = routing.offsets(self.num_experts, self.features, self.features, "disjoint")
-        rows = x.reshape(len(choice.gate), -1, 1, x.shape[-1])
+        rows = x.reshape(choice.gate.shape[0], -1, 1, x.shape[-1])
         y = dispatch.conv(rows, kernel[None, None], choice, starts, self.features, 1)
         biases = bias.reshape(self.num_experts, 1, self.features)
         if choice.expert is not None:

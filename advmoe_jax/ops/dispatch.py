@@ -101,7 +101,7 @@ class Choice:
 def choose(scores: jax.Array, route: routing.Route, layer: int, dispatch: Dispatch) -> tuple[Choice, jax.Array]:
     """What a layer is told, and the experts that are taken, as `routing.gates` gives them. Arguments as there."""
     gate, ids = routing.gates(scores, route, layer)
-    mesh, num_experts, rows = _of(dispatch.mesh, len(ids)), scores.shape[-1], ids.reshape(-1)
+    mesh, num_experts, rows = _of(dispatch.mesh, ids.shape[0]), scores.shape[-1], ids.reshape(-1)
     gate, shares = (weights.reshape(-1, num_experts) for weights in (gate, jax.nn.softmax(scores)))
     if dispatch.kind == "all" or route.kind == "soft":
         return Choice(gate, shares=shares), ids

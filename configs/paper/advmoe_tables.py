@@ -21,7 +21,12 @@ Command:  python -m advmoe_jax.data.prepare cifar10 --out data  (cifar100, tiny_
           do [ $? = 75 ] || break; done
           SIGTERM, here of timeout, has a run saved before it ends with code 75; the same command continues it, and
           finished runs are skipped. What was killed loses an epoch at most.
-Figures:  fig1 to fig3, fig7 and fig8 are tables of the report, figA2 is training.png of each run.
+Figures:  of fig1 to fig3, fig7, fig8 and figA2, in the folder of the recipe
+          python -m advmoe_jax.report.curves --workdir runs/advmoe_tables_fig2 --out runs/fig2
+          of fig4, fig5 (router and backbone) and fig6, of a seed
+          python -m advmoe_jax.report.routing --workdir runs/advmoe_tables_fig4/cifar10-r18-router-s0 --out runs/fig4
+          python -m advmoe_jax.report.routing --workdir runs/advmoe_tables_fig6/cifar100-r18-{advmoe,at_moe}-s0
+          --against runs/advmoe_tables_fig6/cifar100-r18-at_sparse-s0 --out runs/fig6
 Hardware: one GPU for r18_cifar10, accelerators for the others, 2 CPU cores for digits.
 Time:     not measured. r18_cifar10 by its operations at 20 TFLOP/s (an image of TRADES with PGD-2 is 11 forward passes,
           of standard training 3), an estimate: AT(Dense) 51 minutes a seed, AT(S-Dense) 13, AT(Sparse) 102 more,

@@ -65,6 +65,9 @@ class _Dense:
     def in_training(self, computing):
         return self
 
+    def in_program(self):
+        return self
+
     def metrics(self, passes):
         return {}
 
@@ -85,6 +88,9 @@ class _Dense:
 
     def costs(self, masks=None, facts=None):
         return {"pathway": 48, "router": 0, "total": 48, "executed": 48, "params": 48}
+
+    def layer_costs(self, masks=None):
+        return ()
 
 
 @dataclasses.dataclass(frozen=True)

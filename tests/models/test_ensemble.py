@@ -246,5 +246,6 @@ def test_an_ensemble_is_evaluated_member_by_member():
 def test_a_network_has_the_name_of_its_kind():
     assert [_model(kind)[0].kind for kind in KINDS] == [
         "Dense", "MoE", "ensemble of 3 S-Dense", "ensemble of 2 MoE", "team of 3 S-Dense", "mixture of 3 S-Dense",
-        "mixture of 3 S-Dense, the 2 best of the gate"]
+        "mixture of 3 S-Dense, the 2 best of the gate",
+        "dual model of alpha 0.7, each a mixture of 2 S-Dense, the 1 best of the gate"]
     assert isinstance(_model("ensemble")[0].member, network.Network)
