@@ -16,6 +16,7 @@ _ACROSS = 3  # panels beside each other
 _DENSE = 1.0  # model scale
 _HEIGHT = 3.8  # inches, at least
 _MOST_TICKS = 10
+_MOST_LINEAR = 20  # times as large as the least are MACs on a linear axis
 
 
 def write(out: epath.Path, found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -117,7 +118,7 @@ def _overview(found):
     figure, panels = _panels(2, 10, len(lines) + 1)
     if figure is None:
         return None
-    handles, theirs = {}, found["paper"]["overview"]
+    handles, theirs, macs = {}, found["paper"]["overview"], [of["macs"] for of in found["overview"].values()]
     for axes, kind, name in zip(panels, ("ra", "sa"), ("robust", "standard")):
         for (line, of_line), (colour, marker) in zip(lines.items(), _looks()):
             x, y, error = _means(_by_macs(of_line, kind))
@@ -127,7 +128,7 @@ def _overview(found):
                     if kind == "ra" and label in theirs}
             _hollow(axes, list(told), list(told.values()), colour, marker)
         axes.set(xlabel="MACs of an image, pathway and router (millions)", ylabel=f"{name} accuracy (%)",
-                 xlim=(0, None))
+                 **({"xscale": "log"} if max(macs) > _MOST_LINEAR * min(macs) else {"xlim": (0, None)}))
     return _named(figure, f"{found['attack']}, eps {found['at']}", handles, bool(theirs))
 
 
