@@ -9,10 +9,10 @@
 of its best checkpoint; --all the networks of AdvMoE's paper, by `report.advmoe_costs`. Beside a network of that paper
 stands the paper's figure. What the paper says of mixtures follows no rule, so that its pathways and ours differ.
 
-Counted are convolutions and linear layers. Masks cost no MACs: they are zeros in weights, which "executed" counts and
-the others do not. Neither does the choice of an expert, beside the router that is counted: E - 1 comparisons a choice,
-and then with model.dispatch=all, for each value that a routed layer gives, E products with a gate of zeros and a one;
-else images are copied into blocks of one expert, and back.
+Counted are convolutions, linear layers and attention's products. Masks cost no MACs: they are zeros in weights, which
+"executed" counts and the others do not. Neither does the choice of an expert, beside the router that is counted: E - 1
+comparisons a choice, and then with model.dispatch=all, for each value that a routed layer gives, E products with a gate
+of zeros and a one; else images are copied into blocks of one expert, and back.
 
 H height, W width, C channels, K classes, E experts.
 """
@@ -39,10 +39,10 @@ from advmoe_jax.train import checkpoint as checkpoints
 KINDS = ("pathway", "router", "total", "executed")
 _GIGA = 1e9
 _ROUTERS = ("router", "gate")  # groups of parameters that choose
-_NOTE = ("MACs of one image, of convolutions and linear layers. Pathway: one expert a layer; executed: what "
-         "model.dispatch computes, also zeros of masks, without the padding of blocks; parameters: the router's behind "
-         "the others. Masks and the choice of an expert need no MACs; the choice is comparisons, and products with a "
-         "one-hot gate or copies of images.")
+_NOTE = ("MACs of one image, of convolutions, linear layers and attention's products. Pathway: one expert a layer; "
+         "executed: what model.dispatch computes, also zeros of masks, without the padding of blocks; parameters: the "
+         "router's behind the others. Masks and the choice of an expert need no MACs; the choice is comparisons, and "
+         "products with a one-hot gate or copies of images.")
 _PAPER = ("Paper: 1e9 MACs, as AdvMoE's tables 1 and A2 print them. Difference: our pathway less the paper's, and of a "
           "mixture our total less it.")
 _NORMS = "norms, and what is no layer's"
