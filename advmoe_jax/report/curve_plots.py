@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from advmoe_jax.core import files
 from advmoe_jax.report import figures
 
 _MARKERS = "osD^vPX"
@@ -25,15 +24,8 @@ def write(out: epath.Path, found: Mapping[str, Any]) -> tuple[str, ...]:
     Returns:
         The names of the files; none without matplotlib.
     """
-    drawn = []
-    for name, make in {"eps": _eps, "scale": _scale, "overview": _overview, "trajectory": _trajectory}.items():
-        figure = make(found) if found[name] else None
-        if figure is None:
-            (out / f"{name}.png").unlink(missing_ok=True)
-        else:
-            files.write_figure(out / f"{name}.png", figure)
-            drawn.append(f"{name}.png")
-    return tuple(drawn)
+    makers = {"eps": _eps, "scale": _scale, "overview": _overview, "trajectory": _trajectory}
+    return figures.write(out, {f"{name}.png": make(found) if found[name] else None for name, make in makers.items()})
 
 
 def _looks():

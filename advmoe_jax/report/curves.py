@@ -14,10 +14,10 @@ from typing import Any
 
 from etils import epath
 
-from advmoe_jax.core import cli, files, paths, shares, tables
+from advmoe_jax.core import cli, paths, shares, tables
 from advmoe_jax.core import config as configs
 from advmoe_jax.core.tables import Table
-from advmoe_jax.report import curve_plots, runs, selection
+from advmoe_jax.report import curve_plots, findings, runs, selection
 from advmoe_jax.report.runs import Run
 from advmoe_jax.report.selection import Measured
 
@@ -148,11 +148,8 @@ def write(out: epath.Path, found: Mapping[str, Any]) -> None:
         found: what `measure` gave.
     """
     shown = summary(found)
-    files.write_json(out / "curves.json", found)
-    files.write_text(out / "table.md", "\n".join(map(tables.markdown, shown)))
-    drawn = curve_plots.write(out, found)
-    tables.show(shown)
-    print(f"report: {', '.join([str(out / 'curves.json'), 'table.md', *drawn])}")
+    findings.write(out, "curves", found, shown)
+    findings.show(out, ("curves.json", "table.md", *curve_plots.write(out, found)), shown)
 
 
 def main(argv: list[str] | None = None) -> int:

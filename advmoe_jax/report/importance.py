@@ -25,7 +25,7 @@ from advmoe_jax.core.layer_spec import dotted
 from advmoe_jax.core.tables import Table
 from advmoe_jax.data import pipeline
 from advmoe_jax.pruning import pruned
-from advmoe_jax.report import plots, trained
+from advmoe_jax.report import figures, findings, plots, trained
 from advmoe_jax.report.trained import Trained
 
 SCORES, ROOM = "nis,erm,ase,bnsf", ("pruning", "score")
@@ -126,12 +126,8 @@ def write(out: epath.Path, found: Mapping[str, Any]) -> None:
     """
     files.write_json(out / "importance.json", found)
     alike = {"two runs": found["runs_alike"], "two scores": found["scores_alike"]}
-    drawn = {"importance.png": plots.write_nodes(out / "importance.png", found["nodes"]),
-             "ranks.png": plots.write_ranks(out / "ranks.png", alike)}
-    for name in (name for name, is_drawn in drawn.items() if not is_drawn):
-        (out / name).unlink(missing_ok=True)  # of an earlier call
-    tables.show(summary(found))
-    print(f"report: {', '.join([str(out / 'importance.json'), *(name for name in drawn if drawn[name])])}")
+    drawn = figures.write(out, {"importance.png": plots.nodes(found["nodes"]), "ranks.png": plots.ranks(alike)})
+    findings.show(out, ("importance.json", *drawn), summary(found))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 
 from advmoe_jax.core import files
 from advmoe_jax.evaluation import results
+from advmoe_jax.report import figures
 from advmoe_jax.report.figures import COLOURS as _COLOURS
 from advmoe_jax.report.figures import GREY as _GREY
 from advmoe_jax.report.figures import RA as _RA
@@ -16,6 +17,7 @@ from advmoe_jax.report.runs import Run
 
 _GROUPS = 12  # of bars, side by side at most
 
+
 def write(run: Run) -> tuple[str, ...] | None:
     """Draws what the run has to show into its workdir.
 
@@ -23,18 +25,17 @@ def write(run: Run) -> tuple[str, ...] | None:
         The names of the files: training.png if it has trained, layers.png if metrics have a value for each layer. None
         without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
     train = [record for record in run.metrics if record["split"] == "train"]
+    if (figure := figures.new(11, 3.4)) is None:
+        return None
     if not _updates(train):
         return ()
+    _training(figure, run, train)
     names = ["training.png"]
-    files.write_figure(run.folder / names[0], _training(Figure, run, train))
+    files.write_figure(run.folder / names[0], figure)
     if vectors := _vectors(train):
         names.append("layers.png")
-        files.write_figure(run.folder / names[1], _layers(Figure, run, vectors))
+        files.write_figure(run.folder / names[1], _layers(run, vectors))
     return tuple(names)
 
 
@@ -44,10 +45,6 @@ def write_curve(run: Run) -> str | None:
     Returns:
         "curve.png", or None where there is nothing to draw, or nothing to draw with.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
     lines: dict[tuple, list] = {}
     for entry in run.entries:
         lines.setdefault((entry["checkpoint"], entry["attack"], entry["norm"], entry["n"]), []).append(entry)
@@ -55,7 +52,8 @@ def write_curve(run: Run) -> str | None:
              if key[2] and len({entry["eps_value"] for entry in found}) > 1}
     if not lines:
         return None
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    if (figure := figures.new(5.5, 3.6)) is None:
+        return None
     axes = figure.subplots()
     for ((checkpoint, attack, norm, n), found), colour in zip(lines.items(), itertools.cycle(_COLOURS)):
         eps = [entry["eps_value"] for entry in found]
@@ -80,14 +78,11 @@ def write_pictures(run: Run) -> str | None:
     kept = {entry["id"]: run.folder / "eval" / entry["id"] / results.PICTURES for entry in run.entries}
     rows = [(f"{entry['attack']}\n{entry['checkpoint']}", files.read_npz(kept[entry["id"]])) for entry in run.entries
             if kept[entry["id"]].exists()]
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
     if not rows:
         return None
     count = max(len(shown["image"]) for _, shown in rows)
-    figure = Figure(figsize=(1 + 0.8 * count, 0.9 * len(rows)), layout="constrained")
+    if (figure := figures.new(1 + 0.8 * count, 0.9 * len(rows))) is None:
+        return None
     for panels, (name, shown) in zip(figure.subplots(len(rows), count, squeeze=False), rows):
         panels[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="x-small")
         for axes, image, label, predicted in zip(panels, shown["image"], shown["label"], shown["prediction"]):
@@ -107,12 +102,9 @@ def write_team(run: Run, found: dict[str, Any]) -> str | None:
     Returns:
         "team.png", or None without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
     sizes, diversity = zip(*((len(members.split()), rd) for members, rd in found["teams"]))
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    if (figure := figures.new(5.5, 3.6)) is None:
+        return None
     axes = figure.subplots()
     shift = np.random.default_rng(0).uniform(-0.3, 0.3, len(sizes))
     axes.plot(np.array(sizes) + shift, diversity, ".", color=_COLOURS[0], alpha=0.3, markersize=3, label="teams")
@@ -138,8 +130,7 @@ def _series(train: list[dict[str, Any]], name: str, update: str | None = None) -
     return (np.array([r["epoch"] for r in records]), np.array([r[key] for r in records])) if records else None
 
 
-def _training(figure_class, run: Run, train: list[dict[str, Any]]):
-    figure = figure_class(figsize=(11, 3.4), layout="constrained")
+def _training(figure, run: Run, train: list[dict[str, Any]]) -> None:
     losses, accuracies = figure.subplots(1, 2)
     updates = _updates(train)
     for update, colour in zip(updates, _COLOURS[2:]):
@@ -163,7 +154,6 @@ def _training(figure_class, run: Run, train: list[dict[str, Any]]):
         axes.spines[["top", "right"]].set_visible(False)
     losses.legend(frameon=False, fontsize="small", loc="upper right")
     accuracies.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
 
 
 def _vectors(train: list[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -174,13 +164,13 @@ def _vectors(train: list[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndar
     return {name: (epochs, values) for name, (epochs, values) in series.items() if values.ndim == 2}
 
 
-def _layers(figure_class, run: Run, vectors: dict[str, tuple[np.ndarray, np.ndarray]]):
+def _layers(run: Run, vectors: dict[str, tuple[np.ndarray, np.ndarray]]):
     """A map over epochs and layers of each metric, and stacked bars of facts that divide the images of each layer."""
     final = next((entry for entry in reversed(run.entries) if any(_divides(v) for v in entry["facts"].values())), None)
     shares = {name: np.array(v) for name, v in final["facts"].items() if _divides(v)} if final else {}
     num_layers = next(iter(vectors.values()))[1].shape[1]
     count = len(vectors) + len(shares)
-    figure = figure_class(figsize=(4.2 * count, 2 + 0.17 * num_layers), layout="constrained")
+    figure = figures.new(4.2 * count, 2 + 0.17 * num_layers)
     panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     for axes, (name, (epochs, values)) in zip(panels, vectors.items()):
         edges = np.concatenate([[0], epochs]), np.arange(num_layers + 1) - 0.5
@@ -217,11 +207,8 @@ def write_rows(path, labels: list[str], rates: list[tuple[float, float]], paper:
     Returns:
         Whether there is anything to draw with.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    if (figure := figures.new(6.5, 1 + 0.35 * len(labels))) is None:
         return False
-    figure = Figure(figsize=(6.5, 1 + 0.35 * len(labels)), layout="constrained")
     axes, place = figure.subplots(), np.arange(len(labels))
     means, deviations = np.array(rates).T
     axes.barh(place, means, xerr=deviations, height=0.7, color=_RA, ecolor=_GREY, capsize=2)
@@ -246,13 +233,10 @@ def write_superscores(path, labels: list[str], scores: list[Mapping[str, float]]
     Returns:
         Whether there is anything to draw with.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     names, lines = list(scores[0]), -(-len(labels) // _GROUPS)
     groups = -(-len(labels) // lines)  # in a line, about as many in each
-    figure = Figure(figsize=(1.5 + max(5.0, 0.28 * len(names) * groups), 3.5 * lines + 0.5), layout="constrained")
+    if (figure := figures.new(1.5 + max(5.0, 0.28 * len(names) * groups), 3.5 * lines + 0.5)) is None:
+        return False
     width, colours = 0.84 / len(names), list(itertools.islice(itertools.cycle(_COLOURS), len(names)))
     for line, axes in enumerate(figure.subplots(lines, squeeze=False)[:, 0]):
         shown = slice(line * groups, (line + 1) * groups)
@@ -284,12 +268,10 @@ def write_matrix(path, rows: Sequence[str], columns: Sequence[str], rates: np.nd
     Returns:
         Whether there is anything to draw with.
     """
-    try:
-        from matplotlib.colors import LogNorm, Normalize
-        from matplotlib.figure import Figure
-    except ImportError:
+    if (figure := figures.new(3 + 0.55 * len(columns), 2 + 0.28 * len(rows))) is None:
         return False
-    figure = Figure(figsize=(3 + 0.55 * len(columns), 2 + 0.28 * len(rows)), layout="constrained")
+    from matplotlib.colors import LogNorm, Normalize
+
     axes = figure.subplots()
     scale = LogNorm(0.1, 100, clip=True) if is_log else Normalize(0, 100)
     shown = axes.imshow(rates, cmap="cividis", norm=scale, aspect="auto")
@@ -305,62 +287,52 @@ def write_matrix(path, rows: Sequence[str], columns: Sequence[str], rates: np.nd
     return True
 
 
-def write_nodes(path, nodes: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> bool:
+def nodes(found: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> Any | None:
     """Draws how much each node of each layer matters: a map for every score, down, and run, across.
 
     Nodes are in one order in all maps, by falling importance in the first: where another map has the same it fades from
     left to right as the first one does.
 
     Args:
-        path: of the PNG.
-        nodes: {run: {score: {layer: a number for each node, the largest 1}}}.
+        found: {run: {score: {layer: a number for each node, the largest 1}}}.
     Returns:
-        Whether there is anything to draw with.
+        The figure; None without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    scores, width = list(next(iter(nodes.values()))), 240
-    first = nodes[next(iter(nodes))][scores[0]]
+    scores, width = list(next(iter(found.values()))), 240
+    first = found[next(iter(found))][scores[0]]
     order = {layer: np.argsort(-np.array(of), kind="stable") for layer, of in first.items()}
-    figure = Figure(figsize=(1.6 + 2.6 * len(nodes), 0.9 + len(scores) * (0.5 + 0.13 * len(first))),
-                    layout="constrained")
-    panels = figure.subplots(len(scores), len(nodes), sharex=True, sharey=True, squeeze=False)
+    if (figure := figures.new(1.6 + 2.6 * len(found), 0.9 + len(scores) * (0.5 + 0.13 * len(first)))) is None:
+        return None
+    panels = figure.subplots(len(scores), len(found), sharex=True, sharey=True, squeeze=False)
     for line, score in zip(panels, scores):
-        for axes, (run, by_score) in zip(line, nodes.items()):
+        for axes, (run, by_score) in zip(line, found.items()):
             values = [np.array(of)[order[layer]] for layer, of in by_score[score].items()]
             sampled = [of[np.arange(width) * len(of) // width] for of in values]
             shown = axes.imshow(sampled, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest",
                                 extent=(0, 100, len(values) - 0.5, -0.5))
             axes.set_title(f"{score}, {run}", fontsize="medium")
         line[0].set_yticks(np.arange(len(first)), first, fontsize="x-small")
-    figure.supxlabel(f"nodes of a layer (%), by falling importance in {scores[0]}, {next(iter(nodes))}",
+    figure.supxlabel(f"nodes of a layer (%), by falling importance in {scores[0]}, {next(iter(found))}",
                      fontsize="medium")
     figure.colorbar(shown, ax=panels, label="importance, largest of the layer 1", aspect=60, pad=0.01)
-    files.write_figure(path, figure)
-    return True
+    return figure
 
 
-def write_ranks(path, alike: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> bool:
+def ranks(alike: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> Any | None:
     """Draws over the layers how alike two things rank weights.
 
     Args:
-        path: of the PNG.
         alike: {row: {panel: {pair: {layer: correlation of ranks}}}}; rows without pairs are left out.
     Returns:
-        Whether there is anything to draw, and to draw with.
+        The figure; None where there is nothing to draw, or nothing to draw with.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     rows = {row: panels for row, panels in alike.items() if any(panels.values())}
     if not rows:
-        return False
+        return None
     layers = list(next(iter(next(iter(next(iter(rows.values())).values())).values())))
     columns = max(map(len, rows.values()))
-    figure = Figure(figsize=(2.2 + columns * (1.6 + 0.1 * len(layers)), 0.8 + 2.6 * len(rows)), layout="constrained")
+    if (figure := figures.new(2.2 + columns * (1.6 + 0.1 * len(layers)), 0.8 + 2.6 * len(rows))) is None:
+        return None
     for below, (row, panels) in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows.items()):
         found = below.subplots(1, columns, sharey=True, squeeze=False)[0]
         for axes, (panel, pairs) in zip(found, panels.items()):
@@ -376,5 +348,4 @@ def write_ranks(path, alike: Mapping[str, Mapping[str, Mapping[str, Mapping[str,
         found[0].set_ylabel(f"correlation of ranks, {row}")
         handles, labels = found[0].get_legend_handles_labels()
         below.legend(handles, labels, frameon=False, fontsize="small", loc="outside right upper")
-    files.write_figure(path, figure)
-    return True
+    return figure

@@ -17,10 +17,10 @@ import numpy as np
 from etils import epath
 
 from advmoe_jax.attacks import parse
-from advmoe_jax.core import cli, files, paths, tables
+from advmoe_jax.core import cli, paths
 from advmoe_jax.core.errors import UserError, one_of
 from advmoe_jax.core.layer_spec import dotted
-from advmoe_jax.report import overlap, routed, routing_plots, routing_tables, trained
+from advmoe_jax.report import findings, overlap, routed, routing_plots, routing_tables, trained
 
 ATTACK = "pgd"
 
@@ -79,11 +79,8 @@ def write(out: epath.Path, found: Mapping[str, Any]) -> None:
         found: what `measure` gave.
     """
     shown = routing_tables.of(found)
-    files.write_json(out / "routing.json", found)
-    files.write_text(out / "table.md", "\n".join(map(tables.markdown, shown)))
-    drawn = routing_plots.write(out, found)
-    tables.show(shown)
-    print(f"report: {', '.join([str(out / 'routing.json'), 'table.md', *drawn])}")
+    findings.write(out, "routing", found, shown)
+    findings.show(out, ("routing.json", "table.md", *routing_plots.write(out, found)), shown)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from advmoe_jax.core import files
 from advmoe_jax.report import figures, routed
 from advmoe_jax.report.pathways import CATEGORIES
 from advmoe_jax.report.routing_tables import TITLES
@@ -24,17 +23,9 @@ def write(out: epath.Path, found: Mapping[str, Any]) -> tuple[str, ...]:
     Returns:
         The names of the files; none without matplotlib.
     """
-    makers = {"dissection.png": _dissection, "routes.png": _routes, "layers.png": _layers, "classes.png": _classes,
-              "iou.png": _iou}
-    drawn = []
-    for name, make in makers.items():
-        figure = make(found) if name != "iou.png" or found["against"] else None
-        if figure is None:
-            (out / name).unlink(missing_ok=True)
-        else:
-            files.write_figure(out / name, figure)
-            drawn.append(name)
-    return tuple(drawn)
+    return figures.write(out, {
+        "dissection.png": _dissection(found), "routes.png": _routes(found), "layers.png": _layers(found),
+        "classes.png": _classes(found), "iou.png": _iou(found) if found["against"] else None})
 
 
 def _dissection(found):
