@@ -49,9 +49,14 @@ class Preempted(UserError):
     exit_code = EXIT_PREEMPTED
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def outcome(error: BaseException) -> tuple[int, str]:
     """The exit code of an error, and the line that a person reads of it."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = first_line(error)
     if isinstance(error, UserError):
         return error.exit_code, line
     if isinstance(error, KeyboardInterrupt):

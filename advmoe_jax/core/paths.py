@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from advmoe_jax.core.errors import UserError
+from advmoe_jax.core.errors import UserError, first_line
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # or etils loads TensorFlow for gs:// wherever it is installed
 _REMOTE = "gs://"
@@ -59,9 +59,8 @@ def reached(where: str | os.PathLike, what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or not is_remote(where):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{what} {where} cannot be used ({reason}): expected a bucket that exists, and the rights to "
-                        "list, read, write and delete what is in it") from None
+        raise UserError(f"{what} {where} cannot be used ({first_line(error)}): expected a bucket that exists, and the "
+                        "rights to list, read, write and delete what is in it") from None
 
 
 def is_remote(where: str | os.PathLike) -> bool:

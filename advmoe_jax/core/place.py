@@ -3,7 +3,7 @@
 import os
 from typing import NamedTuple
 
-from advmoe_jax.core.errors import UserError
+from advmoe_jax.core.errors import UserError, first_line
 
 # What launchers tell each process: how many there are, and which one it is. Open MPI may itself be started by Slurm.
 _NUMBERS = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("SLURM_NTASKS", "SLURM_PROCID"),
@@ -77,8 +77,8 @@ def _detect(patience: int) -> tuple[str, int, int]:
     try:
         *found, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, patience)
     except Exception as error:  # of the libraries by which jax asks Google's metadata and Kubernetes, too
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--coordinator auto: the cluster cannot be read ({reason}); expected host:port") from None
+        raise UserError(f"--coordinator auto: the cluster cannot be read ({first_line(error)}); expected host:port"
+                        ) from None
     if None in found:
         raise UserError("--coordinator auto: no TPU, Slurm, Open MPI or Kubernetes says where process 0 is; expected "
                         "host:port")

@@ -42,6 +42,12 @@ def key(seed: int, name: str | jax.Array, step: int | jax.Array = 0) -> jax.Arra
     return jax.random.fold_in(stream(jax.random.key(seed), name), step)
 
 
+def on_host(seed: int, name: str, *counts: int) -> np.random.Generator:
+    """What draws on the host of a named stream, for numbers such as a step and a row."""
+    words = (seed % 2**64, zlib.crc32(name.encode()), *counts)
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+
+
 def per_example(key: jax.Array, index: jax.Array) -> jax.Array:
     """One key per example, folded from its index in the data set.
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.lib import format as npy
 
-from advmoe_jax.core import paths
+from advmoe_jax.core import paths, rng
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data.split import Arrays, Split
 
@@ -75,9 +75,7 @@ class Mixed:
     def draw(self, batch_size: int, seed: int, stream: str, step: int) -> np.ndarray:
         """The rows of the extra images of a batch, (count,) int64, drawn with replacement, as Carmon et al. (NeurIPS
         2019) and their followers do. A function of (seed, stream, step)."""
-        words = (seed % 2**64, zlib.crc32(f"{stream}/extra".encode()), step)
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
-        return generator.integers(len(self.whole), len(self), self.count(batch_size))
+        return rng.on_host(seed, f"{stream}/extra", step).integers(len(self.whole), len(self), self.count(batch_size))
 
 
 def about(cfg: Any) -> str:

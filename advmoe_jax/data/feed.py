@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from advmoe_jax.core import console
+from advmoe_jax.core import console, rng
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.data import pipeline
 from advmoe_jax.data.split import Split
@@ -138,8 +137,7 @@ class _Draws:
     def _draw(self, rows, stream, step):
         """The first of the images that can be decoded, and its row."""
         for row in rows:
-            words = (self.seed % 2**64, zlib.crc32(f"{stream}/crop".encode()), step, int(row))
-            image = self.split.draw(row, np.random.Generator(np.random.Philox(np.random.SeedSequence(words))))
+            image = self.split.draw(row, rng.on_host(self.seed, f"{stream}/crop", step, int(row)))
             if image is not None:
                 return image, row
         raise UserError(f"none of the {len(rows)} images of a batch can be decoded, the first is "

@@ -7,7 +7,6 @@ file. Legend: n examples of a split, B batch; H height, W width, C channels.
 import dataclasses
 import functools
 import re
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advmoe_jax.core import find, paths
+from advmoe_jax.core import find, paths, rng
 from advmoe_jax.core import mesh as meshes
 from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import Only, setting
@@ -152,6 +151,15 @@ def known(cfg: Any) -> tuple[tuple[int, int, int] | None, int | None]:
     if not hasattr(module, "KNOWN"):
         return None, None
     return module.KNOWN.image_shape or (cfg.image_size, cfg.image_size, 3), module.KNOWN.num_classes
+
+
+def of_images(cfg: Any) -> tuple[tuple[int, int, int], int]:
+    """(H, W, C) and K as `known`, and where only the files say them by these. Raises UserError as `open_dataset`."""
+    shape, classes = known(cfg)
+    if shape is None or classes is None:
+        dataset = open_dataset(cfg.name, cfg.dir, view=cfg)
+        shape, classes = dataset.image_shape, dataset.num_classes
+    return shape, classes
 
 
 def open_dataset(name: str, root: str, subset: int = 0, view: Any = None) -> Dataset:
@@ -304,7 +312,6 @@ def on_devices(mesh: jax.sharding.Mesh, local: dict[str, np.ndarray]) -> dict[st
 
 @functools.lru_cache(maxsize=8)
 def _permutation(n, seed, stream, epoch):
-    words = (seed % 2**64, zlib.crc32(stream.encode()), epoch)
-    order = np.random.Generator(np.random.Philox(np.random.SeedSequence(words))).permutation(n)
+    order = rng.on_host(seed, stream, epoch).permutation(n)
     order.setflags(write=False)
     return order

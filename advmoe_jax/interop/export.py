@@ -72,7 +72,7 @@ def export_run(config: ConfigDict, workdir: epath.Path, which: str = "") -> epat
     where = finished.free(own.out or str(workdir / "export" / own.format), "export.out")
     form = find.module(_FORMATS[0], own.format, defines=_FORMATS[1], kind="export.format")
     origin = weights.origin(workdir) if weights.is_in(workdir) else None
-    model = models.make(config.model, *(origin.of_images if origin else _of_images(config)))
+    model = models.make(config.model, *(origin.of_images if origin else pipeline.of_images(config.data)))
     which = which or (origin.checkpoint if origin else "best")
     with checkpoints.opened(workdir, create=False) as saved:
         of = Export(config, workdir, model, saved.restore_trained(which, model.shapes), which, saved.step(which))
@@ -97,9 +97,3 @@ def write_run(of: Export, folder: epath.Path) -> None:
 def _of_run(config: ConfigDict) -> ConfigDict:
     """The config without what it says of this export, so that another may follow."""
     return configs.complete(ConfigDict({name: of for name, of in config.to_dict().items() if name != "export"}))
-
-
-def _of_images(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
-    """(H, W, C) and K of the run's data."""
-    dataset = pipeline.open_dataset(config.data.name, config.data.dir, view=config.data)
-    return dataset.image_shape, dataset.num_classes

@@ -23,8 +23,9 @@ from advmoe_jax.core.errors import UserError
 from advmoe_jax.core.fields import setting
 from advmoe_jax.core.layer_spec import LayerSpec
 from advmoe_jax.core.tables import Table
-from advmoe_jax.models import gate_facts, mixture
+from advmoe_jax.models import mixture
 from advmoe_jax.models.macs import LayerCost
+from advmoe_jax.models.members import costs_within, layers_within
 from advmoe_jax.models.mixture import Mixture
 
 PARTS = ("standard", "robust")
@@ -87,9 +88,7 @@ class Dual:
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
-        return tuple(dataclasses.replace(
-            spec, path=f"{part}_{spec.path}", norm=spec.norm and f"{part}_{spec.norm}",
-            inputs=tuple(f"{part}_{path}" for path in spec.inputs)) for part in PARTS for spec in self.mixture.layers)
+        return tuple(spec for part in PARTS for spec in layers_within(f"{part}_", self.mixture.layers))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -143,13 +142,13 @@ class Dual:
         return _together(self.alpha, outputs)
 
     def metrics(self, passes: Mapping[str, Any]) -> dict[str, jax.Array]:
-        return gate_facts.metrics(passes)
+        return self.mixture.metrics(passes)
 
     def progress(self, means: Mapping[str, Any]) -> str:
-        return gate_facts.progress(means)
+        return self.mixture.progress(means)
 
     def watch(self, means: Mapping[str, Any], batch_size: int, iterations: int) -> tuple[str, ...]:
-        return ()
+        return self.mixture.watch(means, batch_size, iterations)
 
     def observe(self, aux: dict[str, jax.Array]) -> dict[str, jax.Array]:
         count = self.mixture.num_members
@@ -161,10 +160,7 @@ class Dual:
     def facts(self, y: np.ndarray, clean: Mapping[str, np.ndarray], attacked: Mapping[str, np.ndarray],
               among: np.ndarray) -> dict[str, Any]:
         """{part: those of the mixture}."""
-        def of(found, part):
-            return {name.removeprefix(f"{part}_"): leaf for name, leaf in found.items() if name.startswith(f"{part}_")}
-
-        return {part: self.mixture.facts(y, of(clean, part), of(attacked, part), among) for part in PARTS}
+        return {part: self.mixture.facts(y, _own(clean, part), _own(attacked, part), among) for part in PARTS}
 
     def fact_tables(self, facts: Mapping[str, Any]) -> list[Table]:
         return [dataclasses.replace(table, title=f"{table.title} of the {part} mixture")
@@ -172,22 +168,22 @@ class Dual:
 
     def costs(self, masks: Any = None, facts: Mapping[str, Any] | None = None) -> dict[str, int]:
         """The sums over both."""
-        found = [self.mixture.costs(self._own(masks, part), (facts or {}).get(part)) for part in PARTS]
+        found = [self.mixture.costs(_own(masks or {}, part), (facts or {}).get(part)) for part in PARTS]
         return {name: sum(of[name] for of in found) for name in found[0]}
 
     def layer_costs(self, masks: Any = None) -> tuple[LayerCost, ...]:
-        return tuple(dataclasses.replace(cost, path=f"{part}_{cost.path}")
-                     for part in PARTS for cost in self.mixture.layer_costs(self._own(masks, part)))
-
-    def _own(self, masks, part):
-        return {group.removeprefix(f"{part}_"): of for group, of in (masks or {}).items()
-                if group in self.groups_of(part)}
+        return tuple(cost for part in PARTS
+                     for cost in costs_within(f"{part}_", self.mixture.layer_costs(_own(masks or {}, part))))
 
 
 def of_part(variables: Mapping[str, Any], part: str) -> dict[str, Any]:
     """The variables of one of PARTS as those of a mixture."""
-    return {name: {group.removeprefix(f"{part}_"): of for group, of in groups.items() if group.startswith(f"{part}_")}
-            for name, groups in variables.items()}
+    return {name: _own(groups, part) for name, groups in variables.items()}
+
+
+def _own(found, part):
+    """What is named of one of PARTS, by the names that it has in the mixture."""
+    return {name.removeprefix(f"{part}_"): of for name, of in found.items() if name.startswith(f"{part}_")}
 
 
 def named(variables: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Ensemble:
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
         layers = self.member.layers
-        return tuple(spec for group in self.groups for spec in layers_within(group, layers))
+        return tuple(spec for group in self.groups for spec in layers_within(f"{group}/", layers))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -148,7 +148,7 @@ class Ensemble:
 
     def layer_costs(self, masks: Any = None) -> tuple[LayerCost, ...]:
         return tuple(cost for group in self.groups
-                     for cost in costs_within(group, self.member.layer_costs((masks or {}).get(group))))
+                     for cost in costs_within(f"{group}/", self.member.layer_costs((masks or {}).get(group))))
 
 
 def _mean(member_logits):

@@ -21,12 +21,12 @@ def stacked(members: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
-def layers_within(group: str, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """The layers of a network as those of the whole model, whose paths begin with the group."""
-    return tuple(dataclasses.replace(spec, path=f"{group}/{spec.path}", norm=spec.norm and f"{group}/{spec.norm}",
-                                     inputs=tuple(f"{group}/{path}" for path in spec.inputs)) for spec in layers)
+def layers_within(prefix: str, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """The layers of a part as those of the whole model, whose paths begin with the prefix, "member0/"."""
+    return tuple(dataclasses.replace(spec, path=f"{prefix}{spec.path}", norm=spec.norm and f"{prefix}{spec.norm}",
+                                     inputs=tuple(f"{prefix}{path}" for path in spec.inputs)) for spec in layers)
 
 
-def costs_within(group: str, costs: Sequence[LayerCost]) -> tuple[LayerCost, ...]:
-    """The same of what the layers of a network cost."""
-    return tuple(dataclasses.replace(cost, path=f"{group}/{cost.path}") for cost in costs)
+def costs_within(prefix: str, costs: Sequence[LayerCost]) -> tuple[LayerCost, ...]:
+    """The same of what the layers of a part cost."""
+    return tuple(dataclasses.replace(cost, path=f"{prefix}{cost.path}") for cost in costs)

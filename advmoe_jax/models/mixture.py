@@ -154,7 +154,7 @@ class Mixture:
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
-        return tuple(spec for group, net in self._networks.items() for spec in layers_within(group, net.layers))
+        return tuple(spec for group, net in self._networks.items() for spec in layers_within(f"{group}/", net.layers))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -284,7 +284,7 @@ class Mixture:
 
     def layer_costs(self, masks: Any = None) -> tuple[LayerCost, ...]:
         return tuple(cost for group, net in self._networks.items()
-                     for cost in costs_within(group, net.layer_costs((masks or {}).get(group))))
+                     for cost in costs_within(f"{group}/", net.layer_costs((masks or {}).get(group))))
 
     def _together(self, member_logits, gate_logits):
         """(B, M, K), (B, M) -> (B, K), of all experts."""

@@ -100,6 +100,10 @@ def cutmix(key: jax.Array, x: jax.Array, targets: jax.Array, alpha: float) -> tu
 def _span(key, size, part):
     """(B, size) bool: an interval of so large a part (B,) of all pixels, about a random one, cut off at the borders."""
     length = jnp.floor(part * size).astype(jnp.int32)[:, None]
-    first = jax.random.randint(key, length.shape, 0, size) - length // 2
+    return interval(size, jax.random.randint(key, length.shape, 0, size) - length // 2, length)
+
+
+def interval(size: int, first: jax.Array, length: jax.Array) -> jax.Array:
+    """(B, size) bool: which of so many pixels are among the `length` (B, 1) from `first` (B, 1) on."""
     place = jnp.arange(size)[None]
     return (place >= first) & (place < first + length)

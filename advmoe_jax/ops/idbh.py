@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from advmoe_jax.ops import distort, warp
+from advmoe_jax.ops.augment import interval
 
 _FACTORS = {"saturation": (0.1, 1.9), "brightness": (0.5, 1.9), "contrast": (0.5, 1.9), "sharpness": (0.1, 1.9)}
 OPERATIONS = (*_FACTORS, "autocontrast", "equalize", "shear", "turn")
@@ -125,8 +126,7 @@ def random_erasing(key: jax.Array, x: jax.Array, chance: float, largest: float) 
     for key, of, size in zip(places, both, sizes):
         length = jnp.take_along_axis(of, first, 1).astype(jnp.int32)
         start = jax.random.randint(key, length.shape, 0, jnp.maximum(size - length, 0) + 1)
-        place = jnp.arange(size)[None]
-        spans.append((place >= start) & (place < start + length))
+        spans.append(interval(size, start, length))
     is_erased = jax.random.bernoulli(is_erased, chance, x.shape[:1]) & jnp.any(fits, 1)
     gone = is_erased[:, None, None] & spans[0][:, :, None] & spans[1][:, None, :]
     return jnp.where(gone[..., None], 0, x)

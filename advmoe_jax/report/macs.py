@@ -108,7 +108,7 @@ def of_config(text: str, overrides: Sequence[str] = ()) -> Iterator[Count]:
     distinct: dict[Any, list[str]] = {}
     for name, config in runs.items():
         fields = {field: value for field, value in config.model.items() if field not in ("mean", "std")}
-        distinct.setdefault((str(fields), _images(config)), []).append(name)
+        distinct.setdefault((str(fields), pipeline.of_images(config.data)), []).append(name)
     for (_, images), names in distinct.items():
         yield of_model(runs[names[0]].model, *images, names=tuple(filter(None, names)))
 
@@ -121,7 +121,7 @@ def of_workdir(workdir: str) -> Count:
     """
     folder = paths.path(workdir)
     config = status.config_of_trained(folder, f"--workdir is {workdir}")
-    shape, classes = _images(config)
+    shape, classes = pipeline.of_images(config.data)
     with checkpoints.opened(folder, create=False) as saved:
         masks = saved.restore_trained("best", models.make(config.model, shape, classes).shapes).masks
     return of_model(config.model, shape, classes, names=(config.name,), masks=masks)
@@ -147,14 +147,6 @@ def of_model(cfg: ConfigDict, image_shape: tuple[int, int, int], num_classes: in
                  sum(tree.size(groups[group]) for group in _ROUTERS if group in groups),
                  tuple(zip(model.layers, model.layer_costs(masks), strict=True)),
                  advmoe_costs.figure(cfg, tuple(image_shape)))
-
-
-def _images(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
-    shape, classes = pipeline.known(config.data)
-    if shape is None or classes is None:
-        dataset = pipeline.open_dataset(config.data.name, config.data.dir, view=config.data)
-        shape, classes = dataset.image_shape, dataset.num_classes
-    return shape, classes
 
 
 def _called(cfg: ConfigDict) -> str:

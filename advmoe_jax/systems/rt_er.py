@@ -84,7 +84,7 @@ def make(cfg, model: Model, data: Data, mesh: jax.sharding.Mesh, sources: Mappin
         return Update(name, owns, fed, objective=objective)
 
     if isinstance(model, dual.Dual):
-        title, updates = "JTDMoE", (update("lower", model.groups_of("robust"), _of_robust),
+        title, updates = "JTDMoE", (update("lower", model.groups_of("robust"), _of_mixture),
                                     update("upper", model.groups_of("standard"), _of_standard))
     else:
         title = "RT-ER" if cfg.system.loss == "madry" else "natural"
@@ -164,24 +164,14 @@ def _answers(mixture: Mixture, system: Any, logits: jax.Array, gate_logits: jax.
     return flat.reshape(*logits.shape[:2], -1)
 
 
-def _of_mixture(model: Mixture, cfg, **_: Any) -> Objective:
-    """RT-ER's loss, or the natural one."""
-    system = cfg.system
-
+def _of_mixture(model: Model, cfg, **_: Any) -> Objective:
+    """RT-ER's loss, or the natural one: of a mixture, or of the robust one of a dual model."""
     def run(state, batch):
-        loss, (stats, passes), metrics = _loss(model, system, state.variables, batch)
-        return loss, (stats, adversarial.accuracies(passes, batch["label"]) | model.metrics(passes) | metrics)
-
-    return run
-
-
-def _of_robust(model: dual.Dual, cfg, **_: Any) -> Objective:
-    """The same of the robust mixture of a dual model."""
-    def run(state, batch):
-        own = dual.of_part(state.variables, "robust")
-        loss, (stats, passes), metrics = _loss(model.mixture, cfg.system, own, batch)
-        metrics |= adversarial.accuracies(passes, batch["label"]) | model.mixture.metrics(passes)
-        return loss, (dual.named({"batch_stats": stats}, "robust")["batch_stats"], metrics)
+        mixture, own = _mixture_of(model, state.variables)
+        loss, (stats, passes), metrics = _loss(mixture, cfg.system, own, batch)
+        if isinstance(model, dual.Dual):
+            stats = dual.named({"batch_stats": stats}, "robust")["batch_stats"]
+        return loss, (stats, adversarial.accuracies(passes, batch["label"]) | mixture.metrics(passes) | metrics)
 
     return run
 

@@ -18,7 +18,7 @@ import tensorstore
 from etils import epath
 
 from advmoe_jax.core import files, paths, tree
-from advmoe_jax.core.errors import UserError, one_of
+from advmoe_jax.core.errors import UserError, first_line, one_of
 from advmoe_jax.ops import masks as masking
 from advmoe_jax.train import ema, weights
 from advmoe_jax.train.state import State, Trained
@@ -279,4 +279,4 @@ def _check_memory(error: BaseException, manager, step: int, abstract) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return first_line(error)[:200]

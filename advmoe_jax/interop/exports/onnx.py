@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from advmoe_jax.core import files
-from advmoe_jax.core.errors import UserError
+from advmoe_jax.core.errors import UserError, first_line
 from advmoe_jax.core.fields import setting
 from advmoe_jax.interop import export
 from advmoe_jax.interop.export import Export
@@ -46,9 +46,8 @@ def write(of: Export, folder: epath.Path) -> str:
         proto = jax2onnx.to_onnx(logits, [images], model_name=of.config.name, input_names=["images"],
                                  output_names=["logits"])
     except Exception as error:  # it raises whatever its handler of an operation raised
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"jax2onnx cannot convert this {model.kind} model ({said}): expected export.format=stablehlo "
-                        "or safetensors") from error
+        raise UserError(f"jax2onnx cannot convert this {model.kind} model ({first_line(error)}): expected "
+                        "export.format=stablehlo or safetensors") from error
     files.write_bytes(folder / FILE, proto.SerializeToString())
     return f"""```python
 import onnxruntime
